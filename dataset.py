@@ -1,0 +1,591 @@
+"""The data: landmark scheme, COCO file, crop and augmentation, heatmaps <-> points.
+
+One way only: COCO file -> `load_coco` -> `DogFLWDataset` -> batches of uint8 crops and points ->
+(on the device) `normalize` and `encode_heatmaps`; `decode_heatmaps` brings predictions back.
+
+Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and heatmaps alike. A crop is one
+2 x 3 matrix (picture -> crop) for pixels and points. Heatmap cell h and crop pixel x of stride s:
+h = (x + 0.5) / s - 0.5.
+"""
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which timm's weights expect
+MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
+cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
+
+
+# ---------------------------------------------------------------- scripts: one error type, one atomic write
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a bad command line as one line (UserError), and shows the docstring as it is."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def run_script(main):
+    """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT,
+                           errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise
+        print(f"error: {e.filename or 'writing'}: {e.strerror}; nothing that was there before is lost", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that appears under `path` whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_dogflw():
+    """The folder that holds train/images in kagglehub's cache (newest version), or None."""
+    cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
+    versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
+    for version in sorted(versions, key=lambda p: (p.name.isdigit(), int(p.name) if p.name.isdigit() else 0), reverse=True):
+        for images in sorted(version.glob("**/train/images")):
+            return images.parent.parent
+    return None
+
+
+# ---------------------------------------------------------------- the COCO file
+
+@dataclass(frozen=True)
+class Scheme:
+    """What the landmarks are; read from the COCO category, stored in every checkpoint as plain types."""
+    names: list
+    flip_pairs: list  # [[i, j], ...] left/right partners; empty: no mirroring
+    regions: dict  # region -> indices
+    interocular: list  # the two points whose distance normalises nme_iod; empty: no nme_iod
+    skeleton: list  # [[i, j], ...] zero-based lines to draw
+
+    @property
+    def flip_index(self):
+        """The permutation that swaps partners, or None when the file names no pairs."""
+        if not self.flip_pairs:
+            return None
+        index = list(range(len(self.names)))
+        for i, j in self.flip_pairs:
+            index[i], index[j] = j, i
+        return index
+
+    @classmethod
+    def from_category(cls, category, where):
+        """Read and check a COCO category. Raises UserError naming `where`."""
+        names = category.get("keypoints")
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}: its category has no list of keypoint names; convert the data again")
+        if len(names) > 1000:
+            raise UserError(f"{where}: {len(names)} keypoints in the category; at most 1000 are supported")
+
+        def indices(value, name, start=0):
+            if not isinstance(value, list) or not all(
+                    type(i) is int and start <= i < len(names) + start for i in value) or len(set(value)) != len(value):
+                raise UserError(f"{where}: {name} must hold different landmark numbers, not {str(value)[:60]}")
+            return [i - start for i in value]
+
+        def lists(name, start=0):
+            value = category.get(name) or []
+            if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
+                raise UserError(f"{where}: {name} must be a list of pairs")
+            return [indices(p, name, start) for p in value]
+
+        pairs, regions = lists("flip_pairs"), category.get("regions") or {}
+        indices(sum(pairs, []), "flip_pairs")
+        if not isinstance(regions, dict):
+            raise UserError(f"{where}: regions must map a name to a list of landmark numbers")
+        interocular = indices(category.get("interocular") or [], "interocular")
+        if len(interocular) not in (0, 2):
+            raise UserError(f"{where}: interocular must name two landmarks")
+        regions = {str(k): indices(v, f"regions.{k}") for k, v in regions.items()}
+        return cls(names, pairs, regions, interocular, lists("skeleton", start=1))
+
+
+@dataclass(frozen=True)
+class Faces:
+    """N faces of a COCO file as arrays; pictures stay on disk."""
+    scheme: Scheme
+    files: list  # N paths relative to the data root
+    root: Path
+    sizes: np.ndarray  # (N, 2) picture width, height
+    boxes: np.ndarray  # (N, 4) x, y, w, h
+    points: np.ndarray  # (N, K, 2) picture pixels
+    visible: np.ndarray  # (N, K) COCO v: 0 not labelled, 1 outside the picture, 2 labelled
+    ids: np.ndarray  # (N,) annotation ids
+    image_ids: np.ndarray  # (N,)
+    breeds: list  # N strings, for stratified splits and reports
+
+    def __len__(self):
+        return len(self.files)
+
+    def take(self, index):
+        """The faces of `index`, in its order."""
+        index = np.asarray(index, dtype=int)
+        return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
+                       **{k: getattr(self, k)[index] for k in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
+
+    def whole_pictures(self):
+        """The same faces, each looked for in its whole picture (`--crop image`)."""
+        return replace(self, boxes=np.concatenate([np.zeros_like(self.boxes[:, :2]), self.sizes - 1.0], axis=1))
+
+    def split(self, fraction, seed=0):
+        """Hold out `fraction` of every breed, at random (stratified). Returns (rest, held out)."""
+        rng, breeds = np.random.default_rng([seed, 7919]), np.array(self.breeds)
+        held = [rng.permutation(np.flatnonzero(breeds == b)) for b in sorted(set(self.breeds))]
+        # + rng.random() rounds up as often as down, so small breeds neither all give nor all keep their faces
+        held = np.sort(np.concatenate([h[:int(len(h) * fraction + rng.random())] for h in held]))
+        return self.take(np.setdiff1d(np.arange(len(self)), held)), self.take(held)
+
+
+def load_json(path):
+    """Parse a JSON file. Raises UserError where it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
+
+
+def load_coco(path, root):
+    """Read a COCO keypoint file, checked whole. Raises UserError naming the file and the entry.
+
+    Faces without a labelled landmark are left out: they can neither train nor be scored.
+    """
+    data = load_json(path)
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations", "categories")):
+        raise UserError(f"{path}: not a COCO file (images, annotations and categories must be lists)")
+    if not data["annotations"]:
+        raise UserError(f"{path}: no annotations in it; convert the data again")
+    categories = {c.get("id"): c for c in data["categories"] if isinstance(c, dict) and c.get("keypoints")}
+    if len(categories) != 1:
+        raise UserError(f"{path}: {len(categories)} categories with keypoints; exactly one is needed")
+    (category_id, category), = categories.items()
+    scheme = Scheme.from_category(category, path)
+    k, images = len(scheme.names), {}
+    for number, image in enumerate(data["images"]):
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise UserError(f"{path}: image entry {number} has no file_name")
+        if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name):
+            raise UserError(f"{path}: file_name {name!r} leaves the data root; names must be relative to it")
+        size = [image.get("width"), image.get("height")]
+        if not all(type(s) is int and 0 < s < 1 << 16 for s in size):
+            raise UserError(f"{path}: image {name!r} has no usable width and height")
+        if image.get("id") in images:
+            raise UserError(f"{path}: image id {image.get('id')} is used twice")
+        images[image.get("id")] = (name, size, str(image.get("breed", Path(name).stem.split("_")[0])))
+    rows = []
+    for annotation in data["annotations"]:
+        where = f"{path}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
+        if not isinstance(annotation, dict) or annotation.get("category_id", category_id) != category_id:
+            raise UserError(f"{where} is not of the category with keypoints")
+        if annotation.get("image_id") not in images:
+            raise UserError(f"{where} names an image that is not in the file")
+        try:
+            triples = np.array(annotation["keypoints"], dtype=np.float64).reshape(k, 3)
+            box = np.array(annotation["bbox"], dtype=np.float64).reshape(4)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UserError(f"{where} needs keypoints ({k} x 3 numbers) and bbox (4 numbers)") from None
+        if not (np.isfinite(triples).all() and np.isfinite(box).all() and np.abs(triples).max() < 1e6
+                and np.abs(box).max() < 1e6 and box[2:].min() > 0 and np.isin(triples[:, 2], (0, 1, 2)).all()):
+            raise UserError(f"{where} has numbers that cannot be: NaN, huge, v not in 0 1 2, or an empty bbox")
+        if triples[:, 2].any():
+            rows.append((annotation, triples, box))
+    if not rows:
+        raise UserError(f"{path}: no annotation has a labelled landmark; convert the data again")
+    picture = [images[a["image_id"]] for a, _, _ in rows]
+    triples = np.stack([t for _, t, _ in rows])
+    return Faces(scheme, [p[0] for p in picture], Path(root), np.array([p[1] for p in picture]),
+                 np.stack([b for _, _, b in rows]), triples[..., :2].copy(), triples[..., 2].astype(np.uint8),
+                 np.array([a.get("id", i) for i, (a, _, _) in enumerate(rows)]),
+                 np.array([a["image_id"] for a, _, _ in rows]), [p[2] for p in picture])
+
+
+# ---------------------------------------------------------------- pictures and crops
+
+def read_image(path):
+    """Decode a picture of any kind: (H, W, 3) uint8 RGB, upright by its EXIF tag. Raises UserError naming it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks about odd but readable files
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(f"{path}: {image.width} x {image.height} pixels is too large; scale it down")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
+                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; check --data-root") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path}: cannot be read as a picture ({str(e)[:80]}); restore it or convert again") from None
+
+
+def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False):
+    """The 2 x 3 matrix picture -> crop of `size` pixels: a square of side `padding` * the box's longer side.
+
+    rotation in degrees, scale > 1 shows more of the picture, shift in sides of the square. Float64.
+    """
+    x, y, w, h = box
+    side = max(w, h) * padding * scale
+    a = np.deg2rad(rotation)
+    linear = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) * (size / side)
+    if mirror:
+        linear[0] *= -1
+    centre = np.array([x + w / 2, y + h / 2]) + np.asarray(shift) * side
+    return np.column_stack([linear, (size - 1) / 2 - linear @ centre])
+
+
+def invert_matrix(matrix):
+    """The inverse of 2 x 3 matrices (..., 2, 3)."""
+    inverse = np.linalg.inv(matrix[..., :2])
+    return np.concatenate([inverse, -inverse @ matrix[..., 2:]], axis=-1)
+
+
+def apply_matrix(matrix, points):
+    """Map points (..., N, 2) by 2 x 3 matrices (..., 2, 3)."""
+    return points @ np.swapaxes(matrix[..., :2], -1, -2) + matrix[..., None, :, 2]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the training augmentation. `Augmentation.none()` is the validation crop."""
+    flip: float = 0.5  # probability of mirroring, partners swapped
+    rotation: float = 30.0  # degrees, uniform in +-
+    scale: float = 0.25  # log-uniform in 1 / (1 + s) .. 1 + s
+    shift: float = 0.06  # of the crop's side, uniform in +-
+    colour: float = 0.3  # strength of contrast, brightness, saturation and channel gain
+    occlusion: float = 0.3  # probability of one flat rectangle over the crop
+
+    @classmethod
+    def none(cls):
+        return cls(0, 0, 0, 0, 0, 0)
+
+    @property
+    def reach(self):
+        """How much wider than the plain crop the augmented ones can reach, corners of rotated ones left out."""
+        return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(self.rotation))) + 2 * self.shift
+
+
+def face_window(box, picture_size, size, padding, reach):
+    """Which part of the picture a crop of this face can need, and at what resolution it is kept.
+
+    Returns (x, y, w, h) in the picture and (w, h) as kept: faces larger than the crop are shrunk once, by area,
+    so that sampling them bilinearly does not alias.
+    """
+    (x, y, w, h), side = box, max(box[2], box[3]) * padding
+    half = side * reach / 2 + 1
+    low = np.clip(np.floor([x + w / 2 - half, y + h / 2 - half]), 0, np.array(picture_size) - 1).astype(int)
+    high = np.clip(np.ceil([x + w / 2 + half, y + h / 2 + half]), low, np.array(picture_size) - 1).astype(int)
+    extent = high - low + 1
+    shrink = min(1.0, size / side)
+    kept = np.maximum(1, np.round(extent * shrink)).astype(int)
+    return (*low, *extent), (*kept,)
+
+
+def cut_window(image, window, kept):
+    """Cut and shrink (H, W, 3) -> (kept h, kept w, 3)."""
+    x, y, w, h = window
+    part = image[y:y + h, x:x + w]
+    return part if (w, h) == tuple(kept) else cv2.resize(part, kept, interpolation=cv2.INTER_AREA)
+
+
+def window_matrix(window, kept):
+    """The 2 x 3 matrix kept window -> picture."""
+    x, y, w, h = window
+    sx, sy = w / kept[0], h / kept[1]
+    return np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
+
+
+def warp(pixels, to_crop, size, out=None):
+    """Sample a (size, size, 3) crop bilinearly; `to_crop` maps pixels -> crop, outside is mid-grey."""
+    return cv2.warpAffine(pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderValue=(124, 116, 104))
+
+
+def predict_crop(image, box, size, padding):
+    """A picture and a box -> (crop uint8 (size, size, 3), matrix picture -> crop), exactly as in validation."""
+    window, kept = face_window(box, image.shape[1::-1], size, padding, 1.0)
+    matrix = crop_matrix(box, size, padding)
+    to_picture = np.vstack([window_matrix(window, kept), [0, 0, 1]])
+    return warp(cut_window(image, window, kept), (np.vstack([matrix, [0, 0, 1]]) @ to_picture)[:2], size), matrix
+
+
+class Windows:
+    """The faces' windows, decoded once: in a file (cache="disk"), in shared memory ("ram"), or each time ("none").
+
+    The file's name holds a hash of all it depends on (names, sizes and times of the pictures, geometry), so a
+    stale one is never read. Windows are raw uint8 one after the other; their places follow from the geometry.
+    Raises UserError naming the first picture that is missing or cannot be read.
+    """
+
+    def __init__(self, faces, size, padding, reach, cache="none", folder=ROOT / "data" / "cache"):
+        self.paths, self.cache = [faces.root / f for f in faces.files], cache
+        self.sizes = faces.sizes
+        self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
+        self.offsets = np.cumsum([0] + [3 * w * h for _, (w, h) in self.geometry])
+        stats = []
+        for path in self.paths:
+            try:
+                stats.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+            except OSError:
+                missing = sum(not p.exists() for p in self.paths)
+                raise UserError(f"{path}: no such picture ({missing} of {len(stats)} missing); "
+                                "check --data-root, or convert again") from None
+        if cache == "ram":
+            self.memory = torch.empty(int(self.offsets[-1]), dtype=torch.uint8).share_memory_()
+            for i, window in enumerate(self._decode_all()):
+                self.memory[self.offsets[i]:self.offsets[i + 1]] = torch.from_numpy(window.reshape(-1))
+        elif cache == "disk":
+            key = hashlib.sha256(repr((stats, self.geometry)).encode()).hexdigest()[:16]
+            self.file = Path(folder) / f"{key}.bin"
+            if not (self.file.is_file() and self.file.stat().st_size == self.offsets[-1]):
+                with atomic_write(self.file) as f:
+                    for window in self._decode_all():
+                        f.write(window.tobytes())
+
+    def _decode(self, i):
+        image = read_image(self.paths[i])
+        if image.shape[1::-1] != tuple(self.sizes[i]):
+            raise UserError(f"{self.paths[i]}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file says "
+                            f"{self.sizes[i][0]} x {self.sizes[i][1]}; convert again")
+        return cut_window(image, *self.geometry[i])
+
+    def _decode_all(self):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+                total=len(self.paths), desc="decoding", unit="face", leave=False, disable=None) as bar:
+            for start in range(0, len(self.paths), 256):  # in chunks, so that finished windows do not pile up
+                for window in pool.map(self._decode, range(start, min(start + 256, len(self.paths)))):
+                    yield window
+                    bar.update()
+
+    def __getitem__(self, i):
+        """(pixels (h, w, 3) uint8, matrix pixels -> picture)."""
+        window, (w, h) = self.geometry[i]
+        if self.cache == "none":
+            pixels = self._decode(i)
+        elif self.cache == "ram":
+            pixels = self.memory[self.offsets[i]:self.offsets[i + 1]].numpy()
+        else:  # a plain read: mapped pages would count as this process's memory, in every worker
+            with open(self.file, "rb") as f:
+                f.seek(self.offsets[i])
+                pixels = np.frombuffer(f.read(3 * w * h), np.uint8)
+        return pixels.reshape(h, w, 3), window_matrix(window, (w, h))
+
+
+class DogFLWDataset(torch.utils.data.Dataset):
+    """Faces as training samples. `dataset[i]` is one sample in full, ready to look at:
+
+        image     (3, S, S) float, normalised     heatmaps   (K, S/2, S/2) float
+        keypoints (K, 2) float, crop pixels       visibility (K,) 1 where the landmark trains, else 0
+        matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
+
+    A DataLoader calls `__getitems__` instead: whole batches of uint8 crops, from which the device makes images
+    and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
+    """
+
+    def __init__(self, faces, input_size=256, padding=1.25, sigma=2.0, augment=None, seed=0, cache="none"):
+        self.faces, self.size, self.padding, self.sigma, self.seed = faces, input_size, padding, sigma, seed
+        self.augment = augment or Augmentation.none()
+        self.flip_index = faces.scheme.flip_index
+        self.windows = Windows(faces, input_size, padding, self.augment.reach, cache)
+
+    def __len__(self):
+        return len(self.faces)
+
+    def __getitem__(self, item):
+        batch = self.__getitems__([item])
+        images, heatmaps = normalize(batch["image"], batch["colour"]), encode_heatmaps(
+            batch["keypoints"], self.size // STRIDE, self.sigma)
+        return {"image": images[0], "heatmaps": heatmaps[0],
+                **{k: batch[k][0] for k in ("keypoints", "visibility", "matrix", "index")}}
+
+    def __getitems__(self, items):
+        n, size, k = len(items), self.size, len(self.faces.scheme.names)
+        crops = np.empty((n, size, size, 3), np.uint8)
+        points, visible = np.zeros((n, k, 2)), np.zeros((n, k), np.float32)
+        colour, matrices, index = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3)), np.zeros(n, np.int64)
+        for row, item in enumerate(items):
+            epoch, i = item if isinstance(item, tuple) else (0, item)
+            geometry, colour[row], rectangle, fill = self._draw(epoch, i)
+            pixels, to_picture = self.windows[i]
+            matrices[row] = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
+            warp(pixels, matrices[row] @ np.vstack([to_picture, [0, 0, 1]]), size, out=crops[row])
+            if rectangle:
+                crops[row][rectangle] = fill
+            points[row], labelled = apply_matrix(matrices[row], self.faces.points[i]), self.faces.visible[i] > 0
+            if geometry["mirror"]:
+                points[row], labelled = points[row][self.flip_index], labelled[self.flip_index]
+            # What the crop cut off cannot be learnt from a heatmap; validation scores it all the same.
+            visible[row] = labelled & (points[row] > -0.5).all(-1) & (points[row] < size - 0.5).all(-1)
+            index[row] = i
+        return {"image": torch.from_numpy(crops), "keypoints": torch.from_numpy(points.astype(np.float32)),
+                "visibility": torch.from_numpy(visible), "colour": torch.from_numpy(colour),
+                "matrix": torch.from_numpy(matrices), "index": torch.from_numpy(index)}
+
+    def _draw(self, epoch, i):
+        """One draw of the augmentation: crop_matrix's arguments, colour matrix (3, 4), rectangle, its fill."""
+        a, rng = self.augment, np.random.default_rng((self.seed, epoch, i))
+        u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
+        geometry = {"rotation": a.rotation * u[0], "scale": (1 + a.scale) ** u[1], "shift": a.shift * u[2:4],
+                    "mirror": bool(self.flip_index and rng.random() < a.flip)}
+        contrast, saturation, gain = np.exp(a.colour * u[4]), np.exp(2 * a.colour * u[5]), 1 + a.colour / 4 * u[6:9]
+        luma = np.array([0.299, 0.587, 0.114])
+        linear = contrast * gain[:, None] * (saturation * np.eye(3) + (1 - saturation) * luma)
+        offset = 128 * (1 - contrast) + 128 * a.colour * u[9]
+        rectangle = None
+        if rng.random() < a.occlusion:
+            (w, h), (x, y) = rng.uniform(0.1, 0.4, 2) * self.size, rng.uniform(0, 1, 2) * self.size
+            rectangle = slice(int(max(0, y - h / 2)), int(y + h / 2)), slice(int(max(0, x - w / 2)), int(x + w / 2))
+        return geometry, np.column_stack([linear, np.full(3, offset)]), rectangle, rng.integers(0, 256, 3)
+
+
+# ---------------------------------------------------------------- on the device, in batches
+
+STRIDE = 2  # input pixels a heatmap cell
+
+
+def normalize(images, colour=None):
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in channels_last, by ImageNet's mean and deviation.
+
+    colour (B, 3, 4): an affine map of RGB in 0..255, the colour augmentation; folded into the normalisation.
+    """
+    std = torch.tensor(STD, device=images.device)[:, None] * 255
+    offset = torch.tensor(MEAN, device=images.device)[:, None] * 255
+    if colour is None:
+        colour = torch.eye(3, 4, device=images.device).expand(len(images), 3, 4)
+    matrix = torch.cat([colour[..., :3], colour[..., 3:] - offset], -1) / std
+    pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
+    pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))
+    return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)
+
+
+def encode_heatmaps(points, size, sigma, stride=STRIDE):
+    """Gaussians of height 1 around real-valued points: (B, K, 2) crop pixels -> (B, K, size, size).
+
+    sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
+    """
+    cells = torch.arange(size, device=points.device, dtype=points.dtype)[:, None]
+    centre = ((points + 0.5) / stride - 0.5).transpose(1, 2)  # (B, 2, K)
+    x, y = torch.exp(-0.5 * ((cells - centre.unsqueeze(-2)) / sigma) ** 2).unbind(1)  # (B, size, K) each
+    # Made in channels_last, like the model's output: elementwise work across two layouts costs several times more.
+    return (y.unsqueeze(2) * x.unsqueeze(1)).permute(0, 3, 1, 2)
+
+
+def marginals(heatmaps):
+    """The squared positive part summed over rows and over columns: (B, K, H, W) -> x (B, K, W), y (B, K, H).
+
+    Squaring sharpens a map whose place is certain and leaves a broad one broad, so that one centre of mass reads both.
+    """
+    mass = F.relu(heatmaps).square()
+    return mass.sum(2) + 1e-6, mass.sum(3) + 1e-6
+
+
+def centre_of_mass(profile):
+    """(B, K, N) -> (B, K), in cells."""
+    cells = torch.arange(profile.shape[-1], device=profile.device, dtype=profile.dtype)
+    return (profile * cells).sum(-1) / profile.sum(-1)
+
+
+def decode_heatmaps(heatmaps, stride=STRIDE):
+    """Heatmaps (B, K, H, W) -> points (B, K, 2) in crop pixels, peaks (B, K)."""
+    centre = []
+    for profile in marginals(heatmaps):
+        c, n = centre_of_mass(profile), profile.shape[-1]
+        cells = torch.arange(n, device=profile.device, dtype=profile.dtype)
+        for _ in range(8):
+            # The border cuts a Gaussian beside it and so pulls its centre inwards: look only as far on the other side.
+            reach = torch.minimum(c + 0.5, n - 0.5 - c).unsqueeze(-1)
+            c = centre_of_mass(profile * (reach + 0.5 - (cells - c.unsqueeze(-1)).abs()).clamp(0, 1))
+        centre.append(c)
+    return (torch.stack(centre, -1) + 0.5) * stride - 0.5, heatmaps.flatten(2).amax(-1)
+
+
+# ---------------------------------------------------------------- pictures to look at
+
+REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (171, 71, 188), (0, 172, 193), (255, 112, 67))
+
+
+def draw_landmarks(image, points, scheme, visible=None, truth=None):
+    """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks: a colour a region, left filled, right a ring.
+
+    Sizes fit the face. `truth` (K, 2) is drawn as thin white lines from prediction to truth.
+    """
+    image = np.ascontiguousarray(image).copy()
+    shown = np.flatnonzero(np.isfinite(points).all(1) & (True if visible is None else visible))
+    if not len(shown):
+        return image
+    extent = np.ptp(points[shown], axis=0).max()
+    radius, width = max(1, round(extent / 90)), max(1, round(extent / 250))
+    colour = {i: REGION_COLOURS[n % len(REGION_COLOURS)] for n, r in enumerate(scheme.regions.values()) for i in r}
+    right = {j for _, j in scheme.flip_pairs}
+
+    def at(p):  # cv2 draws with 4 fractional bits
+        return tuple(np.round(np.clip(p, -1e4, 1e5) * 16).astype(int).tolist())
+    for i, j in scheme.skeleton:
+        if i in shown and j in shown:
+            cv2.line(image, at(points[i]), at(points[j]), colour.get(i, (255, 255, 255)), width, cv2.LINE_AA, 4)
+    for i in shown:
+        if truth is not None:
+            cv2.line(image, at(points[i]), at(truth[i]), (255, 255, 255), width, cv2.LINE_AA, 4)
+        cv2.circle(image, at(points[i]), radius * 16, colour.get(i, (255, 255, 255)), width if i in right else -1, cv2.LINE_AA, 4)
+    return image
+
+
+def contact_sheet(tiles, columns):
+    """Equal-sized pictures in rows; the last row is filled with black."""
+    tiles = list(tiles) + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, len(tiles), columns)])
+
+
+def encode_picture(image, suffix=".png"):
+    """RGB uint8 -> the bytes of a picture file."""
+    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()

@@ -1,0 +1,721 @@
+"""Train a facial landmark detector (HRNet heatmaps) on DogFLW, or on any COCO keypoint file.
+
+    uv run train_simple.py --sample                       # drawn faces: a full run in minutes, on a CPU too
+    uv run python tools/convert_dogflw_to_coco.py --download
+    uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
+    uv run torchrun --nproc-per-node 4 train_simple.py    # the same on four GPUs
+
+A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on where it was cut.
+"""
+import argparse
+import copy
+import csv
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import dataset as data
+from dataset import ROOT, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
+
+SIGMA = 2.0  # deviation of the targets, heatmap cells
+# What a resumed run must share with the run it goes on with, to end where the uncut run ends.
+RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
+                     "accumulate", "lr", "weight_decay", "warmup_epochs", "clip_grad", "ema", "seed", "amp")
+
+# ---------------------------------------------------------------- the model
+
+
+class LandmarkNet(nn.Module):
+    """HRNet features of the whole network at stride 2, and a small head: (B, 3, S, S) -> (B, K, S/2, S/2).
+
+    timm's first feature is the *stem*: 64 channels at stride 2 that have seen 7 x 7 pixels. It has the head's shape,
+    but a head on it alone learns nothing. Here all four branches are brought to 64 channels by 1 x 1 convolutions
+    at their own resolution, where that is cheap, then enlarged and summed; the stem joins as a skip.
+    """
+
+    def __init__(self, backbone, num_landmarks, width=64):
+        super().__init__()
+        self.backbone = timm.create_model(backbone, features_only=True, feature_location="")
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
+            for channels in self.backbone.feature_info.channels())
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, num_landmarks, 1))
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, images):
+        stem, high, *lower = [lateral(x) for lateral, x in zip(self.laterals, self.backbone(images))]
+        for x in lower:
+            high = high + F.interpolate(x, size=high.shape[-2:], mode="bilinear")  # (B, 64, S/4, S/4)
+        return self.head(F.relu(stem + F.interpolate(high, scale_factor=2, mode="bilinear")))
+
+
+def build_model(backbone, num_landmarks, pretrained=False, weights=None):
+    """A LandmarkNet; its backbone from ImageNet (`pretrained`) or everything that fits from the file `weights`.
+
+    Raises UserError for an unknown backbone, weights that cannot be fetched, and a file that does not fit.
+    """
+    if not (backbone.startswith("hrnet") and timm.is_model(backbone)):
+        known = " ".join(n for n in timm.list_models("hrnet*") if "ssld" not in n)
+        raise UserError(f"--backbone {backbone}: not an HRNet of timm; choose one of {known}")
+    model = LandmarkNet(backbone, num_landmarks)
+    if weights:
+        state = load_weights(weights)
+        if not any(k.startswith("backbone.") for k in state):  # a file of the bare backbone, as timm's are
+            state = {f"backbone.{k}": v for k, v in state.items()}
+        own = model.state_dict()
+        fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+        lacks = [k for k in own if k.startswith("backbone.") and k not in fits and not k.endswith("num_batches_tracked")]
+        if lacks:
+            raise UserError(f"--weights {weights}: lacks {len(lacks)} tensors of {backbone} ({lacks[0]}, ...); "
+                            "is it of another backbone?")
+        model.load_state_dict(fits, strict=False)
+    elif pretrained:
+        try:
+            source = timm.create_model(backbone, features_only=True, feature_location="", pretrained=True)
+        except Exception as e:  # whatever the hub's client raises: its own types change from version to version
+            raise UserError(f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train from "
+                            "scratch with --no-pretrained, or give a file with --weights FILE") from None
+        model.backbone.load_state_dict(source.state_dict())
+    return model
+
+
+# ---------------------------------------------------------------- loss, prediction, metric
+
+def heatmap_loss(heatmaps, targets, visibility):
+    """MSE weighted by visibility: (B, K, H, W) x 2, (B, K) -> scalar.
+
+    The mean is over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches and over
+    GPUs exactly the gradient of the whole batch.
+    """
+    return ((heatmaps - targets).square().mean((2, 3)) * visibility).mean()
+
+
+def autocast(device, amp):
+    """The context of a forward pass; amp is None, torch.bfloat16 or torch.float16."""
+    return torch.autocast(device.type, amp) if amp else nullcontext()
+
+
+@torch.inference_mode()
+def predict_heatmaps(model, images, flip_index=None, amp=None):
+    """uint8 crops (B, S, S, 3) -> float32 heatmaps (B, K, S/2, S/2), averaged with the mirrored picture's."""
+    images = data.normalize(images)
+    with autocast(images.device, amp):
+        heatmaps = model(images).float()
+        if flip_index is not None:
+            heatmaps = (heatmaps + model(images.flip(3)).float().flip(3)[:, flip_index]) / 2
+    return heatmaps
+
+
+def nme(points, faces, normalizer):
+    """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or normaliser.
+
+    points (N, K, 2) in picture pixels; normaliser (N,) in picture pixels. The mean is over a face's labelled
+    landmarks; a landmark that the crop cut off counts. Take np.nanmean over faces (`mean_nme`).
+    """
+    errors = np.linalg.norm(np.asarray(points, np.float64) - faces.points, axis=-1)
+    labelled = faces.visible > 0
+    count = labelled.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(labelled, errors, 0).sum(1) / count / np.where(normalizer > 0, normalizer, np.nan)
+
+
+def normalizers(faces, padding):
+    """The lengths, in picture pixels, that NME is divided by: {name: (N,)}."""
+    longer = faces.boxes[:, 2:].max(1)
+    result = {"nme": longer * padding, "nme_box": np.linalg.norm(faces.boxes[:, 2:], axis=1)}
+    if faces.scheme.interocular:
+        i, j = faces.scheme.interocular
+        both = (faces.visible[:, [i, j]] > 0).all(1)
+        result["nme_iod"] = np.where(both, np.linalg.norm(faces.points[:, i] - faces.points[:, j], axis=1), np.nan)
+    return result
+
+
+def mean_metrics(points, faces, padding):
+    """{"nme": mean over faces, "nme_iod": ..., "nme_box": ...}; NaN where no face counts, never 0."""
+    per_face = {k: nme(points, faces, v) for k, v in normalizers(faces, padding).items()}
+    return {k: float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else math.nan for k, v in per_face.items()}
+
+
+@torch.inference_mode()
+def predict(model, dataset, device, amp=None, batch_size=32, flip=True, sigma=None, workers=0, rank=0, world=1):
+    """Predict every face of a dataset. Returns points (N, K, 2) in picture pixels, scores (N, K), mean loss.
+
+    float64 numpy; with several processes each predicts its share, and all get the whole, exactly. The loss is
+    NaN unless `sigma` is given.
+    """
+    model.eval()
+    n, k = len(dataset), len(dataset.faces.scheme.names)
+    flip_index = torch.tensor(dataset.flip_index, device=device) if flip and dataset.flip_index else None
+    mine = np.arange(n)[rank::world]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=[mine[i:i + batch_size].tolist() for i in range(0, len(mine), batch_size)],
+        collate_fn=keep, num_workers=workers, worker_init_fn=quiet_worker)
+    table = torch.zeros(n, k, 4, dtype=torch.float64, device=device)  # x, y, score, loss
+    for batch in loader:
+        heatmaps = predict_heatmaps(model, batch["image"].to(device, non_blocking=True), flip_index, amp)
+        points, score = data.decode_heatmaps(heatmaps)
+        index = batch["index"].to(device)
+        table[index, :, :2] = data.apply_matrix(data.invert_matrix(batch["matrix"].to(device)), points.double())
+        table[index, :, 2] = score.double()
+        if sigma is not None:
+            targets = data.encode_heatmaps(batch["keypoints"].to(device), heatmaps.shape[-1], sigma)
+            losses = (heatmaps - targets).square().mean((2, 3)) * batch["visibility"].to(device)
+            table[index, :, 3] = losses.double()
+    if world > 1:
+        dist.all_reduce(table)  # every entry is nonzero in one process only, so the sum is exact
+    table = table.cpu().numpy()
+    return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma is not None else math.nan
+
+
+# ---------------------------------------------------------------- checkpoints
+
+FORMAT = 1
+
+
+def save_checkpoint(path, checkpoint):
+    """Write plain types and tensors, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with atomic_write(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def load_weights(path):
+    """Tensors of a .pth or .safetensors file; of our own checkpoints the model's. Runs no code from the file."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+            return load_file(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except Exception as e:  # safetensors' own error type is not exported by every version
+            raise UserError(f"{path}: not a safetensors file ({str(e)[:80]})") from None
+    state = load_file_safely(path)
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: holds no weights")
+    return state
+
+
+def load_file_safely(path):
+    """torch.load that runs no code: tensors and plain types, or UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
+    except Exception as e:  # unpickling damaged or hostile bytes can raise almost anything
+        reason = "it holds more than tensors and plain values" if "weights_only" in str(e).lower() else "damaged or no checkpoint"
+        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
+
+
+def load_checkpoint(path):
+    """A checkpoint of this project as a dict: model, scheme, args, metrics, epoch. Raises UserError otherwise."""
+    checkpoint = load_file_safely(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not all(
+            isinstance(checkpoint.get(k), dict) for k in ("model", "scheme", "args", "metrics")):
+        raise UserError(f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a run")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """Everything inference needs from a checkpoint alone: (model in eval mode, Scheme, args dict, checkpoint)."""
+    checkpoint = load_checkpoint(path)
+    args = checkpoint["args"]
+    try:
+        scheme = Scheme(**checkpoint["scheme"])
+        model = build_model(args["backbone"], len(scheme.names))
+        model.load_state_dict(checkpoint["model"])
+        size, padding = int(args["input_size"]), float(args["padding"])
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: weights, scheme and settings do not fit together ({str(e).splitlines()[0][:100]})") from None
+    if not (32 <= size <= 2048 and size % 32 == 0 and 0.5 <= padding <= 4):
+        raise UserError(f"{path}: its input size {size} or padding {padding} cannot be")
+    return model.eval().to(device, memory_format=torch.channels_last), scheme, args, checkpoint
+
+
+# ---------------------------------------------------------------- the loop
+
+class EpochBatches:
+    """Batches of (epoch, index) for epochs first..last - 1: the whole run is one pass through one DataLoader.
+
+    So workers start once and fetch ahead across the end of an epoch and during validation. The order is a pure
+    function of (seed, epoch). A step's faces are `batch_size`, over all processes and micro-batches together;
+    a last, smaller batch is dropped unless it is the only one.
+    """
+
+    def __init__(self, n, batch_size, seed, first, last, accumulate=1, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.epochs = n, batch_size, seed, range(first, last)
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.steps = max(1, n // batch_size)  # optimizer steps an epoch
+
+    def __len__(self):
+        return len(self.epochs) * self.steps * self.accumulate
+
+    def __iter__(self):
+        for epoch in self.epochs:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            for step in range(self.steps):
+                mine = order[step * self.batch_size:(step + 1) * self.batch_size][self.rank::self.world]
+                for micro in np.array_split(mine, self.accumulate):
+                    yield [(epoch, int(i)) for i in micro]
+
+
+def keep(batch):
+    return batch  # `__getitems__` has collated already
+
+
+def quiet_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def lr_factor(step, total, warmup):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Exponential moving average of weights and BN statistics; the decay warms up with the step."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    ours, theirs = average.state_dict().values(), model.state_dict().values()
+    pairs = [(a, m) for a, m in zip(ours, theirs) if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], weight)
+
+
+def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, faces, args, env):
+    """One epoch of optimizer steps. Returns the mean loss. Nothing in the loop waits for the device.
+
+    Raises UserError naming the faces of the first batch whose loss or gradient is not finite.
+    """
+    model.train()
+    total, bad = torch.zeros((), device=env.device), torch.full((), -1, device=env.device)
+    interval, shown, all_steps = [], 0, args.epochs * sampler.steps
+    bar = tqdm(total=sampler.steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
+               disable=None if env.rank == 0 else True)
+    for step in range(sampler.steps):
+        done = epoch * sampler.steps + step
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(done, all_steps, args.warmup_epochs * sampler.steps)
+        loss, step_faces = 0, []
+        for micro in range(args.accumulate):
+            batch = next(batches)
+            step_faces.append(batch["index"])
+            moved = {k: batch[k].to(env.device, non_blocking=True) for k in ("image", "keypoints", "visibility", "colour")}
+            images = data.normalize(moved["image"], moved["colour"])
+            targets = data.encode_heatmaps(moved["keypoints"], args.input_size // STRIDE, args.sigma)
+            last = micro == args.accumulate - 1
+            with nullcontext() if last or env.world == 1 else model.no_sync():
+                with autocast(env.device, env.amp):
+                    heatmaps = model(images)
+                micro_loss = heatmap_loss(heatmaps.float(), targets, moved["visibility"]) / args.accumulate
+                scaler.scale(micro_loss).backward()
+            loss = loss + micro_loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        finite = loss.isfinite() if scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+        bad = torch.where(finite | (bad >= 0), bad, len(interval))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            update_average(average, env.bare, args.ema, done)
+        total += loss
+        interval.append(step_faces)
+        if len(interval) == 50 or step == sampler.steps - 1:
+            if (first := int(bad)) >= 0:  # expensive device-to-host synchronisation, once an interval
+                names = [faces.files[i] for i in torch.cat(interval[first]).tolist()]
+                raise UserError(f"epoch {epoch + 1}: loss or gradient is not finite at the batch of {', '.join(names[:8])}"
+                                f"{', ...' if len(names) > 8 else ''}; look at these faces, or lower --lr; the "
+                                f"epochs before are in {args.work_dir / 'last.pth'}")
+            bar.set_postfix(loss=f"{total.item() / (step + 1):.2e}")
+            bar.update(step + 1 - shown)
+            interval, shown = [], step + 1
+    bar.close()
+    if env.world > 1:
+        dist.all_reduce(total)
+    return total.item() / env.world / sampler.steps
+
+
+# ---------------------------------------------------------------- the run directory
+
+COLUMNS = ("epoch", "seconds", "lr", "train_loss", "val_loss", "nme", "nme_iod", "images_per_s")
+
+
+def write_metrics(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    with atomic_write(path) as f:
+        f.write(text.getvalue().encode())
+
+
+def plot_curves(path, rows):
+    """Loss and NME over the epochs. Needs matplotlib (optional); says so when it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("curves.png needs matplotlib: pip install matplotlib (metrics.csv holds the same numbers)")
+        return
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    scored = [r for r in rows if not math.isnan(r["nme"])]
+    left.semilogy([r["epoch"] for r in rows], [r["train_loss"] for r in rows], label="train")
+    left.semilogy([r["epoch"] for r in scored], [r["val_loss"] for r in scored], label="validation")
+    left.set(xlabel="epoch", ylabel="loss")
+    for name in ("nme", "nme_iod"):
+        right.semilogy([r["epoch"] for r in scored], [r[name] for r in scored], label=name)
+    right.set(xlabel="epoch", ylabel="normalised mean error")
+    for axes in (left, right):
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend()
+    with atomic_write(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+
+
+def plain(settings):
+    """Settings as JSON and `weights_only` loading can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+
+
+def versions():
+    """What the run was made with, as plain strings."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+            "numpy": np.__version__, "git": git.stdout.strip() if git.returncode == 0 else "unknown"}
+
+
+def lock(work_dir):
+    """Hold the run directory against a second process; the system lets go when this one ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no such lock
+        return None
+    handle = open(work_dir / ".lock", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--work-dir {work_dir}: another run is writing there; wait for it or name another") from None
+    return handle
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    """Read and check the command line; every problem is reported at once (UserError)."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--data-root", type=Path, metavar="DIR", help="folder the COCO file names are relative to (default: kagglehub's cache)")
+    add("--ann-root", type=Path, metavar="DIR", default=ROOT / "data/dogflw/annotations",
+        help="folder of train.json and val.json (default: data/dogflw/annotations)")
+    add("--sample", action="store_true", help="train on drawn faces, with settings for a CPU (made when missing)")
+    add("--holdout", type=float, default=0.0, metavar="F",
+        help="choose the checkpoint on this fraction of train, by breed; val.json is then scored once, at the end")
+    add("--crop", choices=["face", "image"], default="face", help="what the model sees: the face's box, or the whole picture (a locator)")
+    add("--cache", choices=["disk", "ram", "none"], default="disk", help="where decoded faces are kept (default: disk, data/cache)")
+    add("--num-workers", type=int, default=4, metavar="N", help="processes that cut crops (default: 4)")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", default="hrnet_w32", help="any HRNet of timm (default: hrnet_w32)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from ImageNet weights, downloaded by timm")
+    add("--weights", type=Path, metavar="FILE", help="start from this file instead: a backbone's weights or a checkpoint of ours")
+    add("--input-size", type=int, default=256, metavar="S", help="crop in pixels, a multiple of 32; heatmaps are half of it (default: 256)")
+    add("--sigma", type=float, default=SIGMA, help=f"the targets' deviation in heatmap cells (default: {SIGMA})")
+    add("--padding", type=float, default=1.25, help="crop side / the box's longer side (default: 1.25)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=210, help="(default: 210)")
+    add("--batch-size", type=int, default=16, help="faces an optimizer step, over all GPUs and micro-batches (default: 16)")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step: the same training in less memory (default: 1)")
+    add("--lr", type=float, default=1e-3, help="Adam's rate for this batch size; scale by the root of the batch (default: 1e-3)")
+    add("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine (default: 1)")
+    add("--clip-grad", type=float, default=1e9, metavar="NORM", help="largest gradient norm (default: no limit)")
+    add("--ema", type=float, default=0.998, metavar="DECAY", help="average of the weights; 0 switches it off (default: 0.998)")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--work-dir", type=Path, metavar="DIR", help="(default: work_dirs/BACKBONE, or work_dirs/sample)")
+    add("--resume", action="store_true", help="go on from last.pth in the work dir")
+    add("--val-every", type=int, default=0, metavar="N", help="epochs between validations (default: at most 100 in a run)")
+    add("--save-every", type=int, default=10, metavar="N", help="epochs between epoch_N.pth (default: 10)")
+    add("--tensorboard", action="store_true", help="also write scalars and the validation picture for TensorBoard")
+    add = parser.add_argument_group("device").add_argument
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="16-bit arithmetic where the device has it")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--sync-bn", action="store_true", help="batch norm over all GPUs together")
+    if parser.parse_known_args(argv)[0].sample:
+        sample = ROOT / "data" / "sample"
+        parser.set_defaults(data_root=sample / "dogflw", ann_root=sample / "annotations", backbone="hrnet_w18_small",
+                            input_size=128, epochs=20, pretrained=False, lr=2e-3, work_dir=ROOT / "work_dirs" / "sample")
+    args = parser.parse_args(argv)
+    args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
+    args.val_every = args.val_every or math.ceil(args.epochs / 100)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
+        ("epochs", args.epochs > 0, "at least 1"), ("batch_size", args.batch_size > 0, "at least 1"),
+        ("accumulate", args.accumulate > 0, "at least 1"), ("lr", 0 < args.lr < math.inf, "above 0"),
+        ("num_workers", args.num_workers >= 0, "at least 0"), ("sigma", 0.3 <= args.sigma <= 100, "from 0.3 to 100 cells"),
+        ("padding", 0.5 <= args.padding <= 4, "from 0.5 to 4"), ("holdout", 0 <= args.holdout <= 0.9, "from 0 to 0.9"),
+        ("warmup_epochs", 0 <= args.warmup_epochs < math.inf, "at least 0"), ("ema", 0 <= args.ema < 1, "from 0 to below 1"),
+        ("weight_decay", 0 <= args.weight_decay < 1, "from 0 to below 1"), ("clip_grad", args.clip_grad > 0, "above 0"),
+        ("val_every", args.val_every > 0, "at least 1"), ("save_every", args.save_every > 0, "at least 1"),
+        ("seed", args.seed >= 0, "at least 0"),
+        ("input_size", 64 <= args.input_size <= 1024 and args.input_size % 32 == 0, "a multiple of 32 from 64 to 1024"),
+    ) if not good]
+    if not problems and args.batch_size % (args.accumulate * world):
+        problems.append(f"--batch-size {args.batch_size}: must divide by --accumulate {args.accumulate} x {world} processes")
+    if args.weights and "--no-pretrained" in (argv if argv is not None else sys.argv):
+        problems.append("--weights and --no-pretrained contradict each other")
+    if problems:
+        raise UserError("; ".join(problems))
+    return args
+
+
+def choose_device(name):
+    """torch.device for --device, with auto = cuda, mps, cpu in this order. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: not usable here ({str(e).splitlines()[0][:80]}); try --device cpu") from None
+    return device
+
+
+def choose_amp(device, wanted=True):
+    """bfloat16 where the device computes in it, float16 on older GPUs, else None."""
+    if not wanted or device.type == "mps":
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
+
+
+def set_up_processes(device_name):
+    """Device, rank and world as torchrun gives them; the process group where there are several."""
+    env = argparse.Namespace(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)),
+                             device=choose_device(device_name))
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+        torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where a tensor is not in 16 bits
+    if env.world > 1:
+        dist.init_process_group("nccl" if env.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return env
+
+
+def load_faces(args):
+    """(train, the faces that choose the checkpoint, the faces scored once at the end or None, name of the chooser)."""
+    if args.sample:
+        make_sample(args)
+    root = args.data_root or data.find_dogflw()
+    if root is None:
+        raise UserError("DogFLW not found; download it with tools/convert_dogflw_to_coco.py --download, or name its "
+                        "folder with --data-root DIR, or try drawn faces with --sample")
+    for name, folder in (("--data-root", root), ("--ann-root", args.ann_root)):
+        if not folder.is_dir():
+            raise UserError(f"{name} {folder}: no such folder" + (
+                "; run tools/convert_dogflw_to_coco.py first" if name == "--ann-root" else ""))
+    train, val = (data.load_coco(args.ann_root / f"{name}.json", root) for name in ("train", "val"))
+    if val.scheme != train.scheme:
+        raise UserError(f"{args.ann_root}: train.json and val.json have different landmarks; convert again")
+    if args.crop == "image":
+        train, val = train.whole_pictures(), val.whole_pictures()
+    if not args.holdout:
+        return train, val, None, "val.json"
+    train, held = train.split(args.holdout)
+    if not len(held) or not len(train):
+        raise UserError(f"--holdout {args.holdout}: leaves {len(train)} faces to train and {len(held)} to choose on")
+    return train, held, val, f"{len(held)} faces held out of train"
+
+
+def make_sample(args):
+    """Draw and convert the sample data set where it is missing."""
+    for made, command in ((args.data_root, ["make_sample_dataset.py", "--out", args.data_root]),
+                          (args.ann_root / "val.json", ["convert_dogflw_to_coco.py", "--dogflw_root", args.data_root,
+                                                        "--out_dir", args.ann_root])):
+        if not made.exists() and subprocess.run([sys.executable, ROOT / "tools" / command[0], *command[1:]]).returncode:
+            raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
+
+
+def write_pictures(work_dir, stage, dataset, points=None):
+    """A contact sheet of the first faces: with training crops and targets, or predictions beside the truth."""
+    tiles = []
+    for i in range(min(16, len(dataset))):
+        batch = dataset.__getitems__([i])
+        crop, matrix = batch["image"][0].numpy(), batch["matrix"][0].numpy()
+        truth = batch["keypoints"][0].numpy()
+        drawn = truth if points is None else data.apply_matrix(matrix, points[i])
+        tiles.append(data.draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][0].numpy() > 0,
+                                         truth=None if points is None else truth))
+    with atomic_write(work_dir / f"{stage}.jpg") as f:
+        f.write(data.encode_picture(data.contact_sheet(tiles, 4), ".jpg"))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    env = set_up_processes(args.device)
+    say = print if env.rank == 0 else lambda *a, **k: None
+    env.amp = choose_amp(env.device, args.amp)
+    torch.manual_seed(args.seed)
+
+    # The run directory: empty, or one to go on with, and ours alone.
+    last = args.work_dir / "last.pth"
+    if env.rank == 0:
+        if not args.resume and args.work_dir.is_dir() and any(p.name != ".lock" for p in args.work_dir.iterdir()):
+            raise UserError(f"--work-dir {args.work_dir}: not empty; go on with --resume or name another folder")
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        held_lock = lock(args.work_dir)  # noqa: F841  (held until the process ends)
+
+    # Data.
+    train, val, test, chooser = load_faces(args)
+    scheme = train.scheme
+    if not scheme.flip_pairs:
+        say("no flip_pairs in the COCO file: training without mirroring")
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    options = {"input_size": args.input_size, "padding": args.padding, "sigma": args.sigma, "seed": args.seed, "cache": args.cache}
+    if env.rank > 0:  # one process fills the cache, the others find it there
+        dist.barrier()
+    train_set = DogFLWDataset(train, augment=Augmentation(), **options)
+    val_set = DogFLWDataset(val, **options)
+    if env.rank == 0 and env.world > 1:
+        dist.barrier()
+
+    # Model, its average, optimizer; or all of them from last.pth.
+    resumed = None
+    if args.resume and last.exists():
+        resumed = load_checkpoint(last)
+        if resumed["scheme"] != asdict(scheme):
+            raise UserError(f"--resume {last}: its {len(resumed['scheme']['names'])} landmarks are not the "
+                            f"{len(scheme.names)} of {args.ann_root}; name another --work-dir")
+        changed = [k for k in RESUME_MUST_MATCH if resumed["args"].get(k) != plain(vars(args))[k]]
+        if changed:
+            raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {resumed['args'].get(changed[0])}, "
+                            f"now {getattr(args, changed[0])}; repeat the first command, or name another --work-dir")
+    bare = build_model(args.backbone, len(scheme.names), args.pretrained and not resumed, None if resumed else args.weights)
+    if args.sync_bn and env.world > 1:
+        bare = nn.SyncBatchNorm.convert_sync_batchnorm(bare)
+    env.bare = bare.to(env.device, memory_format=torch.channels_last)
+    average = copy.deepcopy(bare).requires_grad_(False) if args.ema else None
+    optimizer = torch.optim.Adam(bare.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                 fused=env.device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
+    first, best, rows = 0, math.inf, []
+    if resumed:
+        bare.load_state_dict(resumed["raw"])
+        if average is not None:
+            average.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        torch.set_rng_state(resumed["rng"])
+        first, best, rows = resumed["epoch"], resumed["best"], resumed["rows"]
+    model = torch.compile(bare) if args.compile else bare
+    if env.world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if env.device.type == "cuda" else None,
+                                                    gradient_as_bucket_view=True)
+    judged = average if average is not None else bare
+
+    sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, args.epochs, args.accumulate, env.rank, env.world)
+    batches = iter(torch.utils.data.DataLoader(
+        train_set, batch_sampler=sampler, num_workers=workers, collate_fn=keep, worker_init_fn=quiet_worker,
+        pin_memory=env.device.type == "cuda"))
+
+    def snapshot(epoch, metrics):
+        return {"format": FORMAT, "epoch": epoch, "model": judged.state_dict(), "scheme": asdict(scheme),
+                "args": plain(vars(args)), "versions": versions(), "metrics": metrics}
+
+    if env.rank == 0 and not resumed:
+        with atomic_write(args.work_dir / "args.json") as f:
+            f.write(json.dumps({**plain(vars(args)), "versions": versions()}, indent=1).encode())
+        write_pictures(args.work_dir, "train_batch", train_set)
+    board = None
+    if args.tensorboard and env.rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard: needs tensorboard; pip install tensorboard") from None
+        board = SummaryWriter(args.work_dir, purge_step=first)
+    say(f"{len(train)} faces to train on, checkpoint chosen on {chooser} ({len(val)}), {len(scheme.names)} landmarks; "
+        f"{args.backbone} on {env.world} x {env.device}, {str(env.amp or torch.float32)[6:]}; {args.work_dir}")
+    if resumed:
+        say(f"resuming after epoch {first}")
+
+    def validate(dataset):
+        points, _, loss = predict(judged, dataset, env.device, env.amp, sigma=args.sigma, rank=env.rank, world=env.world)
+        return points, loss, mean_metrics(points, dataset.faces, args.padding)
+
+    # Train.
+    for epoch in range(first, args.epochs):
+        start = time.perf_counter()
+        train_loss = train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, train, args, env)
+        seconds = time.perf_counter() - start
+        row = {"epoch": epoch + 1, "seconds": seconds, "lr": optimizer.param_groups[0]["lr"], "train_loss": train_loss,
+               "val_loss": math.nan, "nme": math.nan, "nme_iod": math.nan,
+               "images_per_s": sampler.steps * min(args.batch_size, len(train)) / seconds}
+        if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
+            points, row["val_loss"], metrics = validate(val_set)
+            row.update({k: metrics[k] for k in ("nme", "nme_iod") if k in metrics})
+            row["seconds"] = time.perf_counter() - start
+        rows.append(row)
+        if env.rank > 0:
+            continue
+        metrics = {k: row[k] for k in ("train_loss", "val_loss", "nme", "nme_iod")} | {"chosen_on": chooser}
+        if row["nme"] < best or (epoch + 1 == args.epochs and best == math.inf):
+            best = row["nme"]
+            save_checkpoint(args.work_dir / "best_model.pth", snapshot(epoch + 1, metrics))
+            write_pictures(args.work_dir, "val_predictions", val_set, points)
+        if (epoch + 1) % args.save_every == 0:
+            save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
+        save_checkpoint(last, snapshot(epoch + 1, metrics) | {
+            "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(), "best": best, "rows": rows})
+        write_metrics(args.work_dir / "metrics.csv", rows)
+        say(f"epoch {epoch + 1:3d}/{args.epochs}  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
+            f"train loss {train_loss:.2e}" + ("" if math.isnan(row["nme"]) else
+                                              f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}")
+            + ("  best" if best == row["nme"] else ""), flush=True)
+        if board:
+            for name in ("lr", "train_loss", "val_loss", "nme", "nme_iod", "images_per_s"):
+                board.add_scalar(name, row[name], epoch + 1)
+            if best == row["nme"]:
+                board.add_image("val_predictions", data.read_image(args.work_dir / "val_predictions.jpg"), epoch + 1, dataformats="HWC")
+    if board:
+        board.close()
+
+
+def stop(signum, _):
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    run_script(main)
