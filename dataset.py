@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which timm's weights expect
+# Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not by suffix.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
 cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
 
@@ -257,7 +259,7 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks about odd but readable files
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path}: {image.width} x {image.height} pixels is too large; scale it down")
                 image = ImageOps.exif_transpose(image)
@@ -372,8 +374,10 @@ class Windows:
         self.sizes = faces.sizes
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
         self.offsets = np.cumsum([0] + [3 * w * h for _, (w, h) in self.geometry])
-        stats = []
+        stats, root = [], faces.root.resolve()
         for path in self.paths:
+            if not path.resolve().is_relative_to(root):
+                raise UserError(f"{path}: leaves the data root by a symbolic link; copy the pictures, or name their own root")
             try:
                 stats.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
             except OSError:
@@ -546,7 +550,7 @@ def decode_heatmaps(heatmaps, stride=STRIDE):
             reach = torch.minimum(c + 0.5, n - 0.5 - c).unsqueeze(-1)
             c = centre_of_mass(profile * (reach + 0.5 - (cells - c.unsqueeze(-1)).abs()).clamp(0, 1))
         centre.append(c)
-    return (torch.stack(centre, -1) + 0.5) * stride - 0.5, heatmaps.flatten(2).amax(-1)
+    return (torch.stack(centre, -1) + 0.5) * stride - 0.5, heatmaps.amax((2, 3))
 
 
 # ---------------------------------------------------------------- pictures to look at

@@ -10,6 +10,7 @@ A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. 
 import argparse
 import copy
 import csv
+import ctypes
 import io
 import json
 import math
@@ -49,22 +50,24 @@ class LandmarkNet(nn.Module):
 
     timm's first feature is the *stem*: 64 channels at stride 2 that have seen 7 x 7 pixels. It has the head's shape,
     but a head on it alone learns nothing. Here all four branches are brought to 64 channels by 1 x 1 convolutions
-    at their own resolution, where that is cheap, then enlarged and summed; the stem joins as a skip.
+    at their own resolution, where that is cheap, then enlarged and summed; the stem, 64 channels already, is added.
     """
 
     def __init__(self, backbone, num_landmarks, width=64):
         super().__init__()
         self.backbone = timm.create_model(backbone, features_only=True, feature_location="")
+        stem, *branches = self.backbone.feature_info.channels()
+        assert stem == width
         self.laterals = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
-            for channels in self.backbone.feature_info.channels())
+            nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)) for channels in branches)
         self.head = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
             nn.Conv2d(width, num_landmarks, 1))
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, images):
-        stem, high, *lower = [lateral(x) for lateral, x in zip(self.laterals, self.backbone(images))]
+        stem, *branches = self.backbone(images)  # (B, 64, S/2, S/2), then strides 4, 8, 16, 32
+        high, *lower = [lateral(x) for lateral, x in zip(self.laterals, branches)]
         for x in lower:
             high = high + F.interpolate(x, size=high.shape[-2:], mode="bilinear")  # (B, 64, S/4, S/4)
         return self.head(F.relu(stem + F.interpolate(high, scale_factor=2, mode="bilinear")))
@@ -524,6 +527,12 @@ def set_up_processes(device_name):
     """Device, rank and world as torchrun gives them; the process group where there are several."""
     env = argparse.Namespace(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)),
                              device=choose_device(device_name))
+    if env.device.type == "cpu" and sys.platform == "linux":
+        # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages again costs
+        # a fifth of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
         torch.backends.cudnn.benchmark = True

@@ -149,9 +149,9 @@ def make_face(rng, breed):
         return np.column_stack([p, surface(balls, np.eye(3), p[:, 0], p[:, 1])[0]]).reshape(-1, 2, 3)
 
     x, w, h = rng.uniform((0.36, 0.10, 0.065), (0.42, 0.13, 0.10))  # eye
-    up, nose, low = rng.uniform(-0.035, 0.01), rng.uniform(0.13, 0.18) * wide ** 0.5, flew * (gape == 0)
+    up, nose, low = rng.uniform(-0.025, 0.02), rng.uniform(0.13, 0.18) * wide ** 0.5, flew * (gape == 0)
     face = {"ny": ny, "gape": gape, "balls": balls,
-            "eyes": pairs([(x - w, 0.025), (x - 0.55 * w, -0.72 * h), (x, -h), (x + 0.6 * w, -0.75 * h + up),
+            "eyes": pairs([(x - w, 0.015), (x - 0.55 * w, -0.72 * h), (x, -h), (x + 0.6 * w, -0.75 * h + up),
                            (x + w, up), (x + 0.5 * w, 0.7 * h + up / 2), (x, h), (x - 0.5 * w, 0.7 * h)]),
             "nose": pairs([(0, -0.10), (0.75 * nose, -0.085), (nose, 0), (0.75 * nose, 0.085), (0.25 * nose, 0.11),
                            (0, 0.125), (0.6 * nose, 0.045), (0, 0.05)], ny),  # the outline, nostrils, between them
@@ -325,7 +325,8 @@ def draw_mouth(canvas, face, px, scale):
     ink = np.zeros(canvas[where].shape[:2], np.uint8)
 
     def line(points, width, value=255):
-        cv2.polylines(ink, [np.int32((points - corner) * 16)], False, value, max(1, round(width * scale)), cv2.LINE_AA, 4)
+        points, width = np.int32((points - corner) * 16), max(1, round(width * scale))
+        cv2.polylines(ink, [points], False, value, width, cv2.LINE_AA, 4)
 
     if face["gape"]:
         paint(canvas, np.concatenate([upper, lower[::-1]]), (62, 22, 26), 0.012 * scale)
@@ -451,8 +452,9 @@ def render(rng, face, coat, turn, size, scale, origin):
 def plan_defects(rng, train, test):
     """{index: defect}: each at least once where there are faces enough, and for large sets as often as in DogFLW."""
     often = max(2, round(0.038 * train))  # boxes of another scale, a fifth of them apart from the face
+    apart = max(1, often // 5)
     defects = ["empty", "nan", "apart", "mismatch", "outside", "empty", "nan", "outside"]
-    defects += ["apart"] * (often // 5 - 1) + ["mismatch"] * (often - often // 5 - 1) + ["outside"] * (train // 300)
+    defects += ["apart"] * (apart - 1) + ["mismatch"] * (often - apart - 1) + ["outside"] * (train // 300)
     plan = dict(zip(rng.permutation(train).tolist(), defects))
     if test:
         plan[train + int(rng.integers(test))] = "empty"
@@ -516,7 +518,7 @@ def write_sample(job):
 
 def make_sample(out, train=600, test=100, seed=0, workers=None):
     """Write the data set to the folder `out`, in place of what is there; all of it or nothing."""
-    out = Path(out)
+    out = Path(out).resolve()
     plan = plan_defects(np.random.default_rng(seed), train, test)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     jobs = [(part, seed, i, "train" if i < train else "test", plan.get(i)) for i in range(train + test)]
@@ -524,9 +526,13 @@ def make_sample(out, train=600, test=100, seed=0, workers=None):
         for split in ("train", "test"):
             (part / split / "images").mkdir(parents=True)
             (part / split / "labels").mkdir()
-        with multiprocessing.Pool(min(workers or os.cpu_count() or 1, len(jobs))) as pool:
-            for _ in pool.imap_unordered(write_sample, jobs, chunksize=4):
-                pass
+        workers = min(workers or os.cpu_count() or 1, len(jobs))
+        if workers > 1:
+            with multiprocessing.Pool(workers) as pool:
+                pool.map(write_sample, jobs, chunksize=4)
+        else:
+            for job in jobs:
+                write_sample(job)
         if out.exists():
             shutil.rmtree(out)
         part.rename(out)
@@ -548,8 +554,12 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
     if args.out.is_file():
         raise UserError(f"--out {args.out}: is a file; name a folder")
-    if args.out.exists() and any(args.out.iterdir()) and not args.force:
+    inside = sorted(p.name for p in args.out.iterdir()) if args.out.exists() else []
+    if inside and not args.force:
         raise UserError(f"--out {args.out}: not empty; pass --force to replace it, or name another folder")
+    if set(inside) - {"train", "test"} or any(args.out.glob("*/*/[!s]*")):  # such as the real DogFLW
+        raise UserError(f"--out {args.out}: holds more than a drawn sample, which --force will not delete; "
+                        "name another folder")
     start = time.perf_counter()
     try:
         make_sample(args.out, args.train, args.test, args.seed, args.workers)

@@ -1,0 +1,63 @@
+"""Shared by the tests: scripts run as users run them, on a small drawn sample and a checkpoint trained on it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--no-pretrained", "--backbone", "hrnet_w18_small", "--input-size", 64, "--num-workers", 0, "--device", "cpu", "--no-amp")
+
+
+def run_script(name, *args, check=False, **environment):
+    """Run a script of the project as a process of its own; its output as text."""
+    result = subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "", **environment})
+    assert "Traceback" not in result.stderr, result.stderr
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def script():
+    return run_script
+
+
+@pytest.fixture
+def refused(script):
+    """Run a script that must end with one line of error, exit code 2; returns the line."""
+    def check(*args, **environment):
+        result = script(*args, **environment)
+        assert result.returncode == 2, result
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+        return lines[0]
+    return check
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """40 + 12 drawn faces, converted: .data_root, .ann_root."""
+    folder = tmp_path_factory.mktemp("sample")
+    run_script("tools/make_sample_dataset.py", "--out", folder / "dogflw", "--train", 40, "--test", 12, check=True)
+    run_script("tools/convert_dogflw_to_coco.py", "--dogflw_root", folder / "dogflw", "--out_dir", folder / "ann", check=True)
+    return SimpleNamespace(data_root=folder / "dogflw", ann_root=folder / "ann")
+
+
+@pytest.fixture(scope="session")
+def train(sample):
+    """Run train_simple.py on the sample with small settings; more flags may follow."""
+    def run(work_dir, *args, **kwargs):
+        return run_script("train_simple.py", "--data-root", sample.data_root, "--ann-root", sample.ann_root,
+                          "--work-dir", work_dir, *SMALL, "--cache", "ram", *args, **kwargs)
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(sample, train, tmp_path_factory):
+    """A finished two-epoch run: .work_dir with best_model.pth, .data_root, .ann_root."""
+    work_dir = tmp_path_factory.mktemp("runs") / "small"
+    train(work_dir, "--epochs", 2, "--batch-size", 8, check=True)
+    return SimpleNamespace(work_dir=work_dir, **vars(sample))

@@ -1,0 +1,134 @@
+"""The drawn sample: DogFLW's layout, its defects, and the same bytes whatever the number of processes."""
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools/make_sample_dataset.py"
+TRAIN, TEST = 30, 4
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sample(tool, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sample") / "dogflw"
+    tool.make_sample(out, TRAIN, TEST, seed=3, workers=1)
+    return out
+
+
+def labels(sample, split):
+    """[(picture size, landmarks (46, 2), box or None)] of one split."""
+    rows = []
+    for file in sorted(sample.glob(f"{split}/labels/*.json")):
+        label = json.loads(file.read_text())
+        assert sorted(label) == ["bounding_boxes", "landmarks"]
+        box = label["bounding_boxes"]
+        assert len(box) == 4 and all(isinstance(v, str) for v in box)
+        with Image.open(sample / split / "images" / f"{file.stem}.png") as picture:
+            size = np.array(picture.size)
+        rows.append((size, np.array(label["landmarks"], float), None if "" in box else np.array(box, float)))
+    return rows
+
+
+def iou(tool, points, box):
+    return tool.overlap(np.concatenate([points.min(0), points.max(0)]), box)
+
+
+def test_layout(sample):
+    assert sorted(p.name for p in sample.iterdir()) == ["test", "train"]
+    assert [p.name for p in sample.parent.iterdir()] == ["dogflw"]  # nothing temporary is left
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        stems = [sorted(p.stem for p in (sample / split / kind).iterdir()) for kind in ("images", "labels")]
+        assert stems[0] == stems[1] and len(stems[0]) == count
+        assert all(stem.split("_")[0][0] == "s" and len(stem.split("_")[0]) == 9 for stem in stems[0])
+
+
+def test_landmarks_are_in_the_picture_and_left_is_left(sample):
+    for size, points, _ in labels(sample, "train") + labels(sample, "test"):
+        assert points.shape == (46, 2)
+        points = points[np.isfinite(points).all(1)]
+        assert len(points) >= 44
+        assert (points > -2).all() and (points < size + 1).all()
+    finite = [p for _, p, _ in labels(sample, "train") if np.isfinite(p).all()]
+    for left in (0, 6, 12, 16, 18, 26, 39):
+        assert all(p[left, 0] < p[left + 1, 0] for p in finite)
+
+
+def test_every_defect_is_there(tool, sample):
+    train, test = labels(sample, "train"), labels(sample, "test")
+    whole = [np.isfinite(points).all() for _, points, _ in train]
+    assert whole.count(False) == 2 and all(np.isfinite(points).all() for _, points, _ in test)
+    assert [sum(box is None for *_, box in rows) for rows in (train, test)] == [2, 1]
+    assert sum(((p < 0) | (p > size - 1)).any() for size, p, _ in train) == 2
+    fits = [iou(tool, p, box) for _, p, box in train if box is not None and np.isfinite(p).all()]
+    assert sum(fit == 0 for fit in fits) == 1 and sum(0 < fit < 0.3 for fit in fits) == 1
+    assert all(iou(tool, p, box) > 0.75 for _, p, box in test if box is not None)
+    assert sum(fit > 0.75 for fit in fits) == len(fits) - 2
+    spoilt = list(tool.plan_defects(np.random.default_rng(0), 600, 100).values())  # the default size, as in DogFLW
+    assert [spoilt.count(d) for d in ("empty", "nan", "mismatch", "apart", "outside")] == [3, 2, 19, 4, 4]
+
+
+def test_same_bytes_with_other_workers(sample, tmp_path):
+    out = tmp_path / "dogflw"
+    flags = ["--out", out, "--train", TRAIN, "--test", TEST, "--seed", 3, "--workers", 3]
+    done = subprocess.run([sys.executable, *map(str, [SCRIPT, *flags])], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1 and not done.stderr
+    files = sorted(p.relative_to(sample) for p in sample.rglob("*.*"))
+    assert files == sorted(p.relative_to(out) for p in out.rglob("*.*"))
+    assert all((sample / f).read_bytes() == (out / f).read_bytes() for f in files)
+
+
+def test_faces_differ(sample):
+    faces = [p for _, p, _ in labels(sample, "train") if np.isfinite(p).all()]
+    span = [math.dist(p[18], p[19]) for p in faces]
+    ears = np.array([(p[[6, 7]] - p[[18, 19]]) / s for p, s in zip(faces, span)])
+    assert ears.std(0).min() > 0.1 and np.corrcoef(ears[:, 0, 1], ears[:, 1, 1])[0, 1] < 0.97
+
+
+@pytest.mark.parametrize("flags", [["--train", "0"], ["--test", "-1"], ["--workers", "0"], ["--seed", "x"]])
+def test_bad_flags(tool, monkeypatch, tmp_path, flags):
+    monkeypatch.setattr(sys, "argv", ["make_sample_dataset.py", "--out", str(tmp_path / "new"), *flags])
+    with pytest.raises(UserError, match=flags[0]):
+        tool.main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_force_replaces_a_sample_and_nothing_else(tool, monkeypatch, tmp_path):
+    out = tmp_path / "dogflw"
+    argv = ["make_sample_dataset.py", "--out", str(out), "--train", "1", "--test", "0", "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    tool.main()
+    with pytest.raises(UserError, match="not empty"):
+        tool.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--force"])
+    tool.main()
+    for mine in ("train/images/n02085620_1073.png", "notes.txt"):
+        (out / mine).write_text("keep me")
+        with pytest.raises(UserError, match="more than a drawn sample"):
+            tool.main()
+        (out / mine).unlink()
+
+
+def test_interrupted_run_leaves_nothing(tool, monkeypatch, tmp_path):
+    def stop(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "write_sample", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tool.make_sample(tmp_path / "dogflw", 2, 0, workers=1)
+    assert not list(tmp_path.iterdir())
