@@ -57,7 +57,8 @@ def run_script(main):
     try:
         sys.exit(main())
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        # From a DataLoader's worker the message comes wrapped in the worker's traceback.
+        print(f"error: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT,
                            errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
@@ -302,11 +303,11 @@ def apply_matrix(matrix, points):
 class Augmentation:
     """Ranges of the training augmentation. `Augmentation.none()` is the validation crop."""
     flip: float = 0.5  # probability of mirroring, partners swapped
-    rotation: float = 30.0  # degrees, uniform in +-
-    scale: float = 0.25  # log-uniform in 1 / (1 + s) .. 1 + s
-    shift: float = 0.06  # of the crop's side, uniform in +-
-    colour: float = 0.3  # strength of contrast, brightness, saturation and channel gain
-    occlusion: float = 0.3  # probability of one flat rectangle over the crop
+    rotation: float = 20.0  # degrees, uniform in +-
+    scale: float = 0.2  # log-uniform in 1 / (1 + s) .. 1 + s
+    shift: float = 0.05  # of the crop's side, uniform in +-
+    colour: float = 0.25  # strength of contrast, brightness, saturation and channel gain
+    occlusion: float = 0.2  # probability of one flat rectangle over the crop
 
     @classmethod
     def none(cls):
@@ -436,7 +437,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
     """
 
-    def __init__(self, faces, input_size=256, padding=1.25, sigma=2.0, augment=None, seed=0, cache="none"):
+    def __init__(self, faces, input_size=256, padding=1.25, sigma=1.2, augment=None, seed=0, cache="none"):
         self.faces, self.size, self.padding, self.sigma, self.seed = faces, input_size, padding, sigma, seed
         self.augment = augment or Augmentation.none()
         self.flip_index = faces.scheme.flip_index
@@ -524,33 +525,31 @@ def encode_heatmaps(points, size, sigma, stride=STRIDE):
     return (y.unsqueeze(2) * x.unsqueeze(1)).permute(0, 3, 1, 2)
 
 
-def marginals(heatmaps):
-    """The squared positive part summed over rows and over columns: (B, K, H, W) -> x (B, K, W), y (B, K, H).
+def expected_points(heatmaps, stride=STRIDE):
+    """Centres of mass of maps that sum to 1: (B, K, H, W) -> (B, K, 2) in crop pixels.
 
-    Squaring sharpens a map whose place is certain and leaves a broad one broad, so that one centre of mass reads both.
+    Differentiable, and the best guess under a squared error when the place is uncertain (Sun et al. 2018, eq. 2).
     """
-    mass = F.relu(heatmaps).square()
-    return mass.sum(2) + 1e-6, mass.sum(3) + 1e-6
+    columns, rows = heatmaps.sum(2), heatmaps.sum(3)  # (B, K, W), (B, K, H)
+    cells = torch.arange(max(heatmaps.shape[2:]), device=heatmaps.device, dtype=heatmaps.dtype)
+    x = (columns * cells[:columns.shape[-1]]).sum(-1)
+    y = (rows * cells[:rows.shape[-1]]).sum(-1)
+    return (torch.stack([x, y], -1) + 0.5) * stride - 0.5
 
 
-def centre_of_mass(profile):
-    """(B, K, N) -> (B, K), in cells."""
-    cells = torch.arange(profile.shape[-1], device=profile.device, dtype=profile.dtype)
-    return (profile * cells).sum(-1) / profile.sum(-1)
+def decode_heatmaps(heatmaps, stride=STRIDE, radius=0.05):
+    """Non-negative maps of any height (B, K, H, W) -> points (B, K, 2) in crop pixels, scores (B, K).
 
-
-def decode_heatmaps(heatmaps, stride=STRIDE):
-    """Heatmaps (B, K, H, W) -> points (B, K, 2) in crop pixels, peaks (B, K)."""
-    centre = []
-    for profile in marginals(heatmaps):
-        c, n = centre_of_mass(profile), profile.shape[-1]
-        cells = torch.arange(n, device=profile.device, dtype=profile.dtype)
-        for _ in range(8):
-            # The border cuts a Gaussian beside it and so pulls its centre inwards: look only as far on the other side.
-            reach = torch.minimum(c + 0.5, n - 0.5 - c).unsqueeze(-1)
-            c = centre_of_mass(profile * (reach + 0.5 - (cells - c.unsqueeze(-1)).abs()).clamp(0, 1))
-        centre.append(c)
-    return (torch.stack(centre, -1) + 0.5) * stride - 0.5, heatmaps.amax((2, 3))
+    Sub-pixel: the centre of mass, right for sharp and for broad maps. The score is the share of the map's mass
+    within `radius` of the point, as a fraction of the crop (in x and in y): the map's own probability of that error.
+    """
+    heatmaps = heatmaps / heatmaps.sum((2, 3), keepdim=True).clamp(min=1e-12)
+    points = expected_points(heatmaps, stride)
+    size = heatmaps.shape[-1]
+    cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
+    distance = (cells - ((points + 0.5) / stride - 0.5).unsqueeze(-1)).abs()  # (B, K, 2, size)
+    near_x, near_y = (radius * size + 0.5 - distance).clamp(0, 1).unbind(2)
+    return points, torch.einsum("bkhw,bkh,bkw->bk", heatmaps, near_y, near_x)
 
 
 # ---------------------------------------------------------------- pictures to look at

@@ -37,15 +37,15 @@ def test_the_mirrored_crop_is_the_crop_mirrored(box):
     np.testing.assert_allclose(mirrored, [255, 0] + plain * [-1, 1], atol=1e-8)
 
 
-@given(st.integers(32, 130), st.floats(1.0, 4.0), st.integers(0, 10**6))
+@given(st.integers(32, 130), st.floats(0.8, 1.2), st.integers(0, 10**6))
 def test_heatmap_round_trip(size, sigma, seed):
     """Under 0.05 input pixels wherever the point lies at least 3 cells from the border."""
     cells = torch.from_numpy(np.random.default_rng(seed).uniform(3, size - 4, (2, 7, 2)).astype(np.float32))
     points = (cells + 0.5) * 2 - 0.5
-    decoded, peaks = data.decode_heatmaps(data.encode_heatmaps(points, size, min(sigma, 2.0)))
+    decoded, scores = data.decode_heatmaps(data.encode_heatmaps(points, size, sigma))
     assert (decoded - points).abs().max() < 0.05
-    assert peaks.min() > 0.7
-    single = torch.cat([data.decode_heatmaps(data.encode_heatmaps(p[None], size, min(sigma, 2.0)))[0] for p in points])
+    assert scores.min() > 0.5
+    single = torch.cat([data.decode_heatmaps(data.encode_heatmaps(p[None], size, sigma))[0] for p in points])
     torch.testing.assert_close(single, decoded)  # batched equals single
 
 
