@@ -434,7 +434,7 @@ def plain(settings):
 def versions():
     """What the run was made with, as plain strings."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,
             "numpy": np.__version__, "git": git.stdout.strip() if git.returncode == 0 else "unknown"}
 
 
@@ -751,6 +751,7 @@ def train(args):
             write_pictures(args.work_dir, "val_predictions", val_set, points)
         if (epoch + 1) % args.save_every == 0:
             save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
+            plot_curves(args.work_dir / "curves.png", rows)
         save_checkpoint(last, snapshot(epoch + 1, metrics) | {
             "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "rng": torch.get_rng_state(), "best": best, "rows": rows})
@@ -766,6 +767,25 @@ def train(args):
                 board.add_image("val_predictions", data.read_image(args.work_dir / "val_predictions.jpg"), epoch + 1, dataformats="HWC")
     if board:
         board.close()
+    if env.rank == 0:
+        plot_curves(args.work_dir / "curves.png", rows)
+
+    # The checkpoint that was chosen; with --holdout, its one look at val.json.
+    if env.world > 1:
+        dist.barrier()  # rank 0 has written it
+    chosen = load_checkpoint(args.work_dir / "best_model.pth")
+    say(f"best_model.pth: epoch {chosen['epoch']}, nme {chosen['metrics']['nme']:.4f}, nme_iod {chosen['metrics']['nme_iod']:.4f}, "
+        f"chosen on these same {len(val)} faces ({chooser})")
+    if test is not None:
+        judged.load_state_dict(chosen["model"])
+        _, _, metrics = validate(DogFLWDataset(test, **options))
+        say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        if env.rank == 0:
+            with atomic_write(args.work_dir / "test.json") as f:
+                f.write(json.dumps({"faces": len(test), "chosen_on": chooser, **metrics}, indent=1).encode())
+    if env.world > 1:
+        dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,226 @@
+"""The evaluation: numbers against an independent implementation, results of other programs, the report."""
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dataset as data
+from dataset import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools/evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
+    """A COCO file with random faces; some landmarks are not labelled, once an interocular one."""
+    images, annotations = [], []
+    for number, count in enumerate(faces_of_pictures):
+        images.append({"id": 100 + number, "file_name": f"b{number % 3}_{number}.png", "width": 300, "height": 200})
+        for _ in range(count):
+            v = np.where(rng.random(k) < 0.2, 0, 2)
+            v[[0, 2, 4]] = 2, 2, 0 if len(annotations) == 1 else 2
+            triples = np.column_stack([rng.uniform(20, 180, (k, 2)), v]) * (v > 0)[:, None]
+            annotations.append({"id": 7 + 3 * len(annotations), "image_id": 100 + number, "category_id": 1,
+                                "bbox": [*rng.uniform(0, 20, 2), *rng.uniform(100, 170, 2)],
+                                "keypoints": triples.ravel().tolist()})
+    category = {"id": 1, "name": "x", "keypoints": [f"p{i}" for i in range(k)], "regions": {"low": [0, 1, 2], "high": [5, 6]},
+                "interocular": list(interocular)}
+    return {"images": images, "annotations": annotations, "categories": [category]}
+
+
+def results_of(content, points):
+    return [{"image_id": a["image_id"], "category_id": 1, "annotation_id": a["id"], "score": 0.5,
+             "keypoints": np.column_stack([p, np.ones(len(p))]).ravel().tolist()}
+            for a, p in zip(content["annotations"], points, strict=True)]
+
+
+def reference(content, points, padding, landmarks, select=lambda annotation: True):
+    """Every score by plain loops over the JSON, in double precision."""
+    faces = {"nme": [], "nme_iod": [], "nme_box": []}
+    near = {0.05: [], 0.10: []}
+    a, b = content["categories"][0]["interocular"]
+    for annotation, predicted in zip(content["annotations"], points, strict=True):
+        if not select(annotation):
+            continue
+        values, (_, _, w, h) = annotation["keypoints"], annotation["bbox"]
+        lengths = {"nme": max(w, h) * padding, "nme_box": math.sqrt(w * w + h * h)}
+        if values[3 * a + 2] > 0 and values[3 * b + 2] > 0:
+            lengths["nme_iod"] = math.hypot(values[3 * a] - values[3 * b], values[3 * a + 1] - values[3 * b + 1])
+        errors = []
+        for i in landmarks:
+            if values[3 * i + 2] > 0:
+                errors.append(math.hypot(predicted[i][0] - values[3 * i], predicted[i][1] - values[3 * i + 1]))
+        for name, length in lengths.items():
+            if errors:
+                faces[name].append(sum(errors) / len(errors) / length)
+        for threshold, hits in near.items():
+            if "nme_iod" in lengths:
+                hits += [e <= threshold * lengths["nme_iod"] for e in errors]
+    scores = {name: sum(e) / len(e) if e else None for name, e in faces.items()}
+    area, curve = 0.0, sorted(faces["nme_iod"])
+    for n, error in enumerate(curve):  # from this error to the next one, n + 1 faces lie below
+        following = curve[n + 1] if n + 1 < len(curve) else 0.1
+        area += (n + 1) * (min(following, 0.1) - min(error, 0.1))
+    extra = {f"pck_{t:.2f}": sum(hits) / len(hits) for t, hits in near.items() if hits}
+    extra |= {"failure_rate": sum(e > 0.1 for e in curve) / len(curve), "auc": area / len(curve) / 0.1} if curve else {}
+    return scores, extra
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_an_independent_implementation(tool, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    content = coco(rng, [1, 2, 1, 1, 3, 1])
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    points = faces.points + rng.normal(0, rng.choice([1, 5, 12], (len(faces), 1, 1)), faces.points.shape)
+    (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)))
+    read = tool.read_results(tmp_path / "theirs.json", faces)
+    assert np.array_equal(read, points)
+    report, _ = tool.score(read, faces, 1.4)
+    scores, extra = reference(content, points, 1.4, range(7))
+    assert report["metrics"] == pytest.approx({**scores, **extra}, rel=1e-12) and report["main"] == "nme_iod"
+    assert report["faces"] == 9 and report["faces_by_main"] == 8
+
+    def same(row, scores):
+        for name, value in scores.items():
+            assert math.isnan(row[name]) if value is None else row[name] == pytest.approx(value, rel=1e-12)
+    for name, index in (("low", [0, 1, 2]), ("high", [5, 6])):
+        same(report["region"][name], reference(content, points, 1.4, index)[0])
+    for i in range(7):
+        same(report["landmark"][f"{i} p{i}"], reference(content, points, 1.4, [i])[0])
+    for b in range(3):
+        ours = reference(content, points, 1.4, range(7), lambda annotation, b=b: annotation["image_id"] % 100 % 3 == b)
+        same(report["breed"][f"b{b}"], ours[0])
+
+
+def test_curve_by_hand(tool):
+    assert tool.area_under_curve([0.0]) == 1 and tool.area_under_curve([0.2, math.nan]) == 0
+    assert tool.area_under_curve([0.05, 0.15]) == pytest.approx(0.25)  # from 0.05 on, half of the faces
+    assert tool.area_under_curve([0.02, 0.06, 0.1, 0.3]) == pytest.approx((0.04 * 0.25 + 0.04 * 0.5) / 0.1)
+    assert tool.failure_rate([0.05, 0.1, 0.100001, 3.0, math.nan]) == 0.5
+    assert math.isnan(tool.failure_rate([math.nan])) and math.isnan(tool.area_under_curve([math.nan]))
+
+
+def test_pck_by_hand(tool, tmp_path):
+    content = coco(np.random.default_rng(0), [1], k=5)
+    content["annotations"][0]["keypoints"] = [10, 10, 2, 20, 10, 2, 50, 50, 2, 0, 0, 0, 150, 50, 2]  # interocular: 100
+    (tmp_path / "ann.json").write_text(json.dumps({**content, "categories": [{**content["categories"][0], "regions": {}}]}))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    points = faces.points + np.array([[5, 0], [0, 5.01], [0, 10], [900, 900], [8, 6.01]])
+    assert tool.pck(points, faces, np.array([100.0]), 0.05) == 1 / 4
+    assert tool.pck(points, faces, np.array([100.0]), 0.10) == 3 / 4
+    assert math.isnan(tool.pck(points, faces, np.array([math.nan]), 0.10))
+
+
+def test_without_interocular_the_box_is_the_measure(tool, tmp_path):
+    content = coco(np.random.default_rng(1), [1, 1], interocular=())
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    report, errors = tool.score(faces.points + 3, faces, 1.25)
+    assert report["main"] == "nme_box" and "nme_iod" not in report["metrics"] and np.isfinite(errors).all()
+
+
+def test_which_result_counts(tool, tmp_path):
+    content = coco(np.random.default_rng(2), [1, 2])
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    rows, path = results_of(content, faces.points), tmp_path / "theirs.json"
+
+    def read(results):
+        path.write_text(json.dumps(results))
+        return tool.read_results(path, faces)
+    plain = {k: v for k, v in rows[0].items() if k != "annotation_id"}  # alone in its picture: needs no id
+    worse, better = ({**plain, "score": s, "keypoints": [c] * 21} for s, c in ((0.4, 1.0), (0.6, 2.0)))
+    other = {**plain, "image_id": 12345}
+    assert np.array_equal(read([worse, plain, *rows[1:], other]), faces.points)
+    assert (read([better, plain, *rows[1:]])[0] == 2).all()
+    crowd = {k: v for k, v in rows[1].items() if k != "annotation_id"}
+    for results, message in (
+            ([plain, rows[2]], "no result for 1 of 3 faces, the first is annotation 10 of b1_1.png"),
+            ([plain, crowd, crowd], "result 1: its picture has 2 faces; name one by annotation_id"),
+            ([{**plain, "keypoints": [1, 2, 3]}], "result 0 needs image_id, keypoints \\(7 x 3"),
+            ([{**plain, "keypoints": [math.nan] * 21}], "not finite"), ([{**plain, "image_id": []}], "needs image_id"),
+            ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
+        with pytest.raises(UserError, match=message):
+            read(results)
+
+
+def test_page_escapes_what_comes_from_outside(tool, tmp_path):
+    content, evil = coco(np.random.default_rng(3), [1, 1]), "<img src=x onerror=alert(1)>"
+    for image in content["images"]:
+        image |= {"file_name": f"{image['id']}\"'{evil}.png", "breed": evil}
+    content["categories"][0] |= {"regions": {evil: [0]}, "keypoints": [f"{i}{evil}" for i in range(7)]}
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    report, _ = tool.score(faces.points + 1, faces, 1.25)
+    page = tool.as_html({**report, "ann": evil, "source": evil, "definitions": {"nme": evil}}, {}).decode()
+    assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") > 10
+
+
+@pytest.fixture(scope="module")
+def report(run, script, tmp_path_factory):
+    """The script on a real checkpoint, everything by default but the folder."""
+    out = tmp_path_factory.mktemp("report")
+    result = script("tools/evaluate.py", run.work_dir / "best_model.pth", "--out", out, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_checkpoint(run, report):
+    out, text = report
+    content = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    for name in ("nme", "nme_iod"):  # the trainer's own validation, of the same faces
+        assert content["metrics"][name] == pytest.approx(checkpoint["metrics"][name], rel=1e-4)
+    assert f"nme {content['metrics']['nme']:.4f}" in text and "chosen on val.json" in text and "flatter" in text
+    rows = (out / "report.csv").read_text().splitlines()
+    faces, breeds = len(content["face"]), len(content["breed"])
+    assert faces == 12 and len(rows) == 2 + len(content["region"]) + 46 + breeds + faces
+    pictures = {"error_curve.png": None, "landmarks.png": None, "mean_face.png": None, "worst.jpg": (5 * 240, 3 * 262)}
+    for name, size in pictures.items():
+        assert size in (None, data.read_image(out / name).shape[1::-1])
+    page = (out / "report.html").read_text()
+    assert page.count("src=") == 4 == len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page))
+    assert "http" not in page and "href" not in page
+
+
+def test_own_results_score_the_same(run, report, tool, tmp_path, capsys):
+    out, _ = report
+    faces = data.load_coco(run.ann_root / "val.json", run.data_root)
+    content = json.loads((run.ann_root / "val.json").read_text())
+    points = faces.points + 2.5
+    (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)))
+    where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root)]
+    tool.main(["--results", str(tmp_path / "theirs.json"), *where, "--padding", "1.5"])
+    scored = json.loads((tmp_path / "evaluation/report.json").read_text())
+    assert scored["metrics"]["nme"] == pytest.approx(np.mean(2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.5))
+    assert "results of" in capsys.readouterr().out
+
+
+def test_refuses_in_one_line(run, report, tool, tmp_path):
+    best, ann = str(run.work_dir / "best_model.pth"), run.ann_root / "val.json"
+    content = json.loads(ann.read_text())
+    content["categories"][0]["keypoints"][0] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    for args, message in (
+            ([], "name a CHECKPOINT"), (["--nonsense"], "--help"), ([str(tmp_path / "no.pth")], "no such file"),
+            ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the checkpoint"),
+            ([best, "--batch-size", "0"], "at least 1"), ([best, "--ann", str(tmp_path / "no.json")], "no such file"),
+            ([best, "--data-root", str(tmp_path / "no")], "no such folder"), ([best, "--device", "nonsense"], "--device"),
+            ([best, "--ann", str(tmp_path / "other.json")], "landmarks"), (["--results", str(ann)], "--ann")):
+        with pytest.raises(UserError, match=message) as e:
+            tool.main([*args, *([] if "--out" in args else ["--out", str(tmp_path / "out")])])
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,93 @@
+"""What is in checkpoints; no code of theirs runs."""
+import importlib.util
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import UserError, read_image
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools/inspect_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def other(run, tmp_path_factory):
+    """The run again, with other settings, versions and metrics."""
+    folder = tmp_path_factory.mktemp("others") / "_second $run"
+    folder.mkdir()
+    shutil.copy(run.work_dir / "metrics.csv", folder)
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    checkpoint["args"] |= {"seed": 41, "note": "line\n\x1b[31mred"}
+    checkpoint["versions"]["torch"] = "0.0.1"
+    checkpoint["metrics"]["nme"] = 0.0123
+    torch.save(checkpoint, folder / "best_model.pth")
+    return folder
+
+
+def test_one(run, script):
+    result = script("tools/inspect_checkpoint.py", run.work_dir)
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(None, 1) for line in result.stdout.splitlines() if len(line.split(None, 1)) == 2)
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    assert facts["nme"] == f"{checkpoint['metrics']['nme']:.4g}" and facts["chosen_on"] == "val.json"
+    assert facts["landmarks"] == "46" or "46" in result.stdout
+    parameters = sum(v.numel() for k, v in checkpoint["model"].items() if not k.endswith(("_mean", "_var", "_tracked")))
+    assert facts["parameters"] == f"{parameters / 1e6:.2f} M"
+    assert facts["batch_size"] == "8" and facts["input_size"] == "64"
+    assert facts["torch"] == checkpoint["versions"]["torch"] and facts["eye"].split() == [str(i) for i in range(16, 24)]
+
+
+def test_several_and_their_curves(run, other, tool, tmp_path, capsys):
+    plot = tmp_path / "curves.png"
+    tool.main([str(run.work_dir), str(other), str(run.work_dir / "last.pth"), "--plot", str(plot)])
+    text = capsys.readouterr().out
+    table, differing = text.split("what differs")
+    assert "0.0123" in table and "small/last.pth" in table and "_second $run" in table
+    lines = [line.split() for line in differing.splitlines()]
+    assert ["seed", "0", "41", "0"] in lines and sum(line[:1] == ["lr"] for line in lines) == 0
+    assert next(line for line in lines if line[:1] == ["torch"])[2] == "0.0.1"
+    assert next(line for line in lines if line[:1] == ["note"]) == ["note", "-", "line??[31mred", "-"]  # no control codes
+    assert read_image(plot).shape[1] > 1000
+    with pytest.raises(UserError, match="--force"):
+        tool.main([str(run.work_dir), "--plot", str(plot)])
+    tool.main([str(run.work_dir), str(run.work_dir), "--plot", str(plot), "--force"])
+    assert "are the same" in capsys.readouterr().out
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_runs_no_code_and_refuses_in_one_line(run, other, tool, tmp_path):
+    hostile, broken, empty = tmp_path / "hostile.pth", tmp_path / "broken.pth", tmp_path / "empty"
+    torch.save({"format": 1, "model": Payload(tmp_path / "owned")}, hostile)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    broken.write_bytes((run.work_dir / "best_model.pth").read_bytes()[:5000])
+    empty.mkdir()
+    alone = tmp_path / "alone.pth"
+    shutil.copy(other / "best_model.pth", alone)
+    for args, message in (
+            ([hostile], "Nothing in it was run"), ([tmp_path / "plain.pth"], "Nothing in it was run"),
+            ([broken], "broken.pth: not loaded"), ([empty], "no best_model.pth in it"), ([tmp_path / "no"], "no such file"),
+            ([run.work_dir / "metrics.csv"], "not loaded"), ([run.work_dir, hostile], "Nothing"), ([], "--help"),
+            ([run.work_dir, "--plot", tmp_path / "x.txt"], "must end in .png"),
+            ([alone, "--plot", tmp_path / "x.png"], "metrics.csv: no such file")):
+        with pytest.raises(UserError, match=message) as e:
+            tool.main([str(a) for a in args])
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "x.png").exists()

@@ -1,0 +1,214 @@
+"""Export a checkpoint to one ONNX file, or to safetensors with a model card.
+
+    uv run python tools/export_onnx.py work_dirs/hrnet_w32/best_model.pth
+    uv run python tools/export_onnx.py best_model.pth --out dog.onnx --no-flip --safetensors hub/
+
+The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in, `landmarks`
+(N, K, 2) in crop pixels and `scores` (N, K) out, any N. Its metadata hold names, flip_pairs, input_size, padding and
+the licence; the crop is a square of `padding` times the face box's longer side. The file is left only if onnxruntime
+gives PyTorch's landmarks. Needs: pip install onnx onnxruntime safetensors.
+
+--safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json, README.md.
+"""
+import json
+import math
+import statistics
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from dataset import Parser, UserError, atomic_write, decode_heatmaps, normalize, run_script
+from train_simple import load_model, predict_heatmaps
+
+LICENCE = "CC-BY-NC-4.0: DogFLW, which it was trained on, allows non-commercial use only"
+TOLERANCE = 0.05  # crop pixels
+OPSET = 17
+RUNS = 20
+
+
+class Exported(nn.Module):
+    """uint8 crops -> landmarks and scores, by the trainer's own functions; `flip_index` None: one pass, not two."""
+
+    def __init__(self, model, flip_index):
+        super().__init__()
+        self.model = model
+        self.register_buffer("flip_index", None if flip_index is None else torch.tensor(flip_index))
+        self.register_buffer("colour", torch.eye(3, 4)[None])
+
+    def forward(self, image):
+        # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up itself.
+        image = normalize(image, self.colour.expand(image.shape[0], 3, 4))
+        heatmaps = self.model(image)
+        if self.flip_index is not None:
+            heatmaps = (heatmaps + self.model(image.flip(3)).flip(3)[:, self.flip_index]) / 2
+        return decode_heatmaps(heatmaps)
+
+
+def test_crops(size, n):
+    """Smooth random shapes with edges and grain, as photographs have: (N, S, S, 3) uint8. The same each time."""
+    rng, crops = np.random.default_rng(0), []
+    for _ in range(n):
+        coarse = rng.uniform(0, 255, (6, 6, 3)).astype(np.float32)
+        crop = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+        for _ in range(12):
+            x, y, a, b = rng.uniform((0, 0, size / 30, size / 30), (size, size, size / 5, size / 5)).astype(int).tolist()
+            cv2.ellipse(crop, (x, y), (a, b), rng.uniform(0, 180), 0, 360, rng.uniform(0, 255, 3).tolist(), -1, cv2.LINE_AA)
+        crops.append(np.clip(crop + rng.normal(0, 4, crop.shape), 0, 255).astype(np.uint8))
+    return np.stack(crops)
+
+
+def latency(function):
+    """Median milliseconds of a call."""
+    function()
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def export_onnx(model, scheme, args, flip, path):
+    """Write the file, checked against PyTorch. Raises UserError, leaving nothing, where they differ."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing: pip install onnx onnxruntime") from None
+    size, index = args["input_size"], scheme.flip_index if flip else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = path.with_name(f".{path.name}.tmp")
+    names = ("image", "landmarks", "scores")
+    try:
+        # The exporter that traces: it needs no further package. Its remarks are about values that are constant here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(Exported(model, index).eval(), (torch.from_numpy(test_crops(size, 2)),), str(raw),
+                              opset_version=OPSET, input_names=list(names[:1]), output_names=list(names[1:]),
+                              dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
+        content = onnx.load(raw)
+    finally:
+        raw.unlink(missing_ok=True)
+    for key, value in {"names": scheme.names, "flip_pairs": scheme.flip_pairs, "regions": scheme.regions,
+                       "skeleton": scheme.skeleton, "input_size": size, "padding": args["padding"], "license": LICENCE,
+                       "flip_test": index is not None, "crop": args.get("crop", "face")}.items():
+        content.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    onnx.checker.check_model(content)
+    content = content.SerializeToString()
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    crops = test_crops(size, 5)  # not the batch size of the trace
+    flip_index = None if index is None else torch.tensor(index)
+
+    def by_torch(crops):
+        return decode_heatmaps(predict_heatmaps(model, torch.from_numpy(crops), flip_index))
+
+    points, scores = session.run(None, {"image": crops})
+    expected, expected_scores = (t.numpy() for t in by_torch(crops))
+    error, score_error = np.abs(points - expected).max(), np.abs(scores - expected_scores).max()
+    if not (error < TOLERANCE and score_error < 0.01):
+        raise UserError(f"{path}: not written: onnxruntime is {error:.3f} pixels from PyTorch, {score_error:.3f} in score")
+    with atomic_write(path) as f:
+        f.write(content)
+    one = crops[:1]
+    print(f"{path}: {len(content) / 1e6:.1f} MB, {len(scheme.names)} landmarks, input {size} x {size}, at most "
+          f"{error:.1e} pixels from PyTorch\n"
+          f"batch 1 on the CPU, median of {RUNS}: PyTorch {latency(lambda: by_torch(one)):.1f} ms, "
+          f"onnxruntime {latency(lambda: session.run(None, {'image': one})):.1f} ms")
+
+
+CARD = """---
+license: cc-by-nc-4.0
+library_name: pytorch
+pipeline_tag: keypoint-detection
+tags: [dog, animal, face, landmarks, keypoint-detection, hrnet, timm, dogflw]
+datasets: [georgemartvel/dogflw]
+{model_index}---
+# Dog face landmarks, {backbone}
+
+{k} landmarks of a dog's face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the face's box.
+{backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
+
+{metrics}
+
+## Licence
+
+**Non-commercial.** The weights were trained on DogFLW, whose authors allow non-commercial use only; so the weights are
+CC-BY-NC-4.0. The code that made them is MIT.
+
+## Use
+
+`model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the repository of the
+trainer, start from these weights with
+
+    python train_simple.py --backbone {backbone} --weights model.safetensors
+
+or load them as they are:
+
+    from safetensors.torch import load_file
+    from train_simple import build_model
+    model = build_model("{backbone}", {k})
+    model.load_state_dict(load_file("model.safetensors"))
+"""
+
+
+def write_safetensors(model, scheme, args, checkpoint, folder):
+    """model.safetensors + config.json + README.md, the form of a Hugging Face repository."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise UserError("safetensors is missing: pip install safetensors") from None
+    metrics = {k: v for k, v in checkpoint["metrics"].items() if isinstance(v, float) and math.isfinite(v)}
+    chosen = checkpoint["metrics"].get("chosen_on", "an unnamed split")
+    config = {"architectures": ["LandmarkNet"], "backbone": args["backbone"], "num_landmarks": len(scheme.names),
+              "input_size": args["input_size"], "padding": args["padding"], "crop": args.get("crop", "face"), **asdict(scheme),
+              "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "license": LICENCE}
+    # The hub reads results out of this block; JSON is YAML.
+    index = [{"name": f"dog-face-landmarks-{args['backbone']}", "results": [{
+        "task": {"type": "keypoint-detection"}, "dataset": {"name": "DogFLW", "type": "georgemartvel/dogflw"},
+        "metrics": [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]}]}]
+    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    card = CARD.format(
+        backbone=args["backbone"], k=len(scheme.names), size=args["input_size"], padding=args["padding"],
+        epoch=checkpoint["epoch"], model_index=f"model-index: {json.dumps(index)}\n",
+        metrics=f"| metric, on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
+                          ("config.json", json.dumps(config, indent=1).encode())):
+        with atomic_write(folder / name) as f:
+            f.write(content)
+    print(f"{folder}: model.safetensors, config.json, README.md")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="best_model.pth of a run")
+    add("--out", type=Path, metavar="FILE", help="the ONNX file (default: CHECKPOINT with the suffix .onnx)")
+    add("--safetensors", type=Path, metavar="DIR", help="also write safetensors weights and a model card here")
+    add("--no-flip", action="store_true", help="do not average with the mirrored crop: twice as fast, a little less exact")
+    add("--force", action="store_true", help="overwrite what is there")
+    args = parser.parse_args(argv)
+    path = args.out or args.checkpoint.with_suffix(".onnx")
+    if path.exists() and (path.is_dir() or not args.force):
+        raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
+    if args.safetensors and args.safetensors.exists() and not args.force and (
+            not args.safetensors.is_dir() or any(args.safetensors.iterdir())):
+        raise UserError(f"--safetensors {args.safetensors}: not empty; name another folder, or write into it with --force")
+    model, scheme, settings, checkpoint = load_model(args.checkpoint)
+    model.requires_grad_(False)
+    export_onnx(model, scheme, settings, not args.no_flip, path)
+    if args.safetensors:
+        write_safetensors(model, scheme, settings, checkpoint, args.safetensors)
+
+
+if __name__ == "__main__":
+    run_script(main)

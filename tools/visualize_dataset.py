@@ -1,0 +1,179 @@
+"""Look at a COCO keypoint file: the first thing to do when something is odd.
+
+    python tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
+
+Writes into --out
+    raw.jpg           whole pictures with their boxes (green) and landmarks; left ones filled, right ones rings
+    trainer.jpg       what the trainer sees, a row a face: the plain crop, augmented crops, their target heatmaps
+    landmarks.png     every landmark's number and name on the mean face
+    repaired.jpg      boxes that the converter rebuilt: the original in red, the new one in green
+"""
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
+
+import dataset as data
+from dataset import MEAN, REGION_COLOURS, STD, Augmentation, DogFLWDataset, Parser, UserError, atomic_write, run_script
+
+TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
+
+
+def caption(tile, text):
+    """The tile with a line of text below it."""
+    strip = Image.new("RGB", (tile.shape[1], 22), INK)
+    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
+    return np.vstack([tile, np.asarray(strip)])
+
+
+def draw_box(tile, matrix, box, colour):
+    """Draw a picture's box on a tile that shows the picture through `matrix`."""
+    (x, y, w, h) = box
+    corners = data.apply_matrix(matrix, np.array([[x, y], [x + w, y + h]]))
+    low, high = (tuple(int(v) for v in np.round(c)) for c in corners)
+    cv2.rectangle(tile, low, high, colour, 2)
+
+
+def raw_tiles(faces):
+    for i, name in enumerate(faces.files):
+        whole = (0, 0, *(faces.sizes[i] - 1))
+        tile, matrix = data.predict_crop(data.read_image(faces.root / name), whole, TILE, 1.0)
+        tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
+        draw_box(tile, matrix, faces.boxes[i], GREEN)
+        yield caption(tile, f"{faces.ids[i]}  {Path(name).name}")
+
+
+def trainer_tiles(faces, size, padding, seed):
+    """Four tiles a face: plain crop, two augmented ones, and the targets of the second over its picture."""
+    options = {"input_size": size, "padding": padding, "seed": seed}
+    plain = DogFLWDataset(faces, **options)
+    augmented = DogFLWDataset(faces, augment=Augmentation(), **options)
+    regions = list(faces.scheme.regions.values()) or [list(range(len(faces.scheme.names)))]
+    for i in range(len(faces)):
+        for what, sample in (("crop", plain[i]), ("augmented", augmented[(0, i)]), ("augmented again", augmented[(1, i)])):
+            picture = sample["image"].permute(1, 2, 0).numpy() * STD + MEAN
+            picture = (picture * 255).clip(0, 255).round().astype(np.uint8)
+            tile = cv2.resize(picture, (TILE, TILE), interpolation=cv2.INTER_CUBIC)
+            points = (sample["keypoints"].numpy() + 0.5) * TILE / size - 0.5
+            yield caption(data.draw_landmarks(tile, points, faces.scheme, sample["visibility"].numpy() > 0), what)
+        maps, tile = sample["heatmaps"] * sample["visibility"][:, None, None], tile * 0.5
+        for n, region in enumerate(regions):
+            heat = cv2.resize(maps[region].amax(0).numpy(), (TILE, TILE))[..., None]
+            tile = tile * (1 - heat) + np.array(REGION_COLOURS[n % len(REGION_COLOURS)]) * heat
+        yield caption(tile.clip(0, 255).astype(np.uint8), "its targets")
+
+
+def landmark_map(faces):
+    """Numbers and names around the mean face, each joined to its landmark by a line."""
+    scheme, seen = faces.scheme, faces.visible > 0
+    to_box = np.stack([data.crop_matrix(box, 1, 1.0) for box in faces.boxes])
+    total = np.where(seen[..., None], data.apply_matrix(to_box, faces.points), 0).sum(0)  # (K, 2)
+    shown = np.flatnonzero(seen.any(0))
+    mean = total[shown] / seen.sum(0)[shown, None]
+    font, rows = ImageFont.load_default(18), math.ceil(len(shown) / 2)
+    texts = [f"{i}  {scheme.names[i][:40]}" for i in shown]
+    margin, height = int(max(map(font.getlength, texts))) + 30, max(900, 34 * rows + 40)
+    face = min(height - 60, 1000)
+    width, low, high = 2 * margin + face + 200, mean.min(0), mean.max(0)
+    at = np.zeros((len(scheme.names), 2))
+    at[shown] = (mean - (low + high) / 2) / ((high - low).max() or 1) * face + np.array([width, height]) / 2
+    # Labels stand in two columns. Straight lines of the least total length never cross; but rather a detour than a
+    # line that runs through another landmark.
+    y, marks = (np.arange(rows) + 0.5) * height / rows, at[shown]
+    slots = np.concatenate([np.column_stack([np.full(rows, x), y]) for x in (margin, width - margin)])
+    cost = np.linalg.norm(marks[:, None] - slots, axis=-1)
+    for i, mark in enumerate(marks):
+        way, others = (slots - mark)[:, None], np.delete(marks, i, axis=0) - mark
+        along = np.clip((way * others).sum(-1, keepdims=True) / (way ** 2).sum(-1, keepdims=True), 0, 1)
+        cost[i] += 200 * (np.linalg.norm(along * way - others, axis=-1) < 10).sum(-1)
+    pairs = list(zip(*linear_sum_assignment(cost), strict=True))
+    canvas = data.draw_landmarks(np.full((height, width, 3), 255, np.uint8), at, scheme, seen.any(0))
+    for i, slot in pairs:
+        start, end = (tuple(int(v) for v in np.round(p * 16)) for p in (marks[i], slots[slot]))
+        cv2.line(canvas, start, end, (120, 120, 120), 1, cv2.LINE_AA, 4)
+        cv2.circle(canvas, start, 4 * 16, INK, -1, cv2.LINE_AA, 4)
+    canvas = Image.fromarray(canvas)
+    for i, slot in pairs:
+        x, anchor = (margin - 8, "rm") if slot < rows else (width - margin + 8, "lm")
+        ImageDraw.Draw(canvas).text((x, slots[slot][1]), texts[i], INK, font, anchor=anchor)
+    return np.asarray(canvas)
+
+
+def original_boxes(path):
+    """{annotation id: the corners its box had before the converter rebuilt it, or None when it had none}."""
+    boxes = {}
+    for annotation in data.load_json(path)["annotations"]:
+        repaired = annotation.get("repaired")
+        if isinstance(repaired, list) and "box" in repaired:
+            try:
+                corners = np.array([float(v) for v in annotation.get("original_bbox")]).reshape(2, 2)
+                boxes[annotation.get("id")] = corners if np.isfinite(corners).all() else None
+            except (TypeError, ValueError):
+                boxes[annotation.get("id")] = None
+    return boxes
+
+
+def repaired_tiles(faces, originals):
+    for i, name in enumerate(faces.files):
+        size, old, note = faces.sizes[i], originals[faces.ids[i]], " (had no box)"
+        corners = np.array([[0, 0], size])
+        if old is not None:  # it can lie anywhere; what is a picture's size away need not be seen
+            old, note = np.clip(old, -size, 2 * size), ""
+            corners = np.concatenate([corners, old])
+        view = (*corners.min(0), *np.ptp(corners, axis=0))
+        tile, matrix = data.predict_crop(data.read_image(faces.root / name), view, TILE, 1.02)
+        tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
+        if old is not None:
+            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
+        draw_box(tile, matrix, faces.boxes[i], GREEN)
+        yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("ann", type=Path, metavar="ANN", help="a COCO keypoint file")
+    add("--data-root", type=Path, metavar="DIR", help="folder its file names are relative to (default: kagglehub's cache)")
+    add("--out", type=Path, metavar="DIR", required=True, help="folder for the pictures")
+    add("--number", type=int, default=12, metavar="N", help="faces a sheet, drawn at random (default: 12)")
+    add("--seed", type=int, default=0, help="another seed shows other faces and augmentations (default: 0)")
+    add("--input-size", type=int, default=256, metavar="S", help="the trainer's crop in pixels (default: 256)")
+    add("--padding", type=float, default=1.25, help="crop side / the box's longer side (default: 1.25)")
+    add("--force", action="store_true", help="write over the pictures in --out")
+    args = parser.parse_args(argv)
+    if not (1 <= args.number <= 200 and args.seed >= 0 and 32 <= args.input_size <= 1024 and 0.5 <= args.padding <= 4):
+        raise UserError("--number must be from 1 to 200, --seed at least 0, --input-size from 32 to 1024, "
+                        "--padding from 0.5 to 4")
+    root = args.data_root or data.find_dogflw()
+    if root is None or not root.is_dir():
+        raise UserError(f"--data-root {root or ''}: no such folder; name the one that ANN's file names are relative to")
+    faces = data.load_coco(args.ann, root)
+    originals = original_boxes(args.ann)
+    repaired = faces.take(np.flatnonzero([i in originals for i in faces.ids.tolist()]))
+    sheets = ["raw.jpg", "trainer.jpg", "landmarks.png", *(["repaired.jpg"] if len(repaired) else [])]
+    there = [args.out / name for name in sheets if (args.out / name).exists()]
+    if there and not args.force:
+        raise UserError(f"{there[0]}: exists; write over it with --force, or name another --out")
+    labelled = (faces.visible > 0).mean()
+    print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
+          f"({labelled:.1%} labelled), {len(set(faces.breeds))} breeds, {len(repaired)} boxes repaired")
+
+    some = faces.take(np.random.default_rng(args.seed).permutation(len(faces))[:args.number])
+    repaired = repaired.take(range(min(len(repaired), args.number)))
+    for name in sheets:
+        if name == "landmarks.png":
+            picture = landmark_map(faces)
+        else:
+            tiles = list(raw_tiles(some) if name == "raw.jpg" else repaired_tiles(repaired, originals) if name == "repaired.jpg"
+                         else trainer_tiles(some, args.input_size, args.padding, args.seed))
+            picture = data.contact_sheet(tiles, min(len(tiles), 4))
+        with atomic_write(args.out / name) as f:
+            f.write(data.encode_picture(picture, Path(name).suffix))
+        print(f"{args.out / name}: {picture.shape[1]} x {picture.shape[0]}")
+
+
+if __name__ == "__main__":
+    run_script(main)
