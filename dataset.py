@@ -295,8 +295,8 @@ def invert_matrix(matrix):
 
 
 def apply_matrix(matrix, points):
-    """Map points (..., N, 2) by 2 x 3 matrices (..., 2, 3)."""
-    return points @ np.swapaxes(matrix[..., :2], -1, -2) + matrix[..., None, :, 2]
+    """Map points (..., N, 2) by 2 x 3 matrices (..., 2, 3); numpy or torch."""
+    return points @ matrix[..., :2].swapaxes(-1, -2) + matrix[..., None, :, 2]
 
 
 @dataclass(frozen=True)

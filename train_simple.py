@@ -65,8 +65,7 @@ class LandmarkNet(nn.Module):
             nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)) for channels in branches)
         self.head = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, num_landmarks, 1))
-        nn.init.zeros_(self.head[-1].bias)
+            nn.Conv2d(width, num_landmarks, 1, bias=False))  # a softmax over cells would cancel a bias
 
     def forward(self, images):
         stem, *branches = self.backbone(images)  # (B, 64, S/2, S/2), then strides 4, 8, 16, 32
@@ -184,16 +183,19 @@ def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, si
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=[mine[i:i + batch_size].tolist() for i in range(0, len(mine), batch_size)],
         collate_fn=keep, num_workers=workers, worker_init_fn=quiet_worker)
-    table = torch.zeros(n, k, 4, dtype=torch.float64, device=device)  # x, y, score, loss
+    found, inverses = [], np.zeros((n, 2, 3))
     for batch in loader:
         heatmaps = predict_heatmaps(model, batch["image"].to(device, non_blocking=True), flip_index, amp)
         points, score = data.decode_heatmaps(heatmaps)
-        index = batch["index"].to(device)
-        table[index, :, :2] = data.apply_matrix(data.invert_matrix(batch["matrix"].to(device)), points.double())
-        table[index, :, 2] = score.double()
+        loss = torch.zeros_like(score)
         if sigma is not None:
-            points, visible = batch["keypoints"].to(device), batch["visibility"].to(device)
-            table[index, :, 3] = heatmap_losses(heatmaps, points, visible, sigma).double()
+            loss = heatmap_losses(heatmaps, batch["keypoints"].to(device), batch["visibility"].to(device), sigma)
+        found.append(torch.cat([points, score.unsqueeze(-1), loss.unsqueeze(-1)], -1))
+        inverses[batch["index"]] = data.invert_matrix(batch["matrix"].numpy())
+    table = torch.zeros(n, k, 4, dtype=torch.float64)
+    if len(mine):
+        table[mine] = torch.cat(found).cpu().double()  # the one wait for the device
+        table[mine, :, :2] = data.apply_matrix(torch.from_numpy(inverses[mine]), table[mine, :, :2])
     return table
 
 
@@ -205,6 +207,7 @@ def predict(model, dataset, device, sigma=None, world=1, **options):
     """
     table = predict_table(model, dataset, device, sigma=sigma, world=world, **options)
     if world > 1:
+        table = table.to(device)
         dist.all_reduce(table)  # every entry is nonzero in one process only, so the sum is exact
     table = table.cpu().numpy()
     return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma is not None else math.nan

@@ -193,6 +193,8 @@ FROZEN_BN = """
 import torch
 import train_simple
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
+# Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
+torch.optim.Adam = lambda parameters, lr, weight_decay, fused: torch.optim.SGD(parameters, lr=lr)
 if __name__ == "__main__":
     train_simple.run_script(train_simple.main)
 """
@@ -210,7 +212,7 @@ def test_two_processes_or_micro_batches_train_as_one(sample, tmp_path, processes
                                 capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
     one, two = weights(tmp_path / "one" / "last.pth"), weights(tmp_path / "two" / "last.pth")
-    assert all(torch.allclose(one[k].float(), two[k].float(), atol=2e-4) for k in one)
+    assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-6, rtol=1e-4) for k in one)
     (a,), (b,) = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
     assert float(a["nme"]) == pytest.approx(float(b["nme"]), rel=1e-3)

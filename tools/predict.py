@@ -39,7 +39,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a video that cannot be read is named by us, in one line
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
-MIN_SCORE = 0.25  # mean peak of the heatmaps, which were trained to reach 1
+MIN_SCORE = 0.25  # mean of the landmarks' scores, which are probabilities of being about right
 MARGIN = 0.1  # box = landmarks' hull + 10 % on each side, as the boxes that the model was trained on
 # The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half. A
 # locator was trained on faces of all sizes, so it needs fewer.
@@ -67,6 +67,12 @@ def intersections(a, b):
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
     return np.maximum(high - low, 0).prod(-1)
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    shared = intersections(a[None], b[None]).item()
+    return shared / (a[2:].prod() + b[2:].prod() - shared)
 
 
 def suppress(boxes, scores):
@@ -133,7 +139,7 @@ class Predictor:
     def __call__(self, image, boxes=None, min_score=MIN_SCORE):
         """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
 
-        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) peaks of the heatmaps,
+        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1,
         "score": their mean}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those
         with a score below min_score are left out.
         """
@@ -155,24 +161,19 @@ class Predictor:
         return [(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
 
     def _find(self, images, sought, min_score):
+        """Look at windows, then REFINE times at the boxes of what was found; what is not stable then is no face."""
         net, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
-        boxes, threshold = [(i, box) for i in sought for box in windows(images[i], sides)], min_score / 2
+        boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
         for step in range(1 + REFINE):
-            looks = self._look(images, boxes, self.face if step else net, flip=step > 0)
-            looks = [look for look in looks if look[3].mean() >= threshold]
-            if not looks:
-                return []
-            tight = hull_boxes(np.stack([look[2] for look in looks]))
-            boxes, faces = [], []
+            looks, found = self._look(images, boxes, self.face if step else net, flip=step > 0), []
             for i in sought:
-                rows = np.array([n for n, look in enumerate(looks) if look[0] == i], dtype=int)
-                for n in rows[suppress(tight[rows], np.array([looks[r][3].mean() for r in rows]))]:
-                    boxes.append((i, tight[n]))
-                    faces.append((looks[n][1], (i, tight[n], *looks[n][2:])))
-        seen, tight = np.stack([s for s, _ in faces]), np.stack([b for _, b in boxes])
-        shared = np.diagonal(intersections(seen, tight))
-        stable = shared / (seen[:, 2:].prod(1) + tight[:, 2:].prod(1) - shared) >= STABLE
-        return [face for (_, face), good in zip(faces, stable, strict=True) if good and face[3].mean() >= min_score]
+                mine = [look for look in looks if look[0] == i and look[3].mean() >= min_score / 2]
+                if mine:
+                    tight = hull_boxes(np.stack([look[2] for look in mine]))
+                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, np.array([m[3].mean() for m in mine]))]
+            boxes = [(i, tight) for i, tight, *_ in found]
+        return [(i, tight, points, scores) for i, tight, seen, points, scores in found
+                if scores.mean() >= min_score and overlap(seen, tight) >= STABLE]
 
 
 def load_predictor(checkpoint, locator=None, device="auto", batch_size=32):
@@ -380,6 +381,8 @@ def main(argv=None):
     if clash:
         raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
+    if predictor.face.whole and (fixed or boxes is not None):
+        raise UserError(f"{args.checkpoint}: sees whole pictures (trained with --crop image), so it takes no boxes")
     rows, failed, new_ids = [], [], itertools.count(max(ids.values(), default=0) + 1)
 
     def keep(path, faces, frame=None):
