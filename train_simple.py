@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -252,7 +251,8 @@ def load_file_safely(path):
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
     except Exception as e:  # unpickling damaged or hostile bytes can raise almost anything
-        reason = "it holds more than tensors and plain values" if "weights_only" in str(e).lower() else "damaged or no checkpoint"
+        hostile = "weights_only" in str(e).lower()
+        reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
         raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
 
 
@@ -270,7 +270,9 @@ def load_model(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     args = checkpoint["args"]
     try:
-        scheme = Scheme(**checkpoint["scheme"])
+        stored = checkpoint["scheme"]
+        scheme = Scheme.from_category({**stored, "keypoints": stored["names"], "skeleton": [
+            [i + 1, j + 1] for i, j in stored["skeleton"]]}, path)
         model = build_model(args["backbone"], len(scheme.names))
         model.load_state_dict(checkpoint["model"])
         size, padding = int(args["input_size"]), float(args["padding"])
@@ -320,6 +322,17 @@ def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+
+
+def batches_of(dataset, sampler, args, env):
+    """One pass over a sampler's batches; no more workers than the machine has cores."""
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=min(args.num_workers, os.cpu_count() or 1), collate_fn=keep,
+        worker_init_fn=quiet_worker, pin_memory=env.device.type == "cuda"))
+
+
+def build_optimizer(model, args, device):
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cuda", "cpu"))
 
 
 def lr_factor(step, total, warmup):
@@ -660,8 +673,7 @@ def train(args):
     scheme = train.scheme
     if not scheme.flip_pairs:
         say("no flip_pairs in the COCO file: training without mirroring")
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    options = {"input_size": args.input_size, "padding": args.padding, "sigma": args.sigma, "seed": args.seed, "cache": args.cache}
+    options = {k: getattr(args, k) for k in ("input_size", "padding", "sigma", "seed", "cache")}
     if env.rank > 0:  # one process fills the cache, the others find it there
         dist.barrier()
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
@@ -685,8 +697,7 @@ def train(args):
         bare = nn.SyncBatchNorm.convert_sync_batchnorm(bare)
     env.bare = bare.to(env.device, memory_format=torch.channels_last)
     average = copy.deepcopy(bare).requires_grad_(False) if args.ema else None
-    optimizer = torch.optim.Adam(bare.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                 fused=env.device.type in ("cuda", "cpu"))
+    optimizer = build_optimizer(bare, args, env.device)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
     first, best, rows = 0, math.inf, []
     if resumed:
@@ -704,9 +715,7 @@ def train(args):
     judged = average if average is not None else bare
 
     sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, args.epochs, args.accumulate, env.rank, env.world)
-    batches = iter(torch.utils.data.DataLoader(
-        train_set, batch_sampler=sampler, num_workers=workers, collate_fn=keep, worker_init_fn=quiet_worker,
-        pin_memory=env.device.type == "cuda"))
+    batches = batches_of(train_set, sampler, args, env)
 
     def snapshot(epoch, metrics):
         return {"format": FORMAT, "epoch": epoch, "model": judged.state_dict(), "scheme": asdict(scheme),

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SMALL
 
 import dataset as data
 import train_simple as trainer
-from conftest import ROOT, SMALL
 from dataset import DogFLWDataset
 
 

@@ -1,0 +1,138 @@
+"""Measure this machine: how fast faces come, how fast a step is, what limits, and how long a run will take.
+
+    uv run python tools/benchmark.py --sample
+    uv run python tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
+
+Takes the flags of train_simple.py. Without --batch-size it also looks for the largest batch that fits on a GPU.
+"""
+import copy
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import dataset as data
+import train_simple as trainer
+from dataset import Augmentation, DogFLWDataset, UserError, run_script
+
+
+def samples_per_second(dataset, args, workers, seconds=4.0):
+    """Faces a second that `workers` processes deliver (0: this process), augmentation on, start-up left out."""
+    sampler = trainer.EpochBatches(len(dataset), min(args.batch_size, len(dataset)), 0, 0, 10**6)
+    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=trainer.keep,
+                                               worker_init_fn=trainer.quiet_worker))
+    for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        count += len(next(batches)["index"])
+    return count / (time.perf_counter() - start)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step_seconds(model, optimizer, batch, args, env, repeat):
+    """Seconds of a bare step: forward, backward and optimizer on a batch that is on the device already."""
+    batch = {k: batch[k].to(env.device) for k in ("image", "keypoints", "visibility", "colour")}
+    for step in range(repeat + 2):
+        if step == 2:
+            synchronize(env.device)
+            start = time.perf_counter()
+        images = data.normalize(batch["image"], batch["colour"])
+        with trainer.autocast(env.device, env.amp):
+            heatmaps = model(images)
+        trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], args.sigma).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronize(env.device)
+    return (time.perf_counter() - start) / repeat
+
+
+def largest_batch(measure, dataset):
+    """Double the batch until the device's memory is full: {batch size: seconds a step}."""
+    found, size = {}, 16
+    while size <= 2048:
+        try:
+            found[size] = measure([(0, i % len(dataset)) for i in range(size)], 3)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        size *= 2
+    return found
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    args = trainer.parse_args([*argv, "--epochs", "3"])
+    env = trainer.set_up_processes(args.device)
+    if env.world > 1:
+        raise UserError("benchmark.py measures one process; start it without torchrun")
+    env.amp = trainer.choose_amp(env.device, args.amp)
+    train, val, _, _ = trainer.load_faces(args)
+    options = {"input_size": args.input_size, "padding": args.padding, "cache": args.cache}
+    train_set = DogFLWDataset(train, augment=Augmentation(), **options)
+    model = env.bare = trainer.build_model(args.backbone, len(train.scheme.names)).to(env.device, memory_format=torch.channels_last)
+    optimizer = trainer.build_optimizer(model, args, env.device)
+    cuda = env.device.type == "cuda"
+    name = torch.cuda.get_device_name(env.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; {args.backbone}, {args.input_size} px, batch {args.batch_size}, "
+          f"{str(env.amp or torch.float32)[6:]}; {len(train)} + {len(val)} faces")
+
+    workers = sorted({0, 1, 2, 4, args.num_workers})
+    rates = {w: samples_per_second(train_set, args, w) for w in workers if w <= (os.cpu_count() or 1)}
+    for count, rate in rates.items():
+        print(f"input, {count} workers          {rate:9.0f} faces/s" + ("  (in this process)" if not count else ""))
+
+    def measure(items, repeat):
+        return step_seconds(model, optimizer, train_set.__getitems__(items), args, env, repeat)
+
+    size = min(args.batch_size, len(train))
+    bare = measure([(0, i) for i in range(size)], 20 if cuda else 4)
+    print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
+    if cuda and "--batch-size" not in argv:
+        for batch, seconds in largest_batch(measure, train_set).items():
+            print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
+
+    # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
+    used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
+    train_set = DogFLWDataset(used, augment=Augmentation(), **options)
+    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, 2)
+    batches = trainer.batches_of(train_set, sampler, args, env)
+    average = copy.deepcopy(model) if args.ema else None
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        args.work_dir = Path(folder)
+        for epoch in range(2):
+            start = time.perf_counter()
+            trainer.train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, used, args, env)
+            synchronize(env.device)
+            epoch_seconds = time.perf_counter() - start
+    loop = epoch_seconds / sampler.steps
+    waiting = max(0.0, 1 - bare / loop)
+    print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
+    some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
+    start = time.perf_counter()
+    trainer.predict(model, some, env.device, args.sigma, amp=env.amp)
+    validation = (time.perf_counter() - start) / len(some) * len(val)
+    epoch_seconds = loop * max(1, len(train) // args.batch_size)
+    print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch")
+    memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
+    limit = f"the loop waits {100 * waiting:.0f} % of its time" if waiting > 0.05 else "the device's arithmetic limits"
+    print(f"210 epochs of {len(train)} faces: {(210 * epoch_seconds + 70 * validation) / 3600:.1f} h; {limit}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
