@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -454,18 +454,27 @@ def versions():
             "numpy": np.__version__, "git": git.stdout.strip() if git.returncode == 0 else "unknown"}
 
 
-def lock(work_dir):
-    """Hold the run directory against a second process; the system lets go when this one ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no such lock
-        return None
-    handle = open(work_dir / ".lock", "w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--work-dir {work_dir}: another run is writing there; wait for it or name another") from None
-    return handle
+@contextmanager
+def run_directory(args):
+    """Hold args.work_dir for this run: empty, or one to resume, and no other process's. Raises UserError.
+
+    The lock goes with the process, however that ends.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    if not args.resume and args.work_dir.is_dir() and any(p.name != ".lock" for p in args.work_dir.iterdir()):
+        raise UserError(f"--work-dir {args.work_dir}: not empty; go on with --resume or name another folder")
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    with open(args.work_dir / ".lock", "w") as handle:
+        try:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no such lock
+        except BlockingIOError:
+            raise UserError(f"--work-dir {args.work_dir}: another run is writing there; wait for it or name another") from None
+        yield
 
 
 # ---------------------------------------------------------------- command line
@@ -634,7 +643,8 @@ def main(argv=None):
     """Train, and put what ends a run early into one line. Returns the exit code."""
     args = parse_args(argv)
     try:
-        return train(args)
+        with run_directory(args):
+            return train(args)
     except KeyboardInterrupt as e:
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
     except RuntimeError as e:
@@ -660,14 +670,6 @@ def train(args):
     env.amp = choose_amp(env.device, args.amp)
     torch.manual_seed(args.seed)
 
-    # The run directory: empty, or one to go on with, and ours alone.
-    last = args.work_dir / "last.pth"
-    if env.rank == 0:
-        if not args.resume and args.work_dir.is_dir() and any(p.name != ".lock" for p in args.work_dir.iterdir()):
-            raise UserError(f"--work-dir {args.work_dir}: not empty; go on with --resume or name another folder")
-        args.work_dir.mkdir(parents=True, exist_ok=True)
-        held_lock = lock(args.work_dir)  # noqa: F841  (held until the process ends)
-
     # Data.
     train, val, test, chooser = load_faces(args)
     scheme = train.scheme
@@ -682,6 +684,7 @@ def train(args):
         dist.barrier()
 
     # Model, its average, optimizer; or all of them from last.pth.
+    last = args.work_dir / "last.pth"
     resumed = None
     if args.resume and last.exists():
         resumed = load_checkpoint(last)
