@@ -780,6 +780,7 @@ def train(args):
                 board.add_scalar(name, row[name], epoch + 1)
             if best == row["nme"]:
                 board.add_image("val_predictions", data.read_image(args.work_dir / "val_predictions.jpg"), epoch + 1, dataformats="HWC")
+    next(batches, None)  # the end of the one pass: its workers go
     if board:
         board.close()
     if env.rank == 0:

@@ -152,7 +152,7 @@ def test_a_run_and_what_it_leaves(run):
 
 
 def test_workers_do_not_change_a_run(run, train, tmp_path):
-    for workers in (1, 4):
+    for workers in (1, 4):  # 0 is the run itself
         train(tmp_path / str(workers), "--epochs", 2, "--batch-size", 8, "--num-workers", workers, "--cache", "disk", check=True)
         assert_same_run(tmp_path / str(workers), run.work_dir)
 
@@ -162,7 +162,7 @@ def test_killed_and_resumed_is_the_same_run(run, train, tmp_path, sample):
     work_dir, kills = tmp_path / "cut", 0
     command = [sys.executable, ROOT / "train_simple.py", "--data-root", sample.data_root, "--ann-root", sample.ann_root,
                "--work-dir", work_dir, *SMALL, "--cache", "ram", "--epochs", 2, "--batch-size", 8]
-    for moment in (2.5, 4.5, 6.0, 7.0):
+    for moment in (4.5, 6.0, 7.0):
         process = subprocess.Popen([*map(str, command), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
@@ -235,7 +235,7 @@ def test_one_batch_is_learnt(sample, train, tmp_path):
     for name in ("train", "val"):
         (tmp_path / f"{name}.json").write_text(json.dumps(coco))
     faces = data.load_coco(tmp_path / "train.json", sample.data_root)
-    dataset = DogFLWDataset(faces, 128)
+    dataset = DogFLWDataset(faces, 96)
     batch = dataset.__getitems__(list(range(len(faces))))
     torch.manual_seed(0)
     model = trainer.build_model("hrnet_w18_small", 46)
@@ -247,7 +247,7 @@ def test_one_batch_is_learnt(sample, train, tmp_path):
         loss.backward()
         optimizer.step()
     points, _ = data.decode_heatmaps(model(images).detach())
-    error = ((points - batch["keypoints"]).norm(dim=-1) * batch["visibility"]).sum(1) / batch["visibility"].sum(1) / 128
+    error = ((points - batch["keypoints"]).norm(dim=-1) * batch["visibility"]).sum(1) / batch["visibility"].sum(1) / 96
     assert error.mean() < 0.01
 
 
