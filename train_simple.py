@@ -527,7 +527,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
     args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 2e-3
-    args.val_every = args.val_every or math.ceil(args.epochs / 100)
+    args.val_every = args.val_every or max(1, math.ceil(args.epochs / 100))
     world = int(os.environ.get("WORLD_SIZE", 1))
     problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
         ("epochs", args.epochs > 0, "at least 1"), ("batch_size", args.batch_size > 0, "at least 1"),
@@ -569,7 +569,8 @@ def choose_amp(device, wanted=True):
         return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # without AMX float32 is faster
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if has_amx else None  # without AMX float32 is faster
 
 
 def set_up_processes(device_name):

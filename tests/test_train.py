@@ -69,6 +69,11 @@ def test_learning_rate():
     assert all(a >= b for a, b in zip(factors[9:], factors[10:]))
 
 
+def test_devices_are_chosen_on_every_torch():
+    cpu = trainer.choose_device("cpu")
+    assert trainer.choose_amp(cpu) in (None, torch.bfloat16) and trainer.choose_amp(cpu, wanted=False) is None
+
+
 def reference(points, faces, length):
     """NME by plain loops in float64."""
     total, count = 0.0, 0
