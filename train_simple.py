@@ -579,7 +579,7 @@ def set_up_processes(device_name):
                              device=choose_device(device_name))
     if env.device.type == "cpu" and sys.platform == "linux":
         # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages again costs
-        # a fifth of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
+        # a third of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
