@@ -87,6 +87,20 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def file_lock(path, wait):
+    """Hold a file's lock, which goes with the process however that ends. Raises BlockingIOError unless `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            import fcntl
+        except ImportError:
+            pass  # Windows has no such lock
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 def find_dogflw():
     """The folder that holds train/images in kagglehub's cache (newest version), or None."""
     cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
@@ -390,10 +404,15 @@ class Windows:
         elif cache == "disk":
             key = hashlib.sha256(repr((stats, self.geometry)).encode()).hexdigest()[:16]
             self.file = Path(folder) / f"{key}.bin"
-            if not (self.file.is_file() and self.file.stat().st_size == self.offsets[-1]):
-                with atomic_write(self.file) as f:
-                    for window in self._decode_all():
-                        f.write(window.tobytes())
+            if not self._is_whole():
+                with file_lock(self.file.with_name(".lock"), wait=True):  # another run, or rank, may be at it
+                    if not self._is_whole():
+                        with atomic_write(self.file) as f:
+                            for window in self._decode_all():
+                                f.write(window.tobytes())
+
+    def _is_whole(self):
+        return self.file.is_file() and self.file.stat().st_size == self.offsets[-1]
 
     def _decode(self, i):
         image = read_image(self.paths[i])

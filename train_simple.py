@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -465,13 +465,9 @@ def run_directory(args):
         return
     if not args.resume and args.work_dir.is_dir() and any(p.name != ".lock" for p in args.work_dir.iterdir()):
         raise UserError(f"--work-dir {args.work_dir}: not empty; go on with --resume or name another folder")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    with open(args.work_dir / ".lock", "w") as handle:
+    with ExitStack() as stack:
         try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such lock
+            stack.enter_context(data.file_lock(args.work_dir / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(f"--work-dir {args.work_dir}: another run is writing there; wait for it or name another") from None
         yield
@@ -677,12 +673,8 @@ def train(args):
     if not scheme.flip_pairs:
         say("no flip_pairs in the COCO file: training without mirroring")
     options = {k: getattr(args, k) for k in ("input_size", "padding", "sigma", "seed", "cache")}
-    if env.rank > 0:  # one process fills the cache, the others find it there
-        dist.barrier()
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
     val_set = DogFLWDataset(val, **options)
-    if env.rank == 0 and env.world > 1:
-        dist.barrier()
 
     # Model, its average, optimizer; or all of them from last.pth.
     last = args.work_dir / "last.pth"

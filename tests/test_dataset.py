@@ -1,6 +1,7 @@
 """dataset.py: crops, mirroring, heatmaps, the cache, and COCO files written by others."""
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -127,7 +128,16 @@ def test_the_cache_gives_the_plain_crops(faces, cache, tmp_path, monkeypatch):
     if cache == "disk":
         monkeypatch.setattr(data.Windows, "_decode", None)  # the second time nothing is decoded
         data.Windows(faces, 96, 1.25, Augmentation().reach, cache, tmp_path)
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(tmp_path.glob("*.bin"))) == 1
+
+
+def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path, monkeypatch):
+    decoded, plain = [], data.Windows._decode
+    monkeypatch.setattr(data.Windows, "_decode", lambda self, i: decoded.append(i) or plain(self, i))
+    with ThreadPoolExecutor() as pool:  # locks are held by the open file, so threads compete as processes do
+        both = list(pool.map(lambda _: data.Windows(faces, 96, 1.25, 1.0, "disk", tmp_path), range(2)))
+    assert sorted(decoded) == list(range(len(faces)))
+    np.testing.assert_array_equal(both[0][3][0], both[1][3][0])
 
 
 def test_prediction_crop_is_the_validation_crop(faces):
