@@ -535,23 +535,22 @@ def encode_heatmaps(points, size, sigma, stride=STRIDE):
 
     sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
     """
-    cells = torch.arange(size, device=points.device, dtype=points.dtype)[:, None]
-    centre = ((points + 0.5) / stride - 0.5).transpose(1, 2)  # (B, 2, K)
-    x, y = torch.exp(-0.5 * ((cells - centre.unsqueeze(-2)) / sigma) ** 2).unbind(1)  # (B, size, K) each
-    # Made in channels_last, like the model's output: elementwise work across two layouts costs several times more.
-    return (y.unsqueeze(2) * x.unsqueeze(1)).permute(0, 3, 1, 2)
+    cells = torch.arange(size, device=points.device, dtype=points.dtype)
+    centre = ((points + 0.5) / stride - 0.5).unsqueeze(-1)  # (B, K, 2, 1)
+    x, y = torch.exp(-0.5 * ((cells - centre) / sigma) ** 2).unbind(2)  # (B, K, size) each
+    return y.unsqueeze(3) * x.unsqueeze(2)
 
 
 def expected_points(heatmaps, stride=STRIDE):
-    """Centres of mass of maps that sum to 1: (B, K, H, W) -> (B, K, 2) in crop pixels.
+    """Centres of mass of non-negative maps of any height: (B, K, H, W) -> (B, K, 2) in crop pixels.
 
     Differentiable, and the best guess under a squared error when the place is uncertain (Sun et al. 2018, eq. 2).
     """
     columns, rows = heatmaps.sum(2), heatmaps.sum(3)  # (B, K, W), (B, K, H)
     cells = torch.arange(max(heatmaps.shape[2:]), device=heatmaps.device, dtype=heatmaps.dtype)
-    x = (columns * cells[:columns.shape[-1]]).sum(-1)
-    y = (rows * cells[:rows.shape[-1]]).sum(-1)
-    return (torch.stack([x, y], -1) + 0.5) * stride - 0.5
+    x = columns @ cells[:columns.shape[-1]]
+    y = rows @ cells[:rows.shape[-1]]
+    return (torch.stack([x, y], -1) / rows.sum(-1, keepdim=True).clamp(min=1e-12) + 0.5) * stride - 0.5
 
 
 def decode_heatmaps(heatmaps, stride=STRIDE, radius=0.05):
@@ -560,13 +559,12 @@ def decode_heatmaps(heatmaps, stride=STRIDE, radius=0.05):
     Sub-pixel: the centre of mass, right for sharp and for broad maps. The score is the share of the map's mass
     within `radius` of the point, as a fraction of the crop (in x and in y): the map's own probability of that error.
     """
-    heatmaps = heatmaps / heatmaps.sum((2, 3), keepdim=True).clamp(min=1e-12)
-    points = expected_points(heatmaps, stride)
-    size = heatmaps.shape[-1]
+    points, size = expected_points(heatmaps, stride), heatmaps.shape[-1]
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
     distance = (cells - ((points + 0.5) / stride - 0.5).unsqueeze(-1)).abs()  # (B, K, 2, size)
     near_x, near_y = (radius * size + 0.5 - distance).clamp(0, 1).unbind(2)
-    return points, torch.einsum("bkhw,bkh,bkw->bk", heatmaps, near_y, near_x)
+    near = ((heatmaps @ near_x.unsqueeze(-1)).squeeze(-1) * near_y).sum(-1)
+    return points, near / heatmaps.sum((2, 3)).clamp(min=1e-12)
 
 
 # ---------------------------------------------------------------- pictures to look at
