@@ -55,6 +55,48 @@ def step_seconds(model, optimizer, batch, args, env, repeat):
     return (time.perf_counter() - start) / repeat
 
 
+def profile_parts(model, batch, args, env):
+    """Where a forward pass's time and a training step's memory go: {part: [seconds, bytes kept for backward]}."""
+    parts, open_parts = {}, []
+
+    def enter(part):
+        synchronize(env.device)
+        open_parts.append((part, time.perf_counter()))
+
+    def leave():
+        synchronize(env.device)
+        part, start = open_parts.pop()
+        spent = time.perf_counter() - start
+        parts.setdefault(part, [0.0, 0])[0] += spent
+        if open_parts:  # an outer part's time is without its inner parts'
+            parts.setdefault(open_parts[-1][0], [0.0, 0])[0] -= spent
+
+    def keep(tensor):
+        own = tensor.untyped_storage().data_ptr() not in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        parts.setdefault(open_parts[-1][0], [0.0, 0])[1] += own * tensor.untyped_storage().nbytes()
+        return tensor
+
+    seen, hooks = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for owner, prefix in ((model.backbone, "backbone."), (model, "")):
+        for name, child in owner.named_children():
+            part = "backbone.stem" if prefix and name[:-1] in ("conv", "bn", "act") else prefix + name
+            for module in child if isinstance(child, torch.nn.ModuleList) else [child]:
+                if module is not model.backbone:
+                    hooks += [module.register_forward_pre_hook(lambda *_, part=part: enter(part)),
+                              module.register_forward_hook(lambda *_: leave())]
+    images = data.normalize(batch["image"].to(env.device))
+    for _ in range(2):  # the second pass counts
+        parts.clear(), enter("fusion, softmax")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), trainer.autocast(env.device, env.amp):
+            model(images)
+        leave()
+        seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for hook in hooks:
+        hook.remove()
+    return parts
+
+
 def largest_batch(measure, dataset):
     """Double the batch until the device's memory is full: {batch size: seconds a step}."""
     found, size = {}, 16
@@ -99,6 +141,11 @@ def main(argv=None):
     size = min(args.batch_size, len(train))
     bare = measure([(0, i) for i in range(size)], 20 if cuda else 4)
     print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
+    parts = profile_parts(model, train_set.__getitems__([(0, i) for i in range(size)]), args, env)
+    forward = sum(seconds for seconds, _ in parts.values())
+    print(f"forward pass by part      {size / forward:9.0f} faces/s, of a step {100 * forward / bare:.0f} % of the time")
+    for part, (seconds, kept) in parts.items():
+        print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / size / 2**20:8.1f} MiB kept a face")
     if cuda and "--batch-size" not in argv:
         for batch, seconds in largest_batch(measure, train_set).items():
             print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
