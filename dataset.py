@@ -40,6 +40,11 @@ class UserError(Exception):
     """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
 
 
+def printable(text):
+    """Text from a file as the terminal may show it: one line without control codes."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that reports a bad command line as one line (UserError), and shows the docstring as it is."""
 
@@ -56,7 +61,8 @@ def run_script(main):
         sys.exit(main())
     except UserError as e:
         # From a DataLoader's worker the message comes wrapped in the worker's traceback.
-        print(f"error: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)
+        message = str(e).split("UserError: ")[-1].strip()
+        print("error:", "\n".join(map(printable, message.split("\n"))), file=sys.stderr)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT,
                            errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
@@ -136,8 +142,8 @@ class Scheme:
     def from_category(cls, category, where):
         """Read and check a COCO category. Raises UserError naming `where`."""
         names = category.get("keypoints")
-        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-            raise UserError(f"{where}: its category has no list of keypoint names; convert the data again")
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.isprintable() for n in names):
+            raise UserError(f"{where}: its category has no list of printable keypoint names; convert the data again")
         if len(names) > 1000:
             raise UserError(f"{where}: {len(names)} keypoints in the category; at most 1000 are supported")
 
@@ -160,7 +166,7 @@ class Scheme:
         interocular = indices(category.get("interocular") or [], "interocular")
         if len(interocular) not in (0, 2):
             raise UserError(f"{where}: interocular must name two landmarks")
-        regions = {str(k): indices(v, f"regions.{k}") for k, v in regions.items()}
+        regions = {printable(k): indices(v, f"regions.{k}") for k, v in regions.items()}
         return cls(names, pairs, regions, interocular, lists("skeleton", start=1))
 
 
@@ -210,6 +216,18 @@ def load_json(path):
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
 
 
+def picture_path(root, name):
+    """The path of a picture that a file names relative to the data root. Raises UserError where it leads out of it."""
+    if not name.isprintable():
+        raise UserError(f"file_name {name!r} holds characters that are no text; rename the picture")
+    path = Path(root, name)
+    # The names of other systems too: a file written on Windows must not mean another place there than here.
+    if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name)
+            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
+        raise UserError(f"file_name {name!r} leaves the data root {root}; names must be relative to it, and links stay in it")
+    return path
+
+
 def load_coco(path, root):
     """Read a COCO keypoint file, checked whole. Raises UserError naming the file and the entry.
 
@@ -228,16 +246,18 @@ def load_coco(path, root):
     k, images = len(scheme.names), {}
     for number, image in enumerate(data["images"]):
         name = image.get("file_name") if isinstance(image, dict) else None
-        if not isinstance(name, str) or not name or "\0" in name:
+        if not isinstance(name, str) or not name:
             raise UserError(f"{path}: image entry {number} has no file_name")
-        if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name):
-            raise UserError(f"{path}: file_name {name!r} leaves the data root; names must be relative to it")
+        try:
+            picture_path(root, name)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
         size = [image.get("width"), image.get("height")]
         if not all(type(s) is int and 0 < s < 1 << 16 for s in size):
             raise UserError(f"{path}: image {name!r} has no usable width and height")
         if image.get("id") in images:
             raise UserError(f"{path}: image id {image.get('id')} is used twice")
-        images[image.get("id")] = (name, size, str(image.get("breed", Path(name).stem.split("_")[0])))
+        images[image.get("id")] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
     rows = []
     for annotation in data["annotations"]:
         where = f"{path}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
@@ -387,10 +407,8 @@ class Windows:
         self.sizes = faces.sizes
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
         self.offsets = np.cumsum([0] + [3 * w * h for _, (w, h) in self.geometry])
-        stats, root = [], faces.root.resolve()
+        stats = []
         for path in self.paths:
-            if not path.resolve().is_relative_to(root):
-                raise UserError(f"{path}: leaves the data root by a symbolic link; copy the pictures, or name their own root")
             try:
                 stats.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
             except OSError:
@@ -437,9 +455,12 @@ class Windows:
         elif self.cache == "ram":
             pixels = self.memory[self.offsets[i]:self.offsets[i + 1]].numpy()
         else:  # a plain read: mapped pages would count as this process's memory, in every worker
-            with open(self.file, "rb") as f:
-                f.seek(self.offsets[i])
-                pixels = np.frombuffer(f.read(3 * w * h), np.uint8)
+            try:
+                pixels = np.fromfile(self.file, np.uint8, 3 * w * h, offset=self.offsets[i])
+            except OSError as e:
+                raise UserError(f"{self.file}: the face cache is gone ({e.strerror}); start again, which builds it anew") from None
+            if len(pixels) < 3 * w * h:
+                raise UserError(f"{self.file}: the face cache was cut off; start again, which builds it anew")
         return pixels.reshape(h, w, 3), window_matrix(window, (w, h))
 
 

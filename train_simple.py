@@ -752,6 +752,8 @@ def train(args):
         rows.append(row)
         if env.rank > 0:
             continue
+        if not (args.work_dir / ".lock").exists():  # without this, the next write would make an empty folder anew
+            raise UserError(f"--work-dir {args.work_dir}: was moved or deleted during epoch {epoch + 1}, and the checkpoints with it")
         metrics = {k: row[k] for k in ("train_loss", "val_loss", "nme", "nme_iod")} | {"chosen_on": chooser}
         if row["nme"] < best or (epoch + 1 == args.epochs and best == math.inf):
             best = row["nme"]
@@ -760,10 +762,11 @@ def train(args):
         if (epoch + 1) % args.save_every == 0:
             save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
             plot_curves(args.work_dir / "curves.png", rows)
+        write_metrics(args.work_dir / "metrics.csv", rows)
+        # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again.
         save_checkpoint(last, snapshot(epoch + 1, metrics) | {
             "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "rng": torch.get_rng_state(), "best": best, "rows": rows})
-        write_metrics(args.work_dir / "metrics.csv", rows)
         say(f"epoch {epoch + 1:3d}/{args.epochs}  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
             f"train loss {train_loss:.2e}" + ("" if math.isnan(row["nme"]) else
                                               f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}")

@@ -1,9 +1,7 @@
 """The converter, on generated faces: each defect is repaired and counted, each bad file named in one line."""
-import importlib.util
 import json
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -16,11 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dataset import load_coco, run_script
+from tools import convert_dogflw_to_coco as convert
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools/convert_dogflw_to_coco.py"
-SPEC = importlib.util.spec_from_file_location("convert_dogflw_to_coco", SCRIPT)
-convert = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(convert)
 WIDTH, HEIGHT, FACES = 120, 90, {"train": 6, "test": 3}
 
 
@@ -58,7 +53,7 @@ def root(tmp_path):
 def run(monkeypatch, capsys, tmp_path):
     """Run the script's edge in this process: exit code, stdout, stderr."""
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["convert_dogflw_to_coco.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as e:
             run_script(convert.main)
         return (e.value.code or 0, *capsys.readouterr())
@@ -83,14 +78,13 @@ def converted(run, root, tmp_path):
 
 # ---------------------------------------------------------------- a clean set
 
-def test_process_writes_valid_coco_twice_the_same(run, root, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--dogflw_root", str(root), "--out_dir", str(tmp_path / "a")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+def test_process_writes_valid_coco_twice_the_same(run, script, root, tmp_path):
+    done = script("tools/convert_dogflw_to_coco.py", "--dogflw_root", root, "--out_dir", tmp_path / "a", check=True)
+    assert done.stderr == ""
     assert "train: 6 faces of 46" in done.stdout and "test: 3 faces" in done.stdout
     assert "repaired" not in done.stdout
     assert sorted(os.listdir(tmp_path / "a")) == ["train.json", "val.json"]
-    assert run("--dogflw-root", root, "--out-dir", tmp_path / "b")[0] == 0  # another process, another hash seed
+    assert run("--dogflw-root", root, "--out-dir", tmp_path / "b")[0] == 0  # in another process
     for name in ("train.json", "val.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     coco = COCO(tmp_path / "a/train.json")
@@ -443,7 +437,7 @@ def test_download(run, root, tmp_path, monkeypatch):
             return str(root.parent)
     monkeypatch.setitem(sys.modules, "kagglehub", Hub())
     code, out, _ = run("--download", "--out_dir", tmp_path / "out")
-    assert code == 0 and "9 faces came" in out and "4335" in out and "train: 6 faces" in out
+    assert code == 0 and "6 + 3 faces came" in out and "3853 + 482" in out and "train: 6 faces" in out
     (root / "test/labels/n1_0.json").unlink()
     one_line(*run("--download", "--out_dir", tmp_path / "out"), "incomplete", "6 + 3 pictures, 8 labels")
     monkeypatch.setattr(Hub, "dataset_download", lambda *_: 1 / 0)

@@ -1,7 +1,9 @@
 """dataset.py: crops, mirroring, heatmaps, the cache, and COCO files written by others."""
 import json
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -131,6 +133,14 @@ def test_the_cache_gives_the_plain_crops(faces, cache, tmp_path, monkeypatch):
         assert len(list(tmp_path.glob("*.bin"))) == 1
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
+def test_a_cache_that_is_damaged_while_in_use_is_named(faces, tmp_path, damage):
+    windows = data.Windows(faces, 96, 1.25, 1.0, "disk", tmp_path)
+    damage(windows.file)
+    with pytest.raises(UserError, match="face cache"):
+        windows[3]
+
+
 def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path, monkeypatch):
     decoded, plain = [], data.Windows._decode
     monkeypatch.setattr(data.Windows, "_decode", lambda self, i: decoded.append(i) or plain(self, i))
@@ -248,12 +258,56 @@ def test_a_broken_coco_file_is_named(sample, tmp_path, message, breakage):
         data.load_coco(tmp_path / "broken.json", sample.data_root)
 
 
-def test_a_symbolic_link_out_of_the_root_is_not_followed(sample, tmp_path):
+@pytest.fixture
+def hostile(sample, tmp_path):
+    """A data root with links in it, and a COCO file of one picture with the given name: hostile(name) -> its path."""
+    root = tmp_path / "root"
+    root.mkdir()
+    picture = next((sample.data_root / "test/images").iterdir())
+    shutil.copy(picture, root / "good.png")
+    (root / "inside.png").symlink_to("good.png")
+    (root / "out").symlink_to(sample.data_root)
+    (root / "out.png").symlink_to(picture)
+    (root / "loop.png").symlink_to("loop.png")
     coco = json.loads((sample.ann_root / "val.json").read_text())
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "link").symlink_to(sample.data_root)
-    for image in coco["images"]:
-        image["file_name"] = "link/" + image["file_name"]
-    (tmp_path / "val.json").write_text(json.dumps(coco))
-    with pytest.raises(UserError, match="leaves the data root"):
-        DogFLWDataset(data.load_coco(tmp_path / "val.json", tmp_path / "root"), 64)
+    coco["images"] = [next(i for i in coco["images"] if i["file_name"].endswith(picture.name))]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] == coco["images"][0]["id"]]
+
+    def make(name):
+        coco["images"][0]["file_name"] = name
+        (tmp_path / "hostile.json").write_text(json.dumps(coco))
+        return tmp_path / "hostile.json"
+    make.root, make.picture = root, picture
+    return make
+
+
+def readers(path, root, tmp_path):
+    """Every way in which a picture that a file names is read."""
+    from tools import align_faces, evaluate, predict, visualize_dataset
+    results = tmp_path / "results.json"
+    coco = json.loads(path.read_text())
+    results.write_text(json.dumps([{"image_id": a["image_id"], "keypoints": a["keypoints"], "score": 1, "file_name": i["file_name"]}
+                                   for i, a in zip(coco["images"], coco["annotations"])]))
+    yield lambda: DogFLWDataset(data.load_coco(path, root), 64).__getitems__([0])
+    for main, *args in ((evaluate.main, "--results", results, "--ann", path), (visualize_dataset.main, path, "--number", 1),
+                        (align_faces.main, "--ann", path)):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        yield lambda main=main, args=args, out=out: main(list(map(str, [*args, "--data-root", root, "--out", out])))
+    yield lambda: [data.read_image(p) for p in predict.list_inputs(SimpleNamespace(input=[str(path)], data_root=root, out=tmp_path))[0]]
+
+
+@pytest.mark.parametrize("name", [
+    "../secret.png", "a/../../secret.png", "/etc/passwd", "out/{}", "out.png", "C:\\x.png", "\\\\host\\x.png", "a\\..\\..\\x.png",
+    "x\0.png", "x\n.png", "\x1b[31m.png", "\ud800.png", "loop.png", "good.png", "inside.png"])
+def test_no_name_leads_out_of_the_data_root(hostile, tmp_path, name, capsys):
+    """In training, evaluation, contact sheets, alignment and prediction alike; links that stay inside are followed."""
+    path = hostile(name.format(f"test/images/{hostile.picture.name}"))
+    for read in readers(path, hostile.root, tmp_path):
+        if name in ("good.png", "inside.png"):
+            read()
+            continue
+        with pytest.raises(UserError) as e:
+            read()
+        message = str(e.value) + capsys.readouterr().err  # alignment names the pictures as it goes
+        assert data.printable(message.replace("\n", "")) == message.replace("\n", "")
+        assert any(word in message for word in ("leaves the data root", "no text", "loop.png")), message

@@ -1,9 +1,7 @@
 """The evaluation: numbers against an independent implementation, results of other programs, the report."""
-import importlib.util
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +9,7 @@ import torch
 
 import dataset as data
 from dataset import UserError
-
-SCRIPT = Path(__file__).resolve().parent.parent / "tools/evaluate.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import evaluate as tool
 
 
 def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
@@ -79,7 +68,7 @@ def reference(content, points, padding, landmarks, select=lambda annotation: Tru
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_equal_an_independent_implementation(tool, tmp_path, seed):
+def test_scores_equal_an_independent_implementation(tmp_path, seed):
     rng = np.random.default_rng(seed)
     content = coco(rng, [1, 2, 1, 1, 3, 1])
     (tmp_path / "ann.json").write_text(json.dumps(content))
@@ -105,7 +94,7 @@ def test_scores_equal_an_independent_implementation(tool, tmp_path, seed):
         same(report["breed"][f"b{b}"], ours[0])
 
 
-def test_curve_by_hand(tool):
+def test_curve_by_hand():
     assert tool.area_under_curve([0.0]) == 1 and tool.area_under_curve([0.2, math.nan]) == 0
     assert tool.area_under_curve([0.05, 0.15]) == pytest.approx(0.25)  # from 0.05 on, half of the faces
     assert tool.area_under_curve([0.02, 0.06, 0.1, 0.3]) == pytest.approx((0.04 * 0.25 + 0.04 * 0.5) / 0.1)
@@ -113,7 +102,7 @@ def test_curve_by_hand(tool):
     assert math.isnan(tool.failure_rate([math.nan])) and math.isnan(tool.area_under_curve([math.nan]))
 
 
-def test_pck_by_hand(tool, tmp_path):
+def test_pck_by_hand(tmp_path):
     content = coco(np.random.default_rng(0), [1], k=5)
     content["annotations"][0]["keypoints"] = [10, 10, 2, 20, 10, 2, 50, 50, 2, 0, 0, 0, 150, 50, 2]  # interocular: 100
     (tmp_path / "ann.json").write_text(json.dumps({**content, "categories": [{**content["categories"][0], "regions": {}}]}))
@@ -124,7 +113,7 @@ def test_pck_by_hand(tool, tmp_path):
     assert math.isnan(tool.pck(points, faces, np.array([math.nan]), 0.10))
 
 
-def test_without_interocular_the_box_is_the_measure(tool, tmp_path):
+def test_without_interocular_the_box_is_the_measure(tmp_path):
     content = coco(np.random.default_rng(1), [1, 1], interocular=())
     (tmp_path / "ann.json").write_text(json.dumps(content))
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
@@ -132,7 +121,7 @@ def test_without_interocular_the_box_is_the_measure(tool, tmp_path):
     assert report["main"] == "nme_box" and "nme_iod" not in report["metrics"] and np.isfinite(errors).all()
 
 
-def test_which_result_counts(tool, tmp_path):
+def test_which_result_counts(tmp_path):
     content = coco(np.random.default_rng(2), [1, 2])
     (tmp_path / "ann.json").write_text(json.dumps(content))
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
@@ -157,7 +146,7 @@ def test_which_result_counts(tool, tmp_path):
             read(results)
 
 
-def test_page_escapes_what_comes_from_outside(tool, tmp_path):
+def test_page_escapes_what_comes_from_outside(tmp_path):
     content, evil = coco(np.random.default_rng(3), [1, 1]), "<img src=x onerror=alert(1)>"
     for image in content["images"]:
         image |= {"file_name": f"{image['id']}\"'{evil}.png", "breed": evil}
@@ -196,7 +185,7 @@ def test_checkpoint(run, report):
     assert "http" not in page and "href" not in page
 
 
-def test_own_results_score_the_same(run, report, tool, tmp_path, capsys):
+def test_own_results_score_the_same(run, report, tmp_path, capsys):
     out, _ = report
     faces = data.load_coco(run.ann_root / "val.json", run.data_root)
     content = json.loads((run.ann_root / "val.json").read_text())
@@ -209,7 +198,7 @@ def test_own_results_score_the_same(run, report, tool, tmp_path, capsys):
     assert "results of" in capsys.readouterr().out
 
 
-def test_refuses_in_one_line(run, report, tool, tmp_path):
+def test_refuses_in_one_line(run, report, tmp_path):
     best, ann = str(run.work_dir / "best_model.pth"), run.ann_root / "val.json"
     content = json.loads(ann.read_text())
     content["categories"][0]["keypoints"][0] = "another"

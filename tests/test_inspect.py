@@ -1,24 +1,13 @@
 """What is in checkpoints; no code of theirs runs."""
-import importlib.util
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 from dataset import UserError, read_image
-
-SCRIPT = Path(__file__).resolve().parent.parent / "tools/inspect_checkpoint.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import inspect_checkpoint as tool
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def test_one(run, script):
     assert facts["torch"] == checkpoint["versions"]["torch"] and facts["eye"].split() == [str(i) for i in range(16, 24)]
 
 
-def test_several_and_their_curves(run, other, tool, tmp_path, capsys):
+def test_several_and_their_curves(run, other, tmp_path, capsys):
     plot = tmp_path / "curves.png"
     tool.main([str(run.work_dir), str(other), str(run.work_dir / "last.pth"), "--plot", str(plot)])
     text = capsys.readouterr().out
@@ -73,7 +62,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_runs_no_code_and_refuses_in_one_line(run, other, tool, tmp_path):
+def test_runs_no_code_and_refuses_in_one_line(run, other, tmp_path):
     hostile, broken, empty = tmp_path / "hostile.pth", tmp_path / "broken.pth", tmp_path / "empty"
     torch.save({"format": 1, "model": Payload(tmp_path / "owned")}, hostile)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))

@@ -1,31 +1,20 @@
 """The drawn sample: DogFLW's layout, its defects, and the same bytes whatever the number of processes."""
-import importlib.util
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataset import UserError
+from tools import make_sample_dataset as tool
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools/make_sample_dataset.py"
 TRAIN, TEST = 30, 4
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def sample(tool, tmp_path_factory):
+def sample(tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "dogflw"
     tool.make_sample(out, TRAIN, TEST, seed=3, workers=1)
     return out
@@ -45,7 +34,7 @@ def labels(sample, split):
     return rows
 
 
-def iou(tool, points, box):
+def iou(points, box):
     return tool.overlap(np.concatenate([points.min(0), points.max(0)]), box)
 
 
@@ -69,24 +58,24 @@ def test_landmarks_are_in_the_picture_and_left_is_left(sample):
         assert all(p[left, 0] < p[left + 1, 0] for p in finite)
 
 
-def test_every_defect_is_there(tool, sample):
+def test_every_defect_is_there(sample):
     train, test = labels(sample, "train"), labels(sample, "test")
     whole = [np.isfinite(points).all() for _, points, _ in train]
     assert whole.count(False) == 2 and all(np.isfinite(points).all() for _, points, _ in test)
     assert [sum(box is None for *_, box in rows) for rows in (train, test)] == [2, 1]
     assert sum(((p < 0) | (p > size - 1)).any() for size, p, _ in train) == 2
-    fits = [iou(tool, p, box) for _, p, box in train if box is not None and np.isfinite(p).all()]
+    fits = [iou(p, box) for _, p, box in train if box is not None and np.isfinite(p).all()]
     assert sum(fit == 0 for fit in fits) == 1 and sum(0 < fit < 0.3 for fit in fits) == 1
-    assert all(iou(tool, p, box) > 0.75 for _, p, box in test if box is not None)
+    assert all(iou(p, box) > 0.75 for _, p, box in test if box is not None)
     assert sum(fit > 0.75 for fit in fits) == len(fits) - 2
     spoilt = list(tool.plan_defects(np.random.default_rng(0), 600, 100).values())  # the default size, as in DogFLW
     assert [spoilt.count(d) for d in ("empty", "nan", "mismatch", "apart", "outside")] == [3, 2, 19, 4, 4]
 
 
-def test_same_bytes_with_other_workers(sample, tmp_path):
+def test_same_bytes_with_other_workers(sample, script, tmp_path):
     out = tmp_path / "dogflw"
     flags = ["--out", out, "--train", TRAIN, "--test", TEST, "--seed", 3, "--workers", 3]
-    done = subprocess.run([sys.executable, *map(str, [SCRIPT, *flags])], capture_output=True, text=True, check=True)
+    done = script("tools/make_sample_dataset.py", *flags, check=True)
     assert len(done.stdout.splitlines()) == 1 and not done.stderr
     files = sorted(p.relative_to(sample) for p in sample.rglob("*.*"))
     assert files == sorted(p.relative_to(out) for p in out.rglob("*.*"))
@@ -101,14 +90,14 @@ def test_faces_differ(sample):
 
 
 @pytest.mark.parametrize("flags", [["--train", "0"], ["--test", "-1"], ["--workers", "0"], ["--seed", "x"]])
-def test_bad_flags(tool, monkeypatch, tmp_path, flags):
+def test_bad_flags(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(sys, "argv", ["make_sample_dataset.py", "--out", str(tmp_path / "new"), *flags])
     with pytest.raises(UserError, match=flags[0]):
         tool.main()
     assert not (tmp_path / "new").exists()
 
 
-def test_force_replaces_a_sample_and_nothing_else(tool, monkeypatch, tmp_path):
+def test_force_replaces_a_sample_and_nothing_else(monkeypatch, tmp_path):
     out = tmp_path / "dogflw"
     argv = ["make_sample_dataset.py", "--out", str(out), "--train", "1", "--test", "0", "--workers", "1"]
     monkeypatch.setattr(sys, "argv", argv)
@@ -124,7 +113,7 @@ def test_force_replaces_a_sample_and_nothing_else(tool, monkeypatch, tmp_path):
         (out / mine).unlink()
 
 
-def test_interrupted_run_leaves_nothing(tool, monkeypatch, tmp_path):
+def test_interrupted_run_leaves_nothing(monkeypatch, tmp_path):
     def stop(job):
         raise KeyboardInterrupt
 

@@ -1,6 +1,6 @@
 """train_simple.py: model, loss, metric, and whole runs as processes."""
-import csv
 import json
+import math
 import os
 import pickle
 import shutil
@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL, assert_same_run, ended, rows, wait_for, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dataset as data
 import train_simple as trainer
@@ -78,32 +81,47 @@ def reference(points, faces, length):
     """NME by plain loops in float64."""
     total, count = 0.0, 0
     for i in range(len(faces)):
-        errors = [float(np.hypot(*(points[i, k] - faces.points[i, k]))) for k in range(46) if faces.visible[i, k] > 0]
+        errors = [math.dist(points[i, k], faces.points[i, k]) for k in range(points.shape[1]) if faces.visible[i, k] > 0]
         if errors and length(i) > 0:
             total, count = total + sum(errors) / len(errors) / length(i), count + 1
-    return total / count if count else float("nan")
+    return total / count if count else math.nan
 
 
-def test_metric_against_a_reference(sample):
-    faces = data.load_coco(sample.ann_root / "train.json", sample.data_root)
-    points = faces.points + np.random.default_rng(0).normal(0, 5, faces.points.shape)
-    metrics = trainer.mean_metrics(points, faces, 1.25)
-    box = faces.boxes
-    assert metrics["nme"] == pytest.approx(reference(points, faces, lambda i: 1.25 * max(box[i, 2:])), abs=1e-12)
-    assert metrics["nme_box"] == pytest.approx(reference(points, faces, lambda i: np.hypot(*box[i, 2:])), abs=1e-12)
-    assert metrics["nme_iod"] == pytest.approx(reference(points, faces, lambda i: np.linalg.norm(
-        faces.points[i, 18] - faces.points[i, 19]) if faces.visible[i, 18] and faces.visible[i, 19] else 0), abs=1e-12)
-    nothing = trainer.mean_metrics(points[:0], faces.take([]), 1.25)
-    assert all(np.isnan(v) for v in nothing.values())
+def random_faces(n, k, seed):
+    """Faces with landmarks that are not labelled, some with none at all; the first two are the interocular pair."""
+    rng = np.random.default_rng(seed)
+    scheme = data.Scheme([f"p{i}" for i in range(k)], [[0, 1]], {}, [0, 1], [])
+    boxes = np.concatenate([rng.uniform(-50, 200, (n, 2)), rng.uniform(1, 500, (n, 2))], axis=1)
+    visible = (rng.integers(0, 3, (n, k)) * rng.integers(0, 2, (n, 1))).astype(np.uint8)
+    points = rng.uniform(-50, 700, (n, k, 2)).round(rng.integers(0, 4))
+    return data.Faces(scheme, [""] * n, Path(), np.full((n, 2), 500), boxes, points, visible, np.arange(n), np.arange(n), [""] * n)
 
 
-def test_metric_is_invariant_under_similarity(sample):
-    faces = data.load_coco(sample.ann_root / "train.json", sample.data_root)
-    points = faces.points + np.random.default_rng(0).normal(0, 5, faces.points.shape)
-    matrix = data.crop_matrix((10, 20, 300, 200), 512, 1.0, rotation=33)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 6), st.integers(2, 9), st.integers(0, 10**6), st.floats(0.5, 4))
+def test_metric_against_a_reference(n, k, seed, padding):
+    faces = random_faces(n, k, seed)
+    box, points = faces.boxes, faces.points + np.random.default_rng(seed).normal(0, 5, faces.points.shape)
+    metrics = trainer.mean_metrics(points, faces, padding)
+    expected = {"nme": reference(points, faces, lambda i: padding * max(box[i, 2:])),
+                "nme_box": reference(points, faces, lambda i: np.hypot(*box[i, 2:])),
+                "nme_iod": reference(points, faces, lambda i: math.dist(*faces.points[i, :2]) if faces.visible[i, :2].all() else 0)}
+    assert metrics == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    # One face at a time, and the mean over those that count: batched equals single.
+    single = [trainer.mean_metrics(points[[i]], faces.take([i]), padding)["nme"] for i in range(n)]
+    counted = [e for e in single if not math.isnan(e)]
+    assert metrics["nme"] == pytest.approx(sum(counted) / len(counted) if counted else math.nan, rel=1e-12, nan_ok=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-180, 180), st.floats(0.3, 3), st.booleans())
+def test_metric_is_invariant_under_similarity(seed, rotation, scale, mirror):
+    faces = random_faces(4, 5, seed)
+    points = faces.points + np.random.default_rng(seed).normal(0, 5, faces.points.shape)
+    matrix = data.crop_matrix((10, 20, 300, 200), 512, 1.0, rotation, scale, mirror=mirror)
     moved = data.replace(faces, points=data.apply_matrix(matrix, faces.points))
     assert trainer.mean_metrics(data.apply_matrix(matrix, points), moved, 1.25)["nme_iod"] == pytest.approx(
-        trainer.mean_metrics(points, faces, 1.25)["nme_iod"], rel=1e-9)
+        trainer.mean_metrics(points, faces, 1.25)["nme_iod"], rel=1e-9, nan_ok=True)
 
 
 def test_mirrored_averaging_is_equivariant(model):
@@ -115,6 +133,42 @@ def test_mirrored_averaging_is_equivariant(model):
     torch.testing.assert_close(mirrored, plain.flip(3)[:, scheme_flip], atol=1e-4, rtol=1e-4)
 
 
+def test_the_mirrored_validation_set_gives_the_mirrored_predictions(run, tmp_path):
+    """Pictures, boxes and landmarks mirrored, partners swapped: the same errors, but for the rounding of pixels."""
+    model, scheme, args, _ = trainer.load_model(run.work_dir / "best_model.pth")
+    faces, cpu = data.load_coco(run.ann_root / "val.json", run.data_root), torch.device("cpu")
+    for file in faces.files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(data.encode_picture(data.read_image(faces.root / file)[:, ::-1]))
+    last, swap = faces.sizes[:, :1] - 1, scheme.flip_index
+
+    def mirror(points):
+        return np.stack([last - points[..., 0], points[..., 1]], -1)[:, swap]
+    x, y, w, h = faces.boxes.T
+    mirrored = data.replace(faces, root=tmp_path, boxes=np.stack([last[:, 0] - x - w, y, w, h], 1), points=mirror(faces.points),
+                            visible=faces.visible[:, swap])
+    plain, turned = (trainer.predict(model, DogFLWDataset(f, args["input_size"], args["padding"]), cpu)[0] for f in (faces, mirrored))
+    pixel = trainer.normalizers(faces, args["padding"])["nme"] / args["input_size"]  # of the crop, in picture pixels: (N,)
+    assert (np.linalg.norm(mirror(turned) - plain, axis=-1).mean(1) / pixel).mean() < 0.1
+    errors = [trainer.mean_metrics(p, f, args["padding"])["nme"] for p, f in ((plain, faces), (turned, mirrored))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+def test_batches_and_threads_do_not_change_a_prediction(run):
+    model, _, args, _ = trainer.load_model(run.work_dir / "best_model.pth")
+    faces, cpu = data.load_coco(run.ann_root / "val.json", run.data_root), torch.device("cpu")
+    dataset = DogFLWDataset(faces, args["input_size"], args["padding"])
+    single = trainer.predict(model, dataset, cpu, batch_size=1, sigma=1.2)
+    for batch_size, threads in ((12, 1), (5, 1), (12, 2)):
+        torch.set_num_threads(threads)
+        try:
+            other = trainer.predict(model, dataset, cpu, batch_size=batch_size, sigma=1.2)
+        finally:
+            torch.set_num_threads(1)
+        for a, b, tolerance in zip(single, other, (0.01, 1e-4, 1e-5)):  # picture pixels, score, loss
+            np.testing.assert_allclose(b, a, atol=tolerance)
+
+
 def test_processes_share_the_batch_exactly():
     def faces(world, accumulate=1):
         parts = [list(trainer.EpochBatches(37, 8, 3, 1, 3, accumulate, r, world)) for r in range(world)]
@@ -123,24 +177,6 @@ def test_processes_share_the_batch_exactly():
     assert len(whole) == 8 and all(len(b) == 8 for b in whole)
     assert faces(2) == whole and faces(4) == whole
     assert len({i for b in whole[:4] for _, i in b}) == 32
-
-
-def rows(work_dir):
-    """metrics.csv less what a clock decides."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
-            for row in csv.DictReader((work_dir / "metrics.csv").read_text().splitlines())]
-
-
-def weights(path):
-    checkpoint = trainer.load_checkpoint(path)
-    return {**checkpoint["model"], **checkpoint.get("raw", {})}
-
-
-def assert_same_run(a, b):
-    assert rows(a) == rows(b)
-    for name in ("last.pth", "best_model.pth"):
-        ours, theirs = weights(a / name), weights(b / name)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), name
 
 
 def test_a_run_and_what_it_leaves(run):
@@ -158,41 +194,17 @@ def test_a_run_and_what_it_leaves(run):
 
 def test_workers_do_not_change_a_run(run, train, tmp_path):
     for workers in (1, 4):  # 0 is the run itself
-        train(tmp_path / str(workers), "--epochs", 2, "--batch-size", 8, "--num-workers", workers, "--cache", "disk", check=True)
+        train(tmp_path / str(workers), "--num-workers", workers, "--cache", "disk", check=True)
         assert_same_run(tmp_path / str(workers), run.work_dir)
 
 
-def test_killed_and_resumed_is_the_same_run(run, train, tmp_path, sample):
-    """SIGKILL at several moments, then --resume, until it is through."""
-    work_dir, kills = tmp_path / "cut", 0
-    command = [sys.executable, ROOT / "train_simple.py", "--data-root", sample.data_root, "--ann-root", sample.ann_root,
-               "--work-dir", work_dir, *SMALL, "--cache", "ram", "--epochs", 2, "--batch-size", 8]
-    for moment in (4.5, 6.0, 7.0):
-        process = subprocess.Popen([*map(str, command), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            kills += 1
-        assert b"Traceback" not in process.communicate()[1]
-    train(work_dir, "--epochs", 2, "--batch-size", 8, "--resume", check=True)
-    assert kills and not [p for p in work_dir.iterdir() if p.suffix == ".tmp"]
-    assert_same_run(work_dir, run.work_dir)
-
-
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_run_with_a_word(sample, tmp_path, number, code):
-    process = subprocess.Popen(list(map(str, [
-        sys.executable, ROOT / "train_simple.py", "--data-root", sample.data_root, "--ann-root", sample.ann_root,
-        "--work-dir", tmp_path / "w", *SMALL, "--num-workers", 2, "--epochs", 500])), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while "epoch" not in process.stdout.readline():
-        assert process.poll() is None
+def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code):
+    process = start("train_simple.py", *flags, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
+    wait_for(process, "epoch   1")
     time.sleep(0.5)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == code and "--resume" in errors and "Traceback" not in errors, errors
+    os.kill(process.pid, number)
+    assert "--resume" in ended(process, code)
 
 
 FROZEN_BN = """
@@ -206,22 +218,20 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes,accumulate", [(2, 1), (1, 2)])
-def test_two_processes_or_micro_batches_train_as_one(sample, tmp_path, processes, accumulate):
+def test_two_processes_or_micro_batches_train_as_one(script, flags, tmp_path):
     """2 x 8 faces give the gradients of 1 x 16 within float tolerance, and the same metrics."""
     (tmp_path / "frozen.py").write_text(FROZEN_BN)
-    flags = ["--epochs", 1, "--batch-size", 16, "--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", 29541]
-    for name, command in (("one", []), ("two", [*(torchrun if processes > 1 else []), tmp_path / "frozen.py", "--accumulate", accumulate])):
-        command = command or [tmp_path / "frozen.py"]
-        result = subprocess.run(list(map(str, [sys.executable, *command, *flags, "--work-dir", tmp_path / name])), text=True,
-                                capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr
-    one, two = weights(tmp_path / "one" / "last.pth"), weights(tmp_path / "two" / "last.pth")
-    assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-6, rtol=1e-4) for k in one)
-    (a,), (b,) = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
-    assert float(a["nme"]) == pytest.approx(float(b["nme"]), rel=1e-3)
+    flags = [*flags, "--epochs", 1, "--batch-size", 16, "--work-dir"]
+    script(tmp_path / "frozen.py", *flags, tmp_path / "whole", check=True)
+    script(tmp_path / "frozen.py", *flags, tmp_path / "parts", "--accumulate", 2, check=True)
+    subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29541,
+                                  tmp_path / "frozen.py", *flags, tmp_path / "processes"])), check=True, timeout=300)
+    whole, (row,) = weights(tmp_path / "whole" / "last.pth"), rows(tmp_path / "whole")
+    for name in ("parts", "processes"):
+        other, (its,) = weights(tmp_path / name / "last.pth"), rows(tmp_path / name)
+        assert all(torch.allclose(whole[k].float(), other[k].float(), atol=1e-6, rtol=1e-4) for k in whole), name
+        assert float(row["train_loss"]) == pytest.approx(float(its["train_loss"]), rel=1e-4), name
+        assert float(row["nme"]) == pytest.approx(float(its["nme"]), rel=1e-3), name
 
 
 def test_sharded_validation_is_exact(run):
@@ -300,17 +310,15 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
                                      "--work-dir", run.work_dir, "--resume")
 
 
-def test_two_runs_in_one_folder(sample, tmp_path, refused):
-    flags = list(map(str, ["--data-root", sample.data_root, "--ann-root", sample.ann_root, "--work-dir", tmp_path / "w", *SMALL,
-                           "--epochs", 500]))
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_simple.py"), *flags], stdout=subprocess.PIPE, text=True)
+def test_two_runs_in_one_folder(start, flags, tmp_path, refused):
+    flags = [*flags, "--work-dir", tmp_path / "w", "--epochs", 500]
+    process = start("train_simple.py", *flags)
     try:
-        while "epoch" not in process.stdout.readline():
-            assert process.poll() is None
+        wait_for(process, "epoch   1")
         assert "another run" in refused(*flags, "--resume")
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def test_a_damaged_picture_names_itself(sample, tmp_path, refused, script):

@@ -1,24 +1,13 @@
 """Pictures of a data set: the right ones, of the right size, showing what they say."""
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dataset as data
 from dataset import UserError
-
-SCRIPT = Path(__file__).resolve().parent.parent / "tools/visualize_dataset.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import visualize_dataset as tool
 
 
 def has(picture, colour, tolerance=25):
@@ -40,7 +29,7 @@ def test_sheets(sample, script, tmp_path):
     assert has(sheets["repaired.jpg"], (60, 200, 60))
 
 
-def test_original_boxes_red_and_new_ones_green(sample, tool, tmp_path):
+def test_original_boxes_red_and_new_ones_green(sample, tmp_path):
     content = json.loads((sample.ann_root / "val.json").read_text())
     for annotation in content["annotations"]:
         annotation.pop("repaired", None)
@@ -58,7 +47,7 @@ def test_original_boxes_red_and_new_ones_green(sample, tool, tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 2, 46, 301])
-def test_the_map_takes_any_number_of_landmarks(tool, tmp_path, k):
+def test_the_map_takes_any_number_of_landmarks(tmp_path, k):
     """No label lies on another: there are as many separate lines of text as labels in the column."""
     rng = np.random.default_rng(k)
     triples = np.column_stack([rng.uniform(20, 180, (k, 2)), np.full(k, 2)]).ravel().tolist()
@@ -74,7 +63,7 @@ def test_the_map_takes_any_number_of_landmarks(tool, tmp_path, k):
         assert (rows[1:] & ~rows[:-1]).sum() in (k // 2, -(-k // 2))
 
 
-def test_refuses_in_one_line(sample, tool, tmp_path):
+def test_refuses_in_one_line(sample, tmp_path):
     ann, root = str(sample.ann_root / "val.json"), ["--data-root", str(sample.data_root)]
     out = ["--out", str(tmp_path / "out")]
     moved = tmp_path / "moved"

@@ -119,7 +119,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     scheme, faces = read_faces(args)
-    indices, root = parts(scheme), args.data_root.resolve()
+    indices = parts(scheme)
     scale = args.size / (2 * HALF_SIDE * (1 + args.margin))  # pixels an eye distance
     target = (TEMPLATE - CENTRE) * scale + (args.size - 1) / 2
     by_file, aligned, left_out, unread, used = {}, [], [], [], Counter()
@@ -127,12 +127,10 @@ def main(argv=None):
         by_file.setdefault(face[0], []).append(face)
     for file, group in tqdm(by_file.items(), unit="file", disable=None):
         try:
-            if "\0" in file or not (root / file).resolve().is_relative_to(root):
-                raise UserError(f"{file!r} leaves --data-root")
-            image = data.read_image(root / file)
+            image = data.read_image(data.picture_path(args.data_root, file))
         except UserError as e:
             unread.append(file)
-            tqdm.write(f"error: {e}", file=sys.stderr)
+            tqdm.write(f"error: {data.printable(e)}", file=sys.stderr)
             continue
         for _, face, points, visible in group:
             source = middles(points, visible, indices)
@@ -155,7 +153,7 @@ def main(argv=None):
                             "left_out": left_out}).encode())
     print(f"{len(aligned)} faces -> {args.out}")
     if left_out:
-        named = ", ".join(f"{face['file']} ({face['face']}): {face['reason']}" for face in left_out[:10])
+        named = ", ".join(f"{data.printable(face['file'])} ({face['face']}): {face['reason']}" for face in left_out[:10])
         print(f"left out: {len(left_out)} faces, all in transforms.json: {named}{', ...' if len(left_out) > 10 else ''}")
     if unread:
         raise UserError(f"{len(unread)} of {len(by_file)} pictures could not be read; they are named above")

@@ -311,8 +311,8 @@ def main(argv=None):
         dataset = DogFLWDataset(faces, int(settings["input_size"]), padding)
         amp = choose_amp(device, settings.get("amp", True))
         points, _, _ = predict(model, dataset, device, amp=amp, batch_size=args.batch_size, flip=args.flip)
-        chosen = checkpoint["metrics"].get("chosen_on")
-        source = (f"{args.checkpoint}: epoch {checkpoint.get('epoch')}, chosen on {chosen}; "
+        chosen = data.printable(checkpoint["metrics"].get("chosen_on"))
+        source = (f"{args.checkpoint}: epoch {data.printable(checkpoint.get('epoch'))}, chosen on {chosen}; "
                   f"{'averaged with the mirrored picture' if args.flip and scheme.flip_pairs else 'not mirrored'}")
         if chosen == "val.json" and ann.resolve() == (Path(str(settings.get("ann_root"))) / chosen).resolve():
             source += "; these very faces chose it, so the numbers flatter it"

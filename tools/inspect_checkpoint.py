@@ -9,14 +9,13 @@ import csv
 import math
 from pathlib import Path
 
-from dataset import Parser, UserError, atomic_write, run_script
+from dataset import Parser, UserError, atomic_write, printable, run_script
 from train_simple import COLUMNS, load_model
 
 
 def show(value):
     """A value of a checkpoint as one short piece of a line, whatever a stranger put there."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = f"{value:.4g}" if isinstance(value, float) else printable(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

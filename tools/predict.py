@@ -305,10 +305,7 @@ def list_inputs(args):
             if not args.data_root:
                 raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
             names, _ = read_coco(path)
-            found, root = [args.data_root / name for name in names], args.data_root.resolve()
-            outside = [p for p in found if "\0" in str(p) or not p.resolve().is_relative_to(root)]
-            if outside:
-                raise UserError(f"{path}: {str(outside[0])!r} leaves the data root")
+            found = [data.picture_path(args.data_root, name) for name in names]
             ids |= names
         else:
             found = []
@@ -420,7 +417,7 @@ def main(argv=None):
             chunk.append((path, image, boxes_of(path, image)))
         except UserError as e:
             failed.append(path)
-            tqdm.write(f"error: {e}", file=sys.stderr)
+            tqdm.write(f"error: {data.printable(e)}", file=sys.stderr)
         if len(chunk) == args.batch_size or sum(image.size for _, image, _ in chunk) > CHUNK_BYTES:
             finish(chunk)
     finish(chunk)

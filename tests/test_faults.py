@@ -1,0 +1,152 @@
+"""What ends a run early: kills at any moment, full and vanished disks, dead workers. Real processes, real file systems."""
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_same_run, ended, wait_for
+
+import train_simple as trainer
+
+KILLS = int(os.environ.get("KILLS", 5))
+WRITTEN = (".last.pth.tmp", ".best_model.pth.tmp", ".metrics.csv.tmp", ".curves.png.tmp")  # every epoch, or most
+
+
+# ---------------------------------------------------------------- kills
+
+def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path):
+    """SIGKILL at random moments, each followed by --resume, leaves the weights and metrics of a run never killed.
+
+    Half of the moments are drawn from the run's whole length, half lie within milliseconds of a file's beginning: a
+    checkpoint, the face cache, metrics.csv. A run that comes through is compared, and the next one begins. In full:
+
+        KILLS=30 python -m pytest -s tests/test_faults.py -k anywhere
+    """
+    rng, kills, writing, runs = np.random.default_rng(KILLS), 0, 0, 0
+    while kills < KILLS or runs == 0:
+        work_dir, cache, done = tmp_path / f"run{runs}", tmp_path / f"cache{runs}", 0
+        while True:
+            process = start("train_simple.py", *flags, "--cache", "disk", "--save-every", 1, "--work-dir", work_dir, "--resume",
+                            cache=cache)
+            if kills < KILLS:
+                deadline = time.monotonic() + rng.uniform(0, run.seconds)
+                wanted = [*(work_dir / name for name in WRITTEN), *([] if cache.exists() else [cache])]
+                target = wanted[rng.integers(len(wanted))] if kills % 2 else None
+                while process.is_alive() and (time.monotonic() < deadline if target is None else not target.exists()):
+                    time.sleep(0.0005)
+                process.join(0 if target is None else rng.exponential(0.005))
+                process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL) and process.err.read_text() == "", process.err.read_text()
+            if process.exitcode == 0:
+                break
+            kills += 1
+            writing += any(p.name.endswith(".tmp") for folder in (work_dir, cache) if folder.is_dir() for p in folder.iterdir())
+            done += process.out.read_text().count("train loss")
+            if done or (work_dir / "last.pth").exists():  # no finished epoch is ever lost
+                assert trainer.load_checkpoint(work_dir / "last.pth")["epoch"] >= done
+        runs += 1
+        assert_same_run(work_dir, run.work_dir)
+        assert not [p for folder in (work_dir, cache) for p in folder.iterdir() if p.name.endswith(".tmp")]
+    print(f"{kills} kills, {writing} of them while a file was being written; {runs} runs ended like the one never killed")
+
+
+def children(pid):
+    """The process ids of a process's children."""
+    return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+def test_a_killed_worker_is_reported_as_that(start, flags, tmp_path):
+    """And a machine with fewer cores than --num-workers starts no more workers than it has cores."""
+    process = start("train_simple.py", *flags, "--work-dir", tmp_path / "w", "--num-workers", 500, "--epochs", 500)
+    wait_for(process, "epoch   1")
+    workers = children(process.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    line = ended(process)
+    assert 1 <= len(workers) <= os.cpu_count() and "data worker" in line and "--resume" in line
+
+
+# ---------------------------------------------------------------- disks
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 80 MB in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """Leave a disk 1 MB."""
+    space = os.statvfs(folder)
+    with open(folder / "filler", "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, space.f_bavail * space.f_frsize - 2**20)
+
+
+def remount(folder, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only_keeps_the_checkpoint(start, flags, disk):
+    work_dir = disk / "run"
+    run = ("train_simple.py", *flags, "--epochs", 200, "--work-dir", work_dir, "--resume")
+    process = start(*run)
+    wait_for(process, "epoch   1")
+    fill(disk)
+    line = ended(process)
+    assert str(work_dir) in line and "No space left" in line
+    done = process.out.read_text().count("train loss")
+    assert trainer.load_checkpoint(work_dir / "last.pth")["epoch"] == done  # the one before, whole
+    assert not [p for p in work_dir.iterdir() if p.name.endswith(".tmp")]
+    (disk / "filler").unlink()
+    remount(disk, "ro")
+    line = ended(start(*run))
+    assert str(work_dir) in line and "Read-only" in line
+    remount(disk, "rw")
+    process = start(*run)
+    wait_for(process, f"epoch {done + 1:3d}")  # with room again it goes on
+    process.kill()
+    process.join()
+
+
+def test_a_full_disk_for_the_face_cache(start, flags, disk, tmp_path):
+    fill(disk)
+    line = ended(start("train_simple.py", *flags, "--cache", "disk", "--input-size", 512, "--work-dir", tmp_path / "w", cache=disk))
+    assert str(disk) in line and "No space left" in line and not list(disk.glob("*.bin*"))
+
+
+@pytest.mark.parametrize("what", ["run", "cache"])
+def test_a_folder_that_vanishes_ends_the_run_with_a_word(start, flags, tmp_path, what):
+    process = start("train_simple.py", *flags, "--epochs", 500, "--cache", "disk", "--num-workers", 1, "--work-dir", tmp_path / "run",
+                    cache=tmp_path / "cache")
+    wait_for(process, "epoch   1")
+    (tmp_path / what).rename(tmp_path / "moved")
+    line = ended(process)
+    assert str(tmp_path / what) in line
+    assert trainer.load_checkpoint((tmp_path / "moved" if what == "run" else tmp_path / "run") / "last.pth")["epoch"] >= 1
+    assert not (tmp_path / what).exists()
+
+
+def test_tools_on_a_full_disk_keep_what_was_there(run, script, disk, tmp_path):
+    shutil.copytree(run.ann_root, disk / "ann")
+    before = {p: p.read_bytes() for p in (disk / "ann").iterdir()}
+    fill(disk)
+    with open(disk / "rest", "wb") as f, pytest.raises(OSError):
+        while True:
+            os.write(f.fileno(), bytes(4096))
+    checkpoint, ann = run.work_dir / "best_model.pth", ("--data-root", run.data_root)
+    for command in (("tools/convert_dogflw_to_coco.py", "--dogflw_root", run.data_root, "--out_dir", disk / "ann"),
+                    ("tools/evaluate.py", checkpoint, "--out", disk / "ann", "--device", "cpu"),
+                    ("tools/predict.py", checkpoint, run.ann_root / "val.json", *ann, "--boxes", run.ann_root / "val.json",
+                     "--out", disk / "ann", "--force", "--device", "cpu")):
+        result = script(*command)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "No space left" in result.stderr, result.stderr
+    assert {p: p.read_bytes() for p in (disk / "ann").iterdir() if p.is_file()} == before
