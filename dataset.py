@@ -475,7 +475,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
     """
 
-    def __init__(self, faces, input_size=256, padding=1.25, sigma=1.2, augment=None, seed=0, cache="none"):
+    def __init__(self, faces, input_size=256, padding=1.25, sigma=2.0, augment=None, seed=0, cache="none"):
         self.faces, self.size, self.padding, self.sigma, self.seed = faces, input_size, padding, sigma, seed
         self.augment = augment or Augmentation.none()
         self.flip_index = faces.scheme.flip_index

@@ -36,8 +36,8 @@ from tqdm import tqdm
 import dataset as data
 from dataset import ROOT, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
-SIGMA = 1.2  # deviation of the targets, heatmap cells
-MSE_WEIGHT = 0.03  # beside the coordinate error in fractions of the crop
+SIGMA = 2.0  # deviation of the targets, heatmap cells
+MSE_WEIGHT = 0.5  # beside the coordinate error in fractions of the crop
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
                      "accumulate", "lr", "weight_decay", "warmup_epochs", "ema", "seed", "amp")
@@ -333,7 +333,8 @@ def batches_of(dataset, sampler, args, env):
 
 
 def build_optimizer(model, args, device):
-    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cuda", "cpu"))
+    return torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                            fused=device.type in ("cuda", "cpu"))
 
 
 def lr_factor(step, total, warmup):
@@ -500,7 +501,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=210, help="(default: 210)")
     add("--batch-size", type=int, default=16, help="faces an optimizer step, over all GPUs and micro-batches (default: 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step: the same training in less memory (default: 1)")
-    add("--lr", type=float, help="Adam's rate at this batch size; scale it by the batch's root (default: 1e-3, 2e-3 with --no-pretrained)")
+    add("--lr", type=float, help="Adam's rate at this batch size; scale it by the batch's root (default: 1e-3, 4e-3 with --no-pretrained)")
     add("--weight-decay", type=float, default=0.0, help="(default: 0)")
     add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine (default: 1)")
     add("--ema", type=float, default=0.998, metavar="DECAY", help="average of the weights; 0 switches it off (default: 0.998)")
@@ -522,7 +523,7 @@ def parse_args(argv=None):
                             input_size=128, epochs=20, pretrained=False, work_dir=ROOT / "work_dirs" / "sample")
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
-    args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 2e-3
+    args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 4e-3
     args.val_every = args.val_every or max(1, math.ceil(args.epochs / 100))
     world = int(os.environ.get("WORLD_SIZE", 1))
     problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
