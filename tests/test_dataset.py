@@ -242,6 +242,7 @@ def breakages():
     yield "file_name", lambda d: d["images"][0].update(file_name=7)
     yield "width and height", lambda d: d["images"][0].update(width=-1)
     yield "twice", lambda d: d["images"][1].update(id=d["images"][0]["id"])
+    yield "printable", lambda d: d["categories"][0]["keypoints"].__setitem__(3, "\x1b[2J")
     yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 1], [1, 2]])
     yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 99]])
     yield "regions", lambda d: d["categories"][0].update(regions={"ear": ["x"]})
@@ -311,3 +312,11 @@ def test_no_name_leads_out_of_the_data_root(hostile, tmp_path, name, capsys):
         message = str(e.value) + capsys.readouterr().err  # alignment names the pictures as it goes
         assert data.printable(message.replace("\n", "")) == message.replace("\n", "")
         assert any(word in message for word in ("leaves the data root", "no text", "loop.png")), message
+
+
+def test_errors_show_no_control_codes(capsys):
+    def main():
+        raise UserError("name\x1b[2J.png\r\n  second line")
+    with pytest.raises(SystemExit) as end:
+        data.run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: name?[2J.png?\n  second line\n"

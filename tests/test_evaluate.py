@@ -185,6 +185,16 @@ def test_checkpoint(run, report):
     assert "http" not in page and "href" not in page
 
 
+def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tmp_path, capsys):
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    checkpoint["metrics"]["chosen_on"] = checkpoint["epoch"] = "\x1b[2J\x07"
+    checkpoint["scheme"]["regions"]["\x1b[31m"] = [0]
+    torch.save(checkpoint, tmp_path / "evil.pth")
+    tool.main([str(tmp_path / "evil.pth"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "?[2J" in text and "?[31m" in text and text.replace("\n", "").isprintable()
+
+
 def test_own_results_score_the_same(run, report, tmp_path, capsys):
     out, _ = report
     faces = data.load_coco(run.ann_root / "val.json", run.data_root)

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,21 @@ WRITTEN = (".last.pth.tmp", ".best_model.pth.tmp", ".metrics.csv.tmp", ".curves.
 def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path):
     """SIGKILL at random moments, each followed by --resume, leaves the weights and metrics of a run never killed.
 
-    Half of the moments are drawn from the run's whole length, half lie within milliseconds of a file's beginning: a
+    Half of the moments are drawn from the run's whole length, half lie in or soon after the writing of a file: a
     checkpoint, the face cache, metrics.csv. A run that comes through is compared, and the next one begins. In full:
 
         KILLS=30 python -m pytest -s tests/test_faults.py -k anywhere
     """
-    rng, kills, writing, runs = np.random.default_rng(KILLS), 0, 0, 0
+    rng, kills, runs, hit = np.random.default_rng(KILLS), 0, 0, Counter()
+
+    def unfinished(*folders):
+        """Temporary files, each with the time of its last change."""
+        return {(p.name[1:17], p.stat().st_mtime_ns) for f in folders if f.is_dir() for p in f.iterdir() if p.name.endswith(".tmp")}
+
     while kills < KILLS or runs == 0:
         work_dir, cache, done = tmp_path / f"run{runs}", tmp_path / f"cache{runs}", 0
         while True:
+            before = unfinished(work_dir, cache)
             process = start("train_simple.py", *flags, "--cache", "disk", "--save-every", 1, "--work-dir", work_dir, "--resume",
                             cache=cache)
             if kills < KILLS:
@@ -37,22 +44,22 @@ def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path
                 wanted = [*(work_dir / name for name in WRITTEN), *([] if cache.exists() else [cache])]
                 target = wanted[rng.integers(len(wanted))] if kills % 2 else None
                 while process.is_alive() and (time.monotonic() < deadline if target is None else not target.exists()):
-                    time.sleep(0.0005)
-                process.join(0 if target is None else rng.exponential(0.005))
+                    time.sleep(0.001)
+                process.join(0 if target is None else rng.exponential(rng.choice([0.005, 0.3])))
                 process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL) and process.err.read_text() == "", process.err.read_text()
             if process.exitcode == 0:
                 break
             kills += 1
-            writing += any(p.name.endswith(".tmp") for folder in (work_dir, cache) if folder.is_dir() for p in folder.iterdir())
+            hit.update(name for name, _ in unfinished(work_dir, cache) - before)
             done += process.out.read_text().count("train loss")
             if done or (work_dir / "last.pth").exists():  # no finished epoch is ever lost
                 assert trainer.load_checkpoint(work_dir / "last.pth")["epoch"] >= done
         runs += 1
         assert_same_run(work_dir, run.work_dir)
-        assert not [p for folder in (work_dir, cache) for p in folder.iterdir() if p.name.endswith(".tmp")]
-    print(f"{kills} kills, {writing} of them while a file was being written; {runs} runs ended like the one never killed")
+        assert not unfinished(work_dir, cache)
+    print(f"{kills} kills, {hit.total()} while a file was being written {dict(hit)}; {runs} runs ended like the one never killed")
 
 
 def children(pid):

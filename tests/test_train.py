@@ -244,26 +244,22 @@ def test_sharded_validation_is_exact(run):
     assert torch.equal(sum(parts), whole)
 
 
-def test_one_batch_is_learnt(sample, train, tmp_path):
-    coco = json.loads((sample.ann_root / "train.json").read_text())
-    coco["annotations"] = coco["annotations"][:16]
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(coco))
-    faces = data.load_coco(tmp_path / "train.json", sample.data_root)
-    dataset = DogFLWDataset(faces, 96)
-    batch = dataset.__getitems__(list(range(len(faces))))
+def test_one_batch_is_learnt(sample):
+    faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).take(range(8))
+    batch = DogFLWDataset(faces, 96).__getitems__(list(range(len(faces))))
     torch.manual_seed(0)
     model = trainer.build_model("hrnet_w18_small", 46)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    images = data.normalize(batch["image"])
-    for _ in range(80):
-        loss = trainer.heatmap_losses(model(images), batch["keypoints"], batch["visibility"], 1.2).mean()
+    images, errors = data.normalize(batch["image"]), []
+    while len(errors) < 120 and min(errors, default=1) > 0.01:
+        heatmaps = model(images)
         optimizer.zero_grad()
-        loss.backward()
+        trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], 1.2).mean().backward()
         optimizer.step()
-    points, _ = data.decode_heatmaps(model(images).detach())
-    error = ((points - batch["keypoints"]).norm(dim=-1) * batch["visibility"]).sum(1) / batch["visibility"].sum(1) / 96
-    assert error.mean() < 0.01
+        points, _ = data.decode_heatmaps(heatmaps.detach())
+        distance = (points - batch["keypoints"]).norm(dim=-1) * batch["visibility"]
+        errors.append((distance.sum(1) / batch["visibility"].sum(1) / 96).mean().item())
+    assert errors[-1] < 0.01 < errors[0], errors
 
 
 class Payload:
