@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -93,6 +94,12 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def check_free(flag, folder, force):
+    """Raises UserError for an output folder that holds something, unless `force`."""
+    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
+
+
 @contextlib.contextmanager
 def file_lock(path, wait):
     """Hold a file's lock, which goes with the process however that ends. Raises BlockingIOError unless `wait`."""
@@ -137,6 +144,12 @@ class Scheme:
         for i, j in self.flip_pairs:
             index[i], index[j] = j, i
         return index
+
+    @property
+    def colours(self):
+        """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; white for those of no region."""
+        return defaultdict(lambda: (255, 255, 255), {
+            i: REGION_COLOURS[n % len(REGION_COLOURS)] for n, region in enumerate(self.regions.values()) for i in region})
 
     @classmethod
     def from_category(cls, category, where):
@@ -192,6 +205,13 @@ class Faces:
         index = np.asarray(index, dtype=int)
         return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
                        **{k: getattr(self, k)[index] for k in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
+
+    def mean_face(self):
+        """Every landmark's mean place in sides of the face's box (K, 2), its middle at 0; NaN where never labelled."""
+        seen = (self.visible > 0)[..., None]
+        in_box = apply_matrix(np.stack([crop_matrix(box, 1, 1.0) for box in self.boxes]), self.points)
+        with np.errstate(invalid="ignore"):
+            return np.where(seen, in_box, 0).sum(0) / seen.sum(0)
 
     def whole_pictures(self):
         """The same faces, each looked for in its whole picture (`--crop image`)."""
@@ -604,24 +624,32 @@ def draw_landmarks(image, points, scheme, visible=None, truth=None):
         return image
     extent = np.ptp(points[shown], axis=0).max()
     radius, width = max(1, round(extent / 90)), max(1, round(extent / 250))
-    colour = {i: REGION_COLOURS[n % len(REGION_COLOURS)] for n, r in enumerate(scheme.regions.values()) for i in r}
+    colour = scheme.colours
     right = {j for _, j in scheme.flip_pairs}
 
     def at(p):  # cv2 draws with 4 fractional bits
         return tuple(np.round(np.clip(p, -1e4, 1e5) * 16).astype(int).tolist())
     for i, j in scheme.skeleton:
         if i in shown and j in shown:
-            cv2.line(image, at(points[i]), at(points[j]), colour.get(i, (255, 255, 255)), width, cv2.LINE_AA, 4)
+            cv2.line(image, at(points[i]), at(points[j]), colour[i], width, cv2.LINE_AA, 4)
     for i in shown:
         if truth is not None:
             cv2.line(image, at(points[i]), at(truth[i]), (255, 255, 255), width, cv2.LINE_AA, 4)
-        cv2.circle(image, at(points[i]), radius * 16, colour.get(i, (255, 255, 255)), width if i in right else -1, cv2.LINE_AA, 4)
+        cv2.circle(image, at(points[i]), radius * 16, colour[i], width if i in right else -1, cv2.LINE_AA, 4)
     return image
+
+
+def caption(tile, text):
+    """The picture with a line of text below it."""
+    strip = Image.new("RGB", (tile.shape[1], 22), (30, 30, 30))
+    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
+    return np.vstack([tile, np.asarray(strip)])
 
 
 def contact_sheet(tiles, columns):
     """Equal-sized pictures in rows; the last row is filled with black."""
-    tiles = list(tiles) + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    tiles = list(tiles)
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, len(tiles), columns)])
 
 

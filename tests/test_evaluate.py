@@ -75,7 +75,8 @@ def test_scores_equal_an_independent_implementation(tmp_path, seed):
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
     points = faces.points + rng.normal(0, rng.choice([1, 5, 12], (len(faces), 1, 1)), faces.points.shape)
     (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)))
-    read = tool.read_results(tmp_path / "theirs.json", faces)
+    found = tool.read_results(tmp_path / "theirs.json", faces)
+    read = np.stack([found[i] for i in range(len(faces))])
     assert np.array_equal(read, points)
     report, _ = tool.score(read, faces, 1.4)
     scores, extra = reference(content, points, 1.4, range(7))
@@ -129,7 +130,8 @@ def test_which_result_counts(tmp_path):
 
     def read(results):
         path.write_text(json.dumps(results))
-        return tool.read_results(path, faces)
+        found = tool.read_results(path, faces)
+        return np.stack([found[i] for i in range(len(faces))])
     plain = {k: v for k, v in rows[0].items() if k != "annotation_id"}  # alone in its picture: needs no id
     worse, better = ({**plain, "score": s, "keypoints": [c] * 21} for s, c in ((0.4, 1.0), (0.6, 2.0)))
     other = {**plain, "image_id": 12345}
@@ -144,6 +146,19 @@ def test_which_result_counts(tmp_path):
             ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
         with pytest.raises(UserError, match=message):
             read(results)
+
+
+def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
+    content = coco(np.random.default_rng(4), [1, 2, 1])
+    for annotation in content["annotations"][2:3]:  # the second of its picture stands elsewhere
+        annotation["keypoints"] = (np.reshape(annotation["keypoints"], (-1, 3)) + (500, 0, 0)).ravel().tolist()
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    shifts = [(0, 0), (0, 9), (2, 1), (1, 2), (2, 3), (3, 900)]  # (face, pixels): 0 has a worse second, 3 is missed
+    path.write_text(json.dumps([{"image_id": faces.image_ids[i].item(), "score": 0.1 * n, "keypoints": np.column_stack(
+        [faces.points[i] + d, np.ones(7)]).ravel().tolist()} for n, (i, d) in enumerate(shifts)]))
+    found = tool.read_results(path, faces, match=True)
+    assert {i: np.unique(p - faces.points[i]).round(6).tolist() for i, p in found.items()} == {0: [0], 1: [2], 2: [1]}
 
 
 def test_page_escapes_what_comes_from_outside(tmp_path):
@@ -206,6 +221,12 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
     scored = json.loads((tmp_path / "evaluation/report.json").read_text())
     assert scored["metrics"]["nme"] == pytest.approx(np.mean(2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.5))
     assert "results of" in capsys.readouterr().out
+    (tmp_path / "theirs.json").write_text(json.dumps([r for r in results_of(content, points)[2:]]))
+    tool.main([str(run.work_dir / "best_model.pth"), "--results", str(tmp_path / "theirs.json"), "--match", "--force"])
+    finding = json.loads((tmp_path / "evaluation/report.json").read_text())["finding"]
+    assert (finding["faces"], finding["found"]) == (12, 10)
+    assert finding["error_ratio"] * finding["nme_true_boxes"] == pytest.approx(
+        np.mean((2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.25)[2:]))
 
 
 def test_refuses_in_one_line(run, report, tmp_path):

@@ -1,4 +1,5 @@
 """tools/export_onnx.py: the file as another program uses it, and the safetensors folder."""
+import dataclasses
 import json
 
 import numpy as np
@@ -60,7 +61,16 @@ def test_safetensors_folder_loads_back(run, exported):
     card = yaml.safe_load(header)
     assert card["license"] == "cc-by-nc-4.0" and card["library_name"] and card["tags"]
     assert "nme" in [m["type"] for m in card["model-index"][0]["results"][0]["metrics"]]
-    assert "non-commercial use only" in body
+    assert "non-commercial use only" in body and card["datasets"] == ["georgemartvel/dogflw"]
+
+
+@pytest.mark.parametrize("changes, known, wanted, absent", [
+    ({"interocular": []}, {}, "license: unknown", "DogFLW"), ({}, {"sample": True}, "drawn sample", "DogFLW")])
+def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, absent):
+    model, scheme, args, checkpoint = trainer.load_model(run.work_dir / "best_model.pth")
+    tool.write_safetensors(model, dataclasses.replace(scheme, **changes), {**args, **known}, checkpoint, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
 
 
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):

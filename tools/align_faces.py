@@ -100,7 +100,8 @@ def parse_args(argv):
     add("--data-root", type=Path, required=True, metavar="DIR", help="folder that file names are relative to")
     add("--out", type=Path, default=Path("aligned"), metavar="DIR", help="(default: aligned)")
     add("--size", type=int, default=224, metavar="S", help="pixels of the square pictures (default: 224)")
-    add("--margin", type=float, default=0.25, metavar="F", help="room around a typical face, in parts of it (default: 0.25)")
+    add("--margin", type=float, default=0.6, metavar="F",
+        help="room around a typical face, in parts of it (default: 0.6, which cuts no ear of 4 faces in 5)")
     add("--force", action="store_true", help="write into a folder that is not empty")
     args = parser.parse_args(argv)
     if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
@@ -111,8 +112,7 @@ def parse_args(argv):
         raise UserError(f"--data-root {args.data_root}: no such folder")
     if args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
-    if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
-        raise UserError(f"--out {args.out}: not empty; name another folder, or write into it with --force")
+    data.check_free("--out", args.out, args.force)
     return args
 
 

@@ -3,10 +3,13 @@
     python tools/evaluate.py work_dirs/hrnet_w32/best_model.pth
     python tools/evaluate.py best_model.pth --ann val.json --data-root DogFLW --out report
     python tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
+    python tools/evaluate.py best_model.pth --results predictions/predictions.json --match
 
 Writes report.html (one page, everything inside), report.json, report.csv and the pictures into --out. A results file
 is COCO's, [{"image_id", "keypoints": [x, y, score, ...], "score"}], with "annotation_id" where a picture has several
-faces; of several results for one face the one with the highest score counts.
+faces; of several results for one face the one with the highest score counts. --match is for programs that find the
+faces themselves, as tools/predict.py does without boxes: a face takes the result that overlaps it best, and faces
+without one are counted; with a CHECKPOINT the error is compared with the one in the true boxes.
 """
 import base64
 import csv
@@ -18,13 +21,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 import dataset as data
-from dataset import REGION_COLOURS, DogFLWDataset, Parser, UserError, atomic_write, run_script
+from dataset import DogFLWDataset, Parser, UserError, atomic_write, run_script
 from train_simple import choose_amp, choose_device, load_model, mean_metrics, nme, normalizers, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
+SAME_FACE = 0.5  # IoU of the landmarks' hulls from which on a result is of that face
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
     "nme_iod": "the same / the distance between the two interocular landmarks, where both are labelled",
@@ -90,51 +93,69 @@ def score(points, faces, padding):
 
 # ---------------------------------------------------------------- what is scored
 
-def read_results(path, faces):
-    """Points (N, K, 2) of a COCO keypoint-results file, the best result of every face. Raises UserError."""
+def overlap(a, b):
+    """Intersection over union of the boxes around two sets of points (n, 2)."""
+    low, high = np.maximum(a.min(0), b.min(0)), np.minimum(a.max(0), b.max(0))
+    shared = np.maximum(high - low, 0).prod()
+    return shared / max(np.ptp(a, axis=0).prod() + np.ptp(b, axis=0).prod() - shared, 1e-9)
+
+
+def read_results(path, faces, match=False):
+    """{index of a face: points (K, 2)} of a COCO keypoint-results file. Raises UserError.
+
+    The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it best.
+    """
     rows, k = data.load_json(path), len(faces.scheme.names)
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
-    by_id = {a: i for i, a in enumerate(faces.ids.tolist())}
-    by_image = {}
+    by_id, by_image = {a: [i] for i, a in enumerate(faces.ids.tolist())}, {}
     for i, image in enumerate(faces.image_ids.tolist()):
         by_image.setdefault(image, []).append(i)
-    best, elsewhere = {}, 0
+    found, elsewhere = [], 0  # (how well it fits, number of the result, face, points)
     for number, row in enumerate(rows):
         try:
             triples = np.array(row["keypoints"], np.float64).reshape(k, 3)
             certainty, named, image = float(row.get("score", 0)), row.get("annotation_id"), row["image_id"]
-            candidates = by_image.get(image, []) if named is None else [by_id[named]] if named in by_id else []
+            candidates = by_image.get(image, []) if named is None else by_id.get(named, [])
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and score") from None
-        if not (np.isfinite(triples[:, :2]).all() and math.isfinite(certainty)):
+        points = triples[:, :2]
+        if not (np.isfinite(points).all() and math.isfinite(certainty)):
             raise UserError(f"{path}: result {number} has numbers that are not finite")
-        if len(candidates) > 1:
-            raise UserError(f"{path}: result {number}: its picture has {len(candidates)} faces; name one by annotation_id")
+        if match:
+            seen = [faces.visible[i] > 0 for i in candidates]
+            fits = [overlap(points[v], faces.points[i][v]) for i, v in zip(candidates, seen)]
+            found += [(fit, -number, i, points) for i, fit in zip(candidates, fits) if fit >= SAME_FACE]
+        elif len(candidates) > 1:
+            raise UserError(f"{path}: result {number}: its picture has {len(candidates)} faces; name one by annotation_id, "
+                            "or let them be matched with --match")
+        else:
+            found += [(certainty, -number, i, points) for i in candidates]
         elsewhere += not candidates
-        for i in candidates:
-            if i not in best or certainty > best[i][0]:
-                best[i] = certainty, triples[:, :2]
+    best, used = {}, set()
+    for _, number, i, points in sorted(found, key=lambda row: row[:2], reverse=True):
+        if i not in best and number not in used:
+            best[i] = points
+            used.add(number)
     missing = [i for i in range(len(faces)) if i not in best]
-    if missing:
+    if missing and not (match and best):
         raise UserError(f"{path}: no result for {len(missing)} of {len(faces)} faces, the first is annotation "
                         f"{faces.ids[missing[0]]} of {faces.files[missing[0]]}; every face must have one")
     if elsewhere:
         print(f"{elsewhere} results of other pictures left out")
-    return np.stack([best[i][1] for i in range(len(faces))])
+    return best
 
 
 # ---------------------------------------------------------------- pictures
 
 def worst_faces(points, faces, errors, padding, number=20, size=240):
     """A sheet of the faces with the largest error: prediction, and white lines to the truth."""
-    tiles, font = [], ImageFont.load_default(13)
+    tiles = []
     for i in np.argsort(-np.nan_to_num(errors, nan=-1))[:min(number, int(np.isfinite(errors).sum()))]:
         crop, matrix = data.predict_crop(data.read_image(faces.root / faces.files[i]), faces.boxes[i], size, padding)
         ours, truth = (data.apply_matrix(matrix, p[i]) for p in (points, faces.points))
-        strip = Image.new("RGB", (size, 22), (30, 30, 30))
-        ImageDraw.Draw(strip).text((4, 3), f"{100 * errors[i]:.1f} %  {Path(faces.files[i]).name}", (255, 255, 255), font)
-        tiles += [np.vstack([data.draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth), strip])]
+        crop = data.draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth)
+        tiles.append(data.caption(crop, f"{100 * errors[i]:.1f} %  {Path(faces.files[i]).name}"))
     return data.encode_picture(data.contact_sheet(tiles, min(len(tiles), 5)), ".jpg")
 
 
@@ -146,9 +167,7 @@ def plots(report, faces, errors):
         print("no plots: they need matplotlib; pip install matplotlib")
         return {}
     scheme, main, curve = faces.scheme, report["main"], np.sort(errors[~np.isnan(errors)])
-    colour = {i: np.divide(REGION_COLOURS[n % len(REGION_COLOURS)], 255)
-              for n, index in enumerate(scheme.regions.values()) for i in index}
-    colours = [colour.get(i, (0.5, 0.5, 0.5)) for i in range(len(scheme.names))]
+    colours = [np.divide(scheme.colours.get(i, (128, 128, 128)), 255) for i in range(len(scheme.names))]
     values = 100 * np.array([row[main] for row in report["landmark"].values()], float)
     figures = {}
 
@@ -174,9 +193,7 @@ def plots(report, faces, errors):
 
     figure = figures["mean_face.png"] = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    seen = (faces.visible > 0)[..., None]
-    in_box = data.apply_matrix(np.stack([data.crop_matrix(box, 1, 1.0) for box in faces.boxes]), faces.points)
-    face = np.where(seen, in_box, 0).sum(0) / np.maximum(seen.sum(0), 1)
+    face = faces.mean_face()
     for i, j in scheme.skeleton:
         axes.plot(*face[[i, j]].T, color="0.8", linewidth=1, zorder=1)
     shown = np.flatnonzero(np.isfinite(values))
@@ -266,6 +283,7 @@ def parse_args(argv):
     add("--data-root", type=Path, metavar="DIR", help="folder its file names are relative to (default: the checkpoint's)")
     add("--out", type=Path, metavar="DIR", help="folder for the report (default: evaluation, beside the checkpoint or FILE)")
     add("--results", type=Path, metavar="FILE", help="score these COCO keypoint results; a checkpoint then only lends defaults")
+    add("--match", action="store_true", help="the results are of a program that found the faces itself")
     add("--padding", type=float, help="without a checkpoint: the side that nme divides by / the box's longer one (default: 1.25)")
     add("--no-flip", dest="flip", action="store_false", help="do not average with the mirrored picture's prediction")
     add("--batch-size", type=int, default=16, metavar="N", help="faces at once (default: 16)")
@@ -274,6 +292,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not (args.checkpoint or args.results):
         raise UserError("name a CHECKPOINT, or a file with --results (see --help)")
+    if args.match and not args.results:
+        raise UserError("--match: goes with --results")
     if args.checkpoint and args.padding is not None:
         raise UserError("--padding: comes from the checkpoint; leave it out")
     if args.batch_size < 1 or not 0.5 <= (args.padding or 1.25) <= 4:
@@ -305,19 +325,34 @@ def main(argv=None):
         faces = faces.whole_pictures()
     padding = float(settings.get("padding", args.padding or 1.25))
 
-    if args.results:
-        points, source = read_results(args.results, faces), f"results of {args.results}"
-    else:
+    def by_checkpoint():
         dataset = DogFLWDataset(faces, int(settings["input_size"]), padding)
         amp = choose_amp(device, settings.get("amp", True))
-        points, _, _ = predict(model, dataset, device, amp=amp, batch_size=args.batch_size, flip=args.flip)
+        return predict(model, dataset, device, amp=amp, batch_size=args.batch_size, flip=args.flip)[0]
+
+    finding = {}
+    if args.results:
+        found, source, total = read_results(args.results, faces, args.match), f"results of {args.results}", len(faces)
+        index = sorted(found)
+        faces, points = faces.take(index), np.stack([found[i] for i in index])
+        if args.match:
+            finding = {"faces": total, "found": len(faces), "share": len(faces) / total}
+            source += f", which found {len(faces)} of {total} faces ({finding['share']:.1%}); the errors are of these"
+        if args.match and model:
+            ours, boxed = (nme(p, faces, normalizers(faces, padding)["nme"]) for p in (points, by_checkpoint()))
+            finding |= {"nme_true_boxes": mean(boxed), "error_ratio": mean(ours) / mean(boxed),
+                        "share_within_1.15": float((ours <= 1.15 * boxed).sum() / total)}
+            source += (f", {finding['error_ratio']:.3f} times the error in the true boxes; of all faces "
+                       f"{finding['share_within_1.15']:.1%} are found with at most 1.15 times their own")
+    else:
+        points = by_checkpoint()
         chosen = data.printable(checkpoint["metrics"].get("chosen_on"))
         source = (f"{args.checkpoint}: epoch {data.printable(checkpoint.get('epoch'))}, chosen on {chosen}; "
                   f"{'averaged with the mirrored picture' if args.flip and scheme.flip_pairs else 'not mirrored'}")
         if chosen == "val.json" and ann.resolve() == (Path(str(settings.get("ann_root"))) / chosen).resolve():
             source += "; these very faces chose it, so the numbers flatter it"
     report, errors = score(points, faces, padding)
-    report = {"source": source, "ann": str(ann), "padding": padding, "scheme": asdict(faces.scheme),
+    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding, "scheme": asdict(faces.scheme),
               "definitions": {k: v.replace("MAIN", report["main"]) for k, v in DEFINITIONS.items()}, **report}
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # null for NaN, which JSON does not know
     pictures = {**plots(report, faces, errors), "worst.jpg": worst_faces(points, faces, errors, padding)}

@@ -5,7 +5,7 @@
 
 The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in, `landmarks`
 (N, K, 2) in crop pixels and `scores` (N, K) out, any N. Its metadata hold names, flip_pairs, input_size, padding and
-the licence; the crop is a square of `padding` times the face box's longer side. The file is left only if onnxruntime
+what is known of the licence; the crop is a square of `padding` times the face box's longer side. The file is left only if onnxruntime
 gives PyTorch's landmarks. Needs: pip install onnx onnxruntime safetensors.
 
 --safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json, README.md.
@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import Parser, UserError, atomic_write, decode_heatmaps, normalize, run_script
+from dataset import MEAN, STD, Parser, UserError, atomic_write, check_free, decode_heatmaps, normalize, run_script
 from train_simple import load_model, predict_heatmaps
 
-LICENCE = "CC-BY-NC-4.0: DogFLW, which it was trained on, allows non-commercial use only"
 TOLERANCE = 0.05  # crop pixels
 OPSET = 17
 RUNS = 20
@@ -74,6 +73,18 @@ def latency(function):
     return statistics.median(times) * 1e3
 
 
+def licence(scheme, args):
+    """(name of the training data, identifier of the hub, what it means for the weights), as far as the checkpoint shows."""
+    if args.get("sample"):
+        return "drawn sample", "mit", ("The weights were trained on the trainer's own drawn sample, no photograph among it. "
+                                       "They are MIT, as the code is, and not meant for real dogs.")
+    if len(scheme.names) == 46 and scheme.interocular == [18, 19]:
+        return "DogFLW", "cc-by-nc-4.0", ("**Non-commercial.** The weights were trained on DogFLW, which is CC-BY-NC-4.0: its authors "
+                                          "allow non-commercial use only, and so of the weights.")
+    return "own data", "unknown", ("The licence of the training data applies to the weights; the exporter does not know it. State it "
+                                   "here before you publish them.")
+
+
 def export_onnx(model, scheme, args, flip, path):
     """Write the file, checked against PyTorch. Raises UserError, leaving nothing, where they differ."""
     try:
@@ -96,7 +107,7 @@ def export_onnx(model, scheme, args, flip, path):
     finally:
         raw.unlink(missing_ok=True)
     for key, value in {"names": scheme.names, "flip_pairs": scheme.flip_pairs, "regions": scheme.regions,
-                       "skeleton": scheme.skeleton, "input_size": size, "padding": args["padding"], "license": LICENCE,
+                       "skeleton": scheme.skeleton, "input_size": size, "padding": args["padding"], "license": licence(scheme, args)[2],
                        "flip_test": index is not None, "crop": args.get("crop", "face")}.items():
         content.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(content)
@@ -126,23 +137,21 @@ def export_onnx(model, scheme, args, flip, path):
 
 
 CARD = """---
-license: cc-by-nc-4.0
+license: {licence}
 library_name: pytorch
 pipeline_tag: keypoint-detection
-tags: [dog, animal, face, landmarks, keypoint-detection, hrnet, timm, dogflw]
-datasets: [georgemartvel/dogflw]
-{model_index}---
-# Dog face landmarks, {backbone}
+tags: [animal, face, landmarks, keypoint-detection, hrnet, timm]
+{index}---
+# Facial landmarks, {backbone}
 
-{k} landmarks of a dog's face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the face's box.
+{k} landmarks of a face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the face's box.
 {backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
 
 {metrics}
 
 ## Licence
 
-**Non-commercial.** The weights were trained on DogFLW, whose authors allow non-commercial use only; so the weights are
-CC-BY-NC-4.0. The code that made them is MIT.
+{terms} The code that made them is MIT.
 
 ## Use
 
@@ -168,17 +177,20 @@ def write_safetensors(model, scheme, args, checkpoint, folder):
         raise UserError("safetensors is missing: pip install safetensors") from None
     metrics = {k: v for k, v in checkpoint["metrics"].items() if isinstance(v, float) and math.isfinite(v)}
     chosen = checkpoint["metrics"].get("chosen_on", "an unnamed split")
+    data_name, identifier, terms = licence(scheme, args)
     config = {"architectures": ["LandmarkNet"], "backbone": args["backbone"], "num_landmarks": len(scheme.names),
               "input_size": args["input_size"], "padding": args["padding"], "crop": args.get("crop", "face"), **asdict(scheme),
-              "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "license": LICENCE}
+              "mean": MEAN, "std": STD, "license": terms}
     # The hub reads results out of this block; JSON is YAML.
-    index = [{"name": f"dog-face-landmarks-{args['backbone']}", "results": [{
-        "task": {"type": "keypoint-detection"}, "dataset": {"name": "DogFLW", "type": "georgemartvel/dogflw"},
+    hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
+    index = [{"name": f"face-landmarks-{args['backbone']}", "results": [{
+        "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
         "metrics": [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]}]}]
+    index = f"model-index: {json.dumps(index)}\n" + (f"datasets: [{hub_name}]\n" if data_name == "DogFLW" else "")
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
     card = CARD.format(
         backbone=args["backbone"], k=len(scheme.names), size=args["input_size"], padding=args["padding"],
-        epoch=checkpoint["epoch"], model_index=f"model-index: {json.dumps(index)}\n",
+        epoch=checkpoint["epoch"], index=index, licence=identifier, terms=terms,
         metrics=f"| metric, on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
@@ -200,9 +212,8 @@ def main(argv=None):
     path = args.out or args.checkpoint.with_suffix(".onnx")
     if path.exists() and (path.is_dir() or not args.force):
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
-    if args.safetensors and args.safetensors.exists() and not args.force and (
-            not args.safetensors.is_dir() or any(args.safetensors.iterdir())):
-        raise UserError(f"--safetensors {args.safetensors}: not empty; name another folder, or write into it with --force")
+    if args.safetensors:
+        check_free("--safetensors", args.safetensors, args.force)
     model, scheme, settings, checkpoint = load_model(args.checkpoint)
     model.requires_grad_(False)
     export_onnx(model, scheme, settings, not args.no_flip, path)

@@ -26,7 +26,7 @@ SS = 2  # supersampling: a picture is drawn at twice its size
 CREAM, GOLD, RED, BROWN, BLACK, GREY, WHITE, TAN = np.float32(
     [(224, 200, 164), (208, 154, 94), (164, 92, 48), (98, 64, 46), (50, 46, 48), (136, 138, 146), (228, 222, 212),
      (196, 138, 84)])
-HANGING, FOLDED, ERECT = range(3)
+HANGING, FOLDED = 0, 1  # and 2: erect
 # chances of the three kinds of ears; coats (pattern, main, second); muzzle length, width of the face, ear length
 BREEDS = (
     ((0.0, 0.1, 0.9), (("points", BLACK, TAN), ("mask", TAN, BLACK)), 0.65, 0.95, 0.85),
@@ -173,8 +173,8 @@ def make_face(rng, breed):
     midline = [(0, 0.25), (0, ny + 0.235), (0, ny + 0.425 + gape), (0, ny + 0.5 + 0.95 * gape)]
     mark[[24, 35, 41, 42]] = pairs(midline)[:, 0]
     mark[25:28], mark[32:35] = face["nose"].reshape(-1, 3)[[0, 2, 3]], face["nose"].reshape(-1, 3)[[14, 12, 13]]
-    mark[38], mark[39:41] = face["lip"][0, 0], face["lip"][4]
-    mark[43:45], mark[45] = face["jaw"][2], face["tongue"][0]
+    mark[38], mark[39:41], mark[43:45] = face["lip"][0, 0], face["lip"][4], face["lip"][2]
+    mark[45] = face["tongue"][0]
     return face
 
 

@@ -39,14 +39,18 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a video that cannot be read is named by us, in one line
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
-MIN_SCORE = 0.25  # mean of the landmarks' scores, which are probabilities of being about right
-MARGIN = 0.1  # box = landmarks' hull + 10 % on each side, as the boxes that the model was trained on
+MIN_SCORE = 0.3  # mean of the landmarks' scores, which are probabilities of being about right
+FAINT = 0.1  # what scores less is dropped before its last look already
+# Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far than true
+# ones, and a box that is too small loses hanging ears for good, while one too large mends itself at the next look.
+MARGIN = 0.2
 # The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half. A
 # locator was trained on faces of all sizes, so it needs fewer.
-FACE_SIDES, LOCATOR_SIDES = (1 / 2, 1 / 3, 1 / 4), (1 / 2,)
-REFINE = 2  # looks of the face model at a finding, the box recomputed from the landmarks before each
+FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2)
+REFINE = 3  # looks of the face model at a finding, the box recomputed from the landmarks before each
 STABLE = 0.5  # IoU of the last look's box and the one its landmarks give: a face reproduces its box, background drifts
-OVERLAP = 0.5  # of the smaller box: two findings with more are one face; IoU would keep an eye inside a face
+SAME = 0.7  # IoU of two findings from which on they are one at first; which of several is the face shows later
+OVERLAP = 0.5  # of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
 # One-euro filter (Casiez, Roussel, Vogel, CHI 2012), speeds in face sizes a second: a still face is smoothed at
 # MIN_CUTOFF Hz, and BETA opens the filter as it moves, which keeps the lag under a frame.
@@ -70,18 +74,21 @@ def intersections(a, b):
 
 
 def overlap(a, b):
-    """Intersection over union of two boxes."""
-    shared = intersections(a[None], b[None]).item()
-    return shared / (a[2:].prod() + b[2:].prod() - shared)
+    """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
+    shared = intersections(a, b)
+    return shared / (a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared)
 
 
-def suppress(boxes, scores):
-    """Non-maximum suppression: indices of the best-scored boxes, none of which overlap by more than OVERLAP."""
-    area = boxes[:, 2:].prod(1)
-    shared = intersections(boxes, boxes) / np.minimum(area[:, None], area)
+def suppress(boxes, scores, nested=True):
+    """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
+
+    That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
+    """
+    area, limit = boxes[:, 2:].prod(1), OVERLAP if nested else SAME
+    shared = intersections(boxes, boxes) / np.minimum(area[:, None], area) if nested else overlap(boxes, boxes)
     kept = []
     for i in np.argsort(-scores, kind="stable"):
-        if not kept or shared[i, kept].max() <= OVERLAP:
+        if not kept or shared[i, kept].max() <= limit:
             kept.append(i)
     return np.array(kept, dtype=int)
 
@@ -161,19 +168,25 @@ class Predictor:
         return [(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
 
     def _find(self, images, sought, min_score):
-        """Look at windows, then REFINE times at the boxes of what was found; what is not stable then is no face."""
+        """Look at windows, then REFINE times at the boxes of what was found; what is not stable then is no face.
+
+        A part of a face can score higher than all of it, so what overlaps is kept until the face model has looked twice;
+        then the box that best reproduces itself stays, the larger of similar ones.
+        """
         net, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
         boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
         for step in range(1 + REFINE):
-            looks, found = self._look(images, boxes, self.face if step else net, flip=step > 0), []
+            looks, found = self._look(images, boxes, self.face if step else net, flip=step == REFINE), []
             for i in sought:
-                mine = [look for look in looks if look[0] == i and look[3].mean() >= min_score / 2]
+                mine = [look for look in looks if look[0] == i and look[3].mean() >= min(FAINT, min_score)]
                 if mine:
-                    tight = hull_boxes(np.stack([look[2] for look in mine]))
-                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, np.array([m[3].mean() for m in mine]))]
+                    tight, seen = hull_boxes(np.stack([look[2] for look in mine])), np.stack([look[1] for look in mine])
+                    stable = np.diagonal(overlap(seen, tight)) if step else 1.0
+                    scores = stable * np.array([look[3].mean() for look in mine]) * np.sqrt(tight[:, 2:].max(1))
+                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, scores, nested=step > 1)]
             boxes = [(i, tight) for i, tight, *_ in found]
-        return [(i, tight, points, scores) for i, tight, seen, points, scores in found
-                if scores.mean() >= min_score and overlap(seen, tight) >= STABLE]
+        return [(i, tight, points, scores) for i, tight, seen, points, scores in sorted(found, key=lambda f: -f[4].mean())
+                if scores.mean() >= min_score and overlap(seen[None], tight[None]) >= STABLE]
 
 
 def load_predictor(checkpoint, locator=None, device="auto", batch_size=32):
@@ -355,8 +368,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
-    if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
-        raise UserError(f"--out {args.out}: not empty; name another folder, or write into it with --force")
+    data.check_free("--out", args.out, args.force)
     return args
 
 

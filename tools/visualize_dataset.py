@@ -17,16 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 
 import dataset as data
-from dataset import MEAN, REGION_COLOURS, STD, Augmentation, DogFLWDataset, Parser, UserError, atomic_write, run_script
+from dataset import MEAN, REGION_COLOURS, STD, Augmentation, DogFLWDataset, Parser, UserError, atomic_write, caption, run_script
 
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
-
-
-def caption(tile, text):
-    """The tile with a line of text below it."""
-    strip = Image.new("RGB", (tile.shape[1], 22), INK)
-    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
-    return np.vstack([tile, np.asarray(strip)])
 
 
 def draw_box(tile, matrix, box, colour):
@@ -68,17 +61,15 @@ def trainer_tiles(faces, size, padding, seed):
 
 def landmark_map(faces):
     """Numbers and names around the mean face, each joined to its landmark by a line."""
-    scheme, seen = faces.scheme, faces.visible > 0
-    to_box = np.stack([data.crop_matrix(box, 1, 1.0) for box in faces.boxes])
-    total = np.where(seen[..., None], data.apply_matrix(to_box, faces.points), 0).sum(0)  # (K, 2)
-    shown = np.flatnonzero(seen.any(0))
-    mean = total[shown] / seen.sum(0)[shown, None]
+    scheme, mean = faces.scheme, faces.mean_face()
+    shown = np.flatnonzero(np.isfinite(mean[:, 0]))
+    mean = mean[shown]
     font, rows = ImageFont.load_default(18), math.ceil(len(shown) / 2)
     texts = [f"{i}  {scheme.names[i][:40]}" for i in shown]
     margin, height = int(max(map(font.getlength, texts))) + 30, max(900, 34 * rows + 40)
     face = min(height - 60, 1000)
     width, low, high = 2 * margin + face + 200, mean.min(0), mean.max(0)
-    at = np.zeros((len(scheme.names), 2))
+    at = np.full((len(scheme.names), 2), np.nan)
     at[shown] = (mean - (low + high) / 2) / ((high - low).max() or 1) * face + np.array([width, height]) / 2
     # Labels stand in two columns. Straight lines of the least total length never cross; but rather a detour than a
     # line that runs through another landmark.
@@ -90,7 +81,7 @@ def landmark_map(faces):
         along = np.clip((way * others).sum(-1, keepdims=True) / (way ** 2).sum(-1, keepdims=True), 0, 1)
         cost[i] += 200 * (np.linalg.norm(along * way - others, axis=-1) < 10).sum(-1)
     pairs = list(zip(*linear_sum_assignment(cost), strict=True))
-    canvas = data.draw_landmarks(np.full((height, width, 3), 255, np.uint8), at, scheme, seen.any(0))
+    canvas = data.draw_landmarks(np.full((height, width, 3), 255, np.uint8), at, scheme)
     for i, slot in pairs:
         start, end = (tuple(int(v) for v in np.round(p * 16)) for p in (marks[i], slots[slot]))
         cv2.line(canvas, start, end, (120, 120, 120), 1, cv2.LINE_AA, 4)
