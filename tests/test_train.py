@@ -212,7 +212,7 @@ import torch
 import train_simple
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
 # Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
-torch.optim.Adam = lambda parameters, lr, weight_decay, fused: torch.optim.SGD(parameters, lr=lr)
+torch.optim.Adam = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
 if __name__ == "__main__":
     train_simple.run_script(train_simple.main)
 """
@@ -224,7 +224,7 @@ def test_two_processes_or_micro_batches_train_as_one(script, flags, tmp_path):
     flags = [*flags, "--epochs", 1, "--batch-size", 16, "--work-dir"]
     script(tmp_path / "frozen.py", *flags, tmp_path / "whole", check=True)
     script(tmp_path / "frozen.py", *flags, tmp_path / "parts", "--accumulate", 2, check=True)
-    subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29541,
+    subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
                                   tmp_path / "frozen.py", *flags, tmp_path / "processes"])), check=True, timeout=300)
     whole, (row,) = weights(tmp_path / "whole" / "last.pth"), rows(tmp_path / "whole")
     for name in ("parts", "processes"):
