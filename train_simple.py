@@ -322,6 +322,7 @@ def stop(signum, _):
 def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda *_: None  # the thread that hands batches over, when the parent has ended; errors go another way
     torch.set_num_threads(1)
 
 

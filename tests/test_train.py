@@ -224,7 +224,7 @@ def test_two_processes_or_micro_batches_train_as_one(script, flags, tmp_path):
     flags = [*flags, "--epochs", 1, "--batch-size", 16, "--work-dir"]
     script(tmp_path / "frozen.py", *flags, tmp_path / "whole", check=True)
     script(tmp_path / "frozen.py", *flags, tmp_path / "parts", "--accumulate", 2, check=True)
-    subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
+    subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                                   tmp_path / "frozen.py", *flags, tmp_path / "processes"])), check=True, timeout=300)
     whole, (row,) = weights(tmp_path / "whole" / "last.pth"), rows(tmp_path / "whole")
     for name in ("parts", "processes"):
