@@ -312,7 +312,7 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks about odd but readable files
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(str(path), formats=FORMATS) as image:  # a Path is resolved by some Pillows, and a loop is no OSError then
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path}: {image.width} x {image.height} pixels is too large; scale it down")
                 image = ImageOps.exif_transpose(image)
