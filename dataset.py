@@ -32,6 +32,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which ti
 # Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not by suffix.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
+SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
+STRIDE = 2  # input pixels a heatmap cell
+SIGMA = 2.0  # the targets' deviation, heatmap cells
 cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
 
 
@@ -114,14 +117,17 @@ def file_lock(path, wait):
         yield
 
 
+def dogflw_in(folder):
+    """The folder at or below `folder` that holds train/images, or None."""
+    return next((images.parent.parent for images in sorted(folder.glob("**/train/images"))), None)
+
+
 def find_dogflw():
     """The folder that holds train/images in kagglehub's cache (newest version), or None."""
     cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
     versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
-    for version in sorted(versions, key=lambda p: (p.name.isdigit(), int(p.name) if p.name.isdigit() else 0), reverse=True):
-        for images in sorted(version.glob("**/train/images")):
-            return images.parent.parent
-    return None
+    newest_first = sorted(versions, key=lambda p: (p.name.isdigit(), int(p.name) if p.name.isdigit() else 0), reverse=True)
+    return next(filter(None, map(dogflw_in, newest_first)), None)
 
 
 # ---------------------------------------------------------------- the COCO file
@@ -215,7 +221,7 @@ class Faces:
 
     def whole_pictures(self):
         """The same faces, each looked for in its whole picture (`--crop image`)."""
-        return replace(self, boxes=np.concatenate([np.zeros_like(self.boxes[:, :2]), self.sizes - 1.0], axis=1))
+        return replace(self, boxes=np.stack([whole_box(size) for size in self.sizes]))
 
     def split(self, fraction, seed=0):
         """Hold out `fraction` of every breed, at random (stratified). Returns (rest, held out)."""
@@ -325,6 +331,24 @@ def read_image(path):
         raise UserError(f"{path}: cannot be read as a picture ({str(e)[:80]}); restore it or convert again") from None
 
 
+def whole_box(size):
+    """The box x, y, w, h of a whole picture of `size` (width, height)."""
+    return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
+
+
+def intersections(a, b):
+    """Shared area of every box x, y, w, h of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
+    return np.maximum(high - low, 0).prod(-1)
+
+
+def overlaps(a, b):
+    """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
+    shared = intersections(a, b)
+    return shared / np.maximum(a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared, 1e-9)
+
+
 def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False):
     """The 2 x 3 matrix picture -> crop of `size` pixels: a square of side `padding` * the box's longer side.
 
@@ -401,8 +425,9 @@ def window_matrix(window, kept):
     return np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
 
 
-def warp(pixels, to_crop, size, out=None):
-    """Sample a (size, size, 3) crop bilinearly; `to_crop` maps pixels -> crop, outside is mid-grey."""
+def warp(pixels, to_picture, matrix, size, out=None):
+    """Sample a (size, size, 3) crop bilinearly, outside is mid-grey. `to_picture` maps pixels -> picture, `matrix` on to the crop."""
+    to_crop = matrix @ np.vstack([to_picture, [0, 0, 1]])
     return cv2.warpAffine(pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderValue=(124, 116, 104))
 
 
@@ -410,8 +435,7 @@ def predict_crop(image, box, size, padding):
     """A picture and a box -> (crop uint8 (size, size, 3), matrix picture -> crop), exactly as in validation."""
     window, kept = face_window(box, image.shape[1::-1], size, padding, 1.0)
     matrix = crop_matrix(box, size, padding)
-    to_picture = np.vstack([window_matrix(window, kept), [0, 0, 1]])
-    return warp(cut_window(image, window, kept), (np.vstack([matrix, [0, 0, 1]]) @ to_picture)[:2], size), matrix
+    return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size), matrix
 
 
 class Windows:
@@ -495,7 +519,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
     """
 
-    def __init__(self, faces, input_size=256, padding=1.25, sigma=2.0, augment=None, seed=0, cache="none"):
+    def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=SIGMA, augment=None, seed=0, cache="none"):
         self.faces, self.size, self.padding, self.sigma, self.seed = faces, input_size, padding, sigma, seed
         self.augment = augment or Augmentation.none()
         self.flip_index = faces.scheme.flip_index
@@ -521,7 +545,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
             geometry, colour[row], rectangle, fill = self._draw(epoch, i)
             pixels, to_picture = self.windows[i]
             matrices[row] = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
-            warp(pixels, matrices[row] @ np.vstack([to_picture, [0, 0, 1]]), size, out=crops[row])
+            warp(pixels, to_picture, matrices[row], size, out=crops[row])
             if rectangle:
                 crops[row][rectangle] = fill
             points[row], labelled = apply_matrix(matrices[row], self.faces.points[i]), self.faces.visible[i] > 0
@@ -552,9 +576,6 @@ class DogFLWDataset(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------- on the device, in batches
-
-STRIDE = 2  # input pixels a heatmap cell
-
 
 def normalize(images, colour=None):
     """uint8 (B, S, S, 3) -> float (B, 3, S, S) in channels_last, by ImageNet's mean and deviation.

@@ -34,9 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 import dataset as data
-from dataset import ROOT, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
+from dataset import PADDING, ROOT, SIGMA, SIZE, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
-SIGMA = 2.0  # deviation of the targets, heatmap cells
 MSE_WEIGHT = 0.5  # beside the coordinate error in fractions of the crop
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
@@ -113,9 +112,9 @@ def heatmap_losses(heatmaps, points, visibility, sigma):
     """MSE weighted by visibility between maps and Gaussians, plus the error of the maps' centres: (B, K).
 
     heatmaps (B, K, H, W) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells. For the MSE
-    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. The second term is the L1 error of the
-    expected point in fractions of the crop (Nibali et al. 2018, "Numerical coordinate regression", eq. 9): MSE alone
-    is cheapest at "nothing" where a landmark's place is uncertain, and learns the ears last.
+    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. The second term is the L1
+    error of the expected point in fractions of the crop (Nibali et al. 2018, "Numerical coordinate regression", eq. 9):
+    MSE alone is cheapest at "nothing" where a landmark's place is uncertain, and learns the ears last.
 
     Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches and over
     GPUs exactly the gradient of the whole batch.
@@ -281,6 +280,7 @@ def load_model(path, device="cpu"):
         raise UserError(f"{path}: weights, scheme and settings do not fit together ({str(e).splitlines()[0][:100]})") from None
     if not (32 <= size <= 2048 and size % 32 == 0 and 0.5 <= padding <= 4):
         raise UserError(f"{path}: its input size {size} or padding {padding} cannot be")
+    args = {**args, "input_size": size, "padding": padding}
     return model.eval().to(device, memory_format=torch.channels_last), scheme, args, checkpoint
 
 
@@ -495,9 +495,10 @@ def parse_args(argv=None):
     add("--backbone", default="hrnet_w32", help="any HRNet of timm (default: hrnet_w32)")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from ImageNet weights, downloaded by timm")
     add("--weights", type=Path, metavar="FILE", help="start from this file instead: a backbone's weights or a checkpoint of ours")
-    add("--input-size", type=int, default=256, metavar="S", help="crop in pixels, a multiple of 32; heatmaps are half of it (default: 256)")
+    add("--input-size", type=int, default=SIZE, metavar="S",
+        help=f"crop in pixels, a multiple of 32; heatmaps are half of it (default: {SIZE})")
     add("--sigma", type=float, default=SIGMA, help=f"the targets' deviation in heatmap cells (default: {SIGMA})")
-    add("--padding", type=float, default=1.25, help="crop side / the box's longer side (default: 1.25)")
+    add("--padding", type=float, default=PADDING, help=f"crop side / the box's longer side (default: {PADDING})")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=210, help="(default: 210)")
     add("--batch-size", type=int, default=16, help="faces an optimizer step, over all GPUs and micro-batches (default: 16)")

@@ -113,7 +113,7 @@ class Eye:
     def look(self, jobs, flip=True):
         boxes, true = np.reshape([box for _, box in jobs], (-1, 4)), tool.hull_boxes(self.truth)
         distance = np.linalg.norm((boxes[:, None, :2] + boxes[:, None, 2:] / 2) - (true[:, :2] + true[:, 2:] / 2), axis=-1)
-        fit = np.diagonal(tool.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
+        fit = np.diagonal(data.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
         scores = np.clip(fit + 0.15, 0, 1)[:, None]
         return self.truth[distance.argmin(1)] + (1 - scores[..., None]) * 4, np.repeat(scores, self.truth.shape[1], 1)
 

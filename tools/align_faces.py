@@ -61,8 +61,7 @@ def align(image, matrix, size):
     box = (*corners.min(0), *np.ptp(corners, axis=0))
     scale = np.sqrt(np.linalg.det(matrix[:, :2]))
     window, kept = data.face_window(box, image.shape[1::-1], max(box[2:]) * scale, 1.0, 1.0)
-    to_picture = np.vstack([data.window_matrix(window, kept), [0, 0, 1]])
-    return data.warp(data.cut_window(image, window, kept), matrix @ to_picture, size)
+    return data.warp(data.cut_window(image, window, kept), data.window_matrix(window, kept), matrix, size)
 
 
 def read_predictions(path, k):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dataset import FORMATS, MAX_PIXELS, ROOT, Parser, UserError, atomic_write, find_dogflw, run_script
+from dataset import FORMATS, MAX_PIXELS, ROOT, Parser, UserError, atomic_write, dogflw_in, find_dogflw, run_script
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3853, 482)
 SUFFIXES = {"images": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "labels": (".json",)}
@@ -259,7 +259,7 @@ def download():
     except Exception as e:  # whatever the network, Kaggle or the disk says
         raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, or fetch it "
                         f"from https://kaggle.com/datasets/{DATASET} and pass --dogflw_root") from None
-    root = next((p.parent.parent for p in sorted(folder.glob("**/train/images"))), folder)
+    root = dogflw_in(folder) or folder
     train, test, labels = (len([*root.glob(p)]) for p in ("train/images/*.*", "test/images/*.*", "t*/labels/*.*"))
     if not train or not test or train + test != labels:
         raise UserError(f"{root}: the download is incomplete ({train} + {test} pictures, {labels} labels); "

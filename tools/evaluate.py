@@ -93,11 +93,9 @@ def score(points, faces, padding):
 
 # ---------------------------------------------------------------- what is scored
 
-def overlap(a, b):
-    """Intersection over union of the boxes around two sets of points (n, 2)."""
-    low, high = np.maximum(a.min(0), b.min(0)), np.minimum(a.max(0), b.max(0))
-    shared = np.maximum(high - low, 0).prod()
-    return shared / max(np.ptp(a, axis=0).prod() + np.ptp(b, axis=0).prod() - shared, 1e-9)
+def hull(points):
+    """The box x, y, w, h around points (n, 2)."""
+    return np.concatenate([points.min(0), np.ptp(points, axis=0)])[None]
 
 
 def read_results(path, faces, match=False):
@@ -124,7 +122,7 @@ def read_results(path, faces, match=False):
             raise UserError(f"{path}: result {number} has numbers that are not finite")
         if match:
             seen = [faces.visible[i] > 0 for i in candidates]
-            fits = [overlap(points[v], faces.points[i][v]) for i, v in zip(candidates, seen)]
+            fits = [data.overlaps(hull(points[v]), hull(faces.points[i][v])).item() for i, v in zip(candidates, seen)]
             found += [(fit, -number, i, points) for i, fit in zip(candidates, fits) if fit >= SAME_FACE]
         elif len(candidates) > 1:
             raise UserError(f"{path}: result {number}: its picture has {len(candidates)} faces; name one by annotation_id, "
@@ -284,7 +282,8 @@ def parse_args(argv):
     add("--out", type=Path, metavar="DIR", help="folder for the report (default: evaluation, beside the checkpoint or FILE)")
     add("--results", type=Path, metavar="FILE", help="score these COCO keypoint results; a checkpoint then only lends defaults")
     add("--match", action="store_true", help="the results are of a program that found the faces itself")
-    add("--padding", type=float, help="without a checkpoint: the side that nme divides by / the box's longer one (default: 1.25)")
+    add("--padding", type=float,
+        help=f"without a checkpoint: the side that nme divides by / the box's longer one (default: {data.PADDING})")
     add("--no-flip", dest="flip", action="store_false", help="do not average with the mirrored picture's prediction")
     add("--batch-size", type=int, default=16, metavar="N", help="faces at once (default: 16)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
@@ -296,7 +295,7 @@ def parse_args(argv):
         raise UserError("--match: goes with --results")
     if args.checkpoint and args.padding is not None:
         raise UserError("--padding: comes from the checkpoint; leave it out")
-    if args.batch_size < 1 or not 0.5 <= (args.padding or 1.25) <= 4:
+    if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
     args.out = args.out or (args.results or args.checkpoint).parent / "evaluation"
     if (args.out / "report.json").exists() and not args.force:
@@ -323,10 +322,10 @@ def main(argv=None):
         faces = replace(faces, scheme=scheme)
     if settings.get("crop") == "image":
         faces = faces.whole_pictures()
-    padding = float(settings.get("padding", args.padding or 1.25))
+    padding = settings.get("padding", args.padding or data.PADDING)
 
     def by_checkpoint():
-        dataset = DogFLWDataset(faces, int(settings["input_size"]), padding)
+        dataset = DogFLWDataset(faces, settings["input_size"], padding)
         amp = choose_amp(device, settings.get("amp", True))
         return predict(model, dataset, device, amp=amp, batch_size=args.batch_size, flip=args.flip)[0]
 

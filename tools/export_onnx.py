@@ -5,8 +5,8 @@
 
 The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in, `landmarks`
 (N, K, 2) in crop pixels and `scores` (N, K) out, any N. Its metadata hold names, flip_pairs, input_size, padding and
-what is known of the licence; the crop is a square of `padding` times the face box's longer side. The file is left only if onnxruntime
-gives PyTorch's landmarks. Needs: pip install onnx onnxruntime safetensors.
+what is known of the licence; the crop is a square of `padding` times the face box's longer side. The file is left
+only if onnxruntime gives PyTorch's landmarks. Needs: pip install onnx onnxruntime safetensors.
 
 --safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json, README.md.
 """
@@ -18,12 +18,12 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from skimage.data import astronaut
 from torch import nn
 
-from dataset import MEAN, STD, Parser, UserError, atomic_write, check_free, decode_heatmaps, normalize, run_script
+from dataset import MEAN, STD, Parser, UserError, atomic_write, check_free, decode_heatmaps, normalize, predict_crop, run_script
 from train_simple import load_model, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
@@ -49,17 +49,9 @@ class Exported(nn.Module):
         return decode_heatmaps(heatmaps)
 
 
-def test_crops(size, n):
-    """Smooth random shapes with edges and grain, as photographs have: (N, S, S, 3) uint8. The same each time."""
-    rng, crops = np.random.default_rng(0), []
-    for _ in range(n):
-        coarse = rng.uniform(0, 255, (6, 6, 3)).astype(np.float32)
-        crop = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-        for _ in range(12):
-            x, y, a, b = rng.uniform((0, 0, size / 30, size / 30), (size, size, size / 5, size / 5)).astype(int).tolist()
-            cv2.ellipse(crop, (x, y), (a, b), rng.uniform(0, 180), 0, 360, rng.uniform(0, 255, 3).tolist(), -1, cv2.LINE_AA)
-        crops.append(np.clip(crop + rng.normal(0, 4, crop.shape), 0, 255).astype(np.uint8))
-    return np.stack(crops)
+def photographs(size, n):
+    """Cut-outs of the portrait that scikit-image ships, to compare on: (N, S, S, 3) uint8."""
+    return np.stack([predict_crop(astronaut(), (20 * i, 10 * i, 300, 300), size, 1.0)[0] for i in range(n)])
 
 
 def latency(function):
@@ -100,7 +92,7 @@ def export_onnx(model, scheme, args, flip, path):
         # The exporter that traces: it needs no further package. Its remarks are about values that are constant here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(Exported(model, index).eval(), (torch.from_numpy(test_crops(size, 2)),), str(raw),
+            torch.onnx.export(Exported(model, index).eval(), (torch.from_numpy(photographs(size, 2)),), str(raw),
                               opset_version=OPSET, input_names=list(names[:1]), output_names=list(names[1:]),
                               dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
         content = onnx.load(raw)
@@ -116,7 +108,7 @@ def export_onnx(model, scheme, args, flip, path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    crops = test_crops(size, 5)  # not the batch size of the trace
+    crops = photographs(size, 5)  # not the batch size of the trace
     flip_index = None if index is None else torch.tensor(index)
 
     def by_torch(crops):

@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset import Parser, UserError, run_script
+from dataset import Parser, UserError, overlaps, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SS = 2  # supersampling: a picture is drawn at twice its size
@@ -463,8 +463,8 @@ def plan_defects(rng, train, test):
 
 def overlap(a, b):
     """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    inner = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
-    return inner / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inner)
+    a, b = (np.array([[*box[:2], *(box[2:] - box[:2])]]) for box in (a, b))
+    return overlaps(a, b).item()
 
 
 def make_label(rng, marks, size, defect):

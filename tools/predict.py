@@ -66,26 +66,13 @@ def hull_boxes(points):
     return np.concatenate([(low + high) / 2 - extent * (0.5 + MARGIN), extent * (1 + 2 * MARGIN)], axis=1)
 
 
-def intersections(a, b):
-    """Shared area of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
-    return np.maximum(high - low, 0).prod(-1)
-
-
-def overlap(a, b):
-    """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
-    shared = intersections(a, b)
-    return shared / (a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared)
-
-
 def suppress(boxes, scores, nested=True):
     """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
 
     That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
     """
     area, limit = boxes[:, 2:].prod(1), OVERLAP if nested else SAME
-    shared = intersections(boxes, boxes) / np.minimum(area[:, None], area) if nested else overlap(boxes, boxes)
+    shared = data.intersections(boxes, boxes) / np.minimum(area[:, None], area) if nested else data.overlaps(boxes, boxes)
     kept = []
     for i in np.argsort(-scores, kind="stable"):
         if not kept or shared[i, kept].max() <= limit:
@@ -93,15 +80,10 @@ def suppress(boxes, scores, nested=True):
     return np.array(kept, dtype=int)
 
 
-def whole(image):
-    """The box of a whole picture, as `--crop image` trains it."""
-    return np.array([0, 0, max(1, image.shape[1] - 1), max(1, image.shape[0] - 1)], dtype=float)
-
-
 def windows(image, sides):
     """The whole picture and squares that cover it, each overlapping its neighbours by half or more: (N, 4)."""
     height, width = image.shape[:2]
-    boxes = [whole(image)]
+    boxes = [data.whole_box((width, height))]
     for part in sides:
         side = max(2.0, max(width, height) * part)
         xs, ys = (np.linspace(0, n - side, math.ceil(2 * (n - side) / side) + 1) if n > side else [(n - side) / 2]
@@ -156,7 +138,7 @@ class Predictor:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
         sought = [i for i, b in enumerate(boxes) if b is None and not self.face.whole]
         given = [(i, box) for i, b in enumerate(boxes) if i not in sought
-                 for box in (np.reshape(b, (-1, 4)) if b is not None else [whole(images[i])])]
+                 for box in (np.reshape(b, (-1, 4)) if b is not None else [data.whole_box(images[i].shape[1::-1])])]
         faces = [[] for _ in images]
         for picture, box, points, scores in (*self._look(images, given), *self._find(images, sought, min_score)):
             faces[picture].append({"box": box, "points": points, "scores": scores, "score": float(scores.mean())})
@@ -181,12 +163,12 @@ class Predictor:
                 mine = [look for look in looks if look[0] == i and look[3].mean() >= min(FAINT, min_score)]
                 if mine:
                     tight, seen = hull_boxes(np.stack([look[2] for look in mine])), np.stack([look[1] for look in mine])
-                    stable = np.diagonal(overlap(seen, tight)) if step else 1.0
+                    stable = np.diagonal(data.overlaps(seen, tight)) if step else 1.0
                     scores = stable * np.array([look[3].mean() for look in mine]) * np.sqrt(tight[:, 2:].max(1))
                     found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, scores, nested=step > 1)]
             boxes = [(i, tight) for i, tight, *_ in found]
         return [(i, tight, points, scores) for i, tight, seen, points, scores in sorted(found, key=lambda f: -f[4].mean())
-                if scores.mean() >= min_score and overlap(seen[None], tight[None]) >= STABLE]
+                if scores.mean() >= min_score and data.overlaps(seen[None], tight[None]) >= STABLE]
 
 
 def load_predictor(checkpoint, locator=None, device="auto", batch_size=32):
@@ -263,7 +245,7 @@ def predict_video(predictor, path, target, boxes, min_score):
                 tracks = []
                 for track in followed:
                     tight = hull_boxes(track["points"][None])
-                    if tracks and (intersections(tight, np.stack([t["box"] for t in tracks])).max()
+                    if tracks and (data.intersections(tight, np.stack([t["box"] for t in tracks])).max()
                                    > OVERLAP * tight[:, 2:].prod()):
                         continue
                     if "id" not in track:
@@ -405,7 +387,7 @@ def main(argv=None):
         given = fixed if boxes is None else next((boxes[t] for t in tails if t in boxes), None)
         if boxes is not None and not given:
             raise UserError(f"{path}: no box for it in {args.boxes}")
-        if given and not intersections(np.stack(given), whole(image)[None]).all():
+        if given and not data.intersections(np.stack(given), data.whole_box(image.shape[1::-1])[None]).all():
             raise UserError(f"{path}: a box lies outside this picture of {image.shape[1]} x {image.shape[0]} pixels")
         return given
 

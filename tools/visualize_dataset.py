@@ -32,8 +32,7 @@ def draw_box(tile, matrix, box, colour):
 
 def raw_tiles(faces):
     for i, name in enumerate(faces.files):
-        whole = (0, 0, *(faces.sizes[i] - 1))
-        tile, matrix = data.predict_crop(data.read_image(faces.root / name), whole, TILE, 1.0)
+        tile, matrix = data.predict_crop(data.read_image(faces.root / name), data.whole_box(faces.sizes[i]), TILE, 1.0)
         tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
         draw_box(tile, matrix, faces.boxes[i], GREEN)
         yield caption(tile, f"{faces.ids[i]}  {Path(name).name}")
@@ -131,8 +130,8 @@ def main(argv=None):
     add("--out", type=Path, metavar="DIR", required=True, help="folder for the pictures")
     add("--number", type=int, default=12, metavar="N", help="faces a sheet, drawn at random (default: 12)")
     add("--seed", type=int, default=0, help="another seed shows other faces and augmentations (default: 0)")
-    add("--input-size", type=int, default=256, metavar="S", help="the trainer's crop in pixels (default: 256)")
-    add("--padding", type=float, default=1.25, help="crop side / the box's longer side (default: 1.25)")
+    add("--input-size", type=int, default=data.SIZE, metavar="S", help=f"the trainer's crop in pixels (default: {data.SIZE})")
+    add("--padding", type=float, default=data.PADDING, help=f"crop side / the box's longer side (default: {data.PADDING})")
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
     if not (1 <= args.number <= 200 and args.seed >= 0 and 32 <= args.input_size <= 1024 and 0.5 <= args.padding <= 4):
