@@ -123,7 +123,8 @@ def main(argv=None):
     train, val, _, _ = trainer.load_faces(args)
     options = {"input_size": args.input_size, "padding": args.padding, "cache": args.cache}
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
-    model = env.bare = trainer.build_model(args.backbone, len(train.scheme.names)).to(env.device, memory_format=torch.channels_last)
+    env.bare = trainer.build_model(args.backbone, len(train.scheme.names)).to(env.device, memory_format=torch.channels_last)
+    model = torch.compile(env.bare) if args.compile else env.bare
     optimizer = trainer.build_optimizer(model, args, env.device)
     cuda = env.device.type == "cuda"
     name = torch.cuda.get_device_name(env.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -141,7 +142,7 @@ def main(argv=None):
     size = min(args.batch_size, len(train))
     bare = measure([(0, i) for i in range(size)], 20 if cuda else 4)
     print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
-    parts = profile_parts(model, train_set.__getitems__([(0, i) for i in range(size)]), args, env)
+    parts = profile_parts(env.bare, train_set.__getitems__([(0, i) for i in range(size)]), args, env)
     forward = sum(seconds for seconds, _ in parts.values())
     print(f"forward pass by part      {size / forward:9.0f} faces/s, of a step {100 * forward / bare:.0f} % of the time")
     for part, (seconds, kept) in parts.items():
@@ -155,7 +156,7 @@ def main(argv=None):
     train_set = DogFLWDataset(used, augment=Augmentation(), **options)
     sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, 2)
     batches = trainer.batches_of(train_set, sampler, args, env)
-    average = copy.deepcopy(model) if args.ema else None
+    average = copy.deepcopy(env.bare) if args.ema else None
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
     with tempfile.TemporaryDirectory() as folder:
         args.work_dir = Path(folder)
@@ -169,7 +170,7 @@ def main(argv=None):
     print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
     start = time.perf_counter()
-    trainer.predict(model, some, env.device, args.sigma, amp=env.amp)
+    trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp)
     validation = (time.perf_counter() - start) / len(some) * len(val)
     epoch_seconds = loop * max(1, len(train) // args.batch_size)
     print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch")
