@@ -75,7 +75,7 @@ def profile_parts(model, batch, args, env):
         own = tensor.untyped_storage().data_ptr() not in seen
         seen.add(tensor.untyped_storage().data_ptr())
         parts.setdefault(open_parts[-1][0], [0.0, 0])[1] += own * tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself would be a cycle, which holds the whole graph beyond the pass
 
     seen, hooks = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
     for owner, prefix in ((model.backbone, "backbone."), (model, "")):
