@@ -12,8 +12,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections import defaultdict
@@ -67,6 +69,9 @@ def run_script(main):
         # From a DataLoader's worker the message comes wrapped in the worker's traceback.
         message = str(e).split("UserError: ")[-1].strip()
         print("error:", "\n".join(map(printable, message.split("\n"))), file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has gone (`| head`); Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: standard output was closed; what was written to files by then is whole", file=sys.stderr)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT,
                            errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
@@ -460,6 +465,11 @@ class Windows:
                 raise UserError(f"{path}: no such picture ({missing} of {len(stats)} missing); "
                                 "check --data-root, or convert again") from None
         if cache == "ram":
+            # Linux hands out more shared memory than there is, and kills who touches it.
+            free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+            if self.offsets[-1] > free:
+                raise UserError(f"--cache ram: the faces take {self.offsets[-1] >> 20} MiB of shared memory, /dev/shm has {free >> 20} "
+                                "free; take --cache disk, or give a container more (docker run --shm-size 2g)")
             self.memory = torch.empty(int(self.offsets[-1]), dtype=torch.uint8).share_memory_()
             for i, window in enumerate(self._decode_all()):
                 self.memory[self.offsets[i]:self.offsets[i + 1]] = torch.from_numpy(window.reshape(-1))

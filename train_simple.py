@@ -568,8 +568,8 @@ def choose_amp(device, wanted=True):
         return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has_amx else None  # without AMX float32 is faster
+    computes = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if any(computes) else None  # elsewhere float32 is faster
 
 
 def set_up_processes(device_name):
@@ -649,7 +649,7 @@ def main(argv=None):
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
     except RuntimeError as e:
         if "DataLoader worker" in str(e):
-            reason, code = "a data worker was ended from outside (memory? then lower --num-workers)", 2
+            reason, code = "a data worker was ended from outside (memory? then lower --num-workers; in a container, raise --shm-size)", 2
         elif "out of memory" in str(e):
             reason, code = "out of memory on the device; lower --batch-size, or raise --accumulate", 2
         elif "gloo" in str(e) or "NCCL" in str(e) or "Connection" in str(e):

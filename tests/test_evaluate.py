@@ -114,6 +114,29 @@ def test_pck_by_hand(tmp_path):
     assert math.isnan(tool.pck(points, faces, np.array([math.nan]), 0.10))
 
 
+@pytest.mark.parametrize("degrees", [0, 30, -140])
+def test_errors_along_and_across_an_outline_by_hand(tmp_path, degrees):
+    a = math.radians(degrees)
+    turn = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+    line = np.array([[-40, 0], [0, 0], [60, 0], [90, 30], [90, 60]]) @ turn.T + 200  # 0 - 1 - 2 - 3, and 4 apart
+    content = coco(np.random.default_rng(0), [1, 1, 1], k=5)
+    for annotation, v in zip(content["annotations"], ([2] * 5, [2] * 5, [2, 2, 0, 2, 2]), strict=True):
+        annotation["keypoints"] = np.column_stack([line, v]).ravel().tolist()
+    content["categories"][0] |= {"skeleton": [[1, 2], [2, 3], [4, 3]], "regions": {"line": [0, 1, 2], "rest": [3, 4]}}
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    points = faces.points.copy()
+    points[0, 1] += turn @ [3, -1]
+    points[1, 1] += turn @ [-5, 2]
+    points[2, 1] += 70  # its neighbour is not labelled
+    points[:, 2] += turn @ np.array([130, 30]) / math.hypot(130, 30) * 10
+    along = tool.along_and_across(points, faces, np.array([100.0, 50, 100]))
+    np.testing.assert_allclose(along[1], [(0.03 + 0.1) / 2, (0.01 + 0.04) / 2])
+    assert np.isnan(along[[0, 3, 4]]).all()
+    report, _ = tool.score(points, faces, 1.25)
+    assert report["region"]["line"]["along"] > 2 * report["landmark"]["1 p1"]["along"] and math.isnan(report["region"]["rest"]["along"])
+
+
 def test_without_interocular_the_box_is_the_measure(tmp_path):
     content = coco(np.random.default_rng(1), [1, 1], interocular=())
     (tmp_path / "ann.json").write_text(json.dumps(content))

@@ -3,14 +3,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from conftest import assert_same_run, ended, wait_for
+from conftest import ROOT, SMALL, assert_same_run, ended, wait_for
 
+import dataset as data
 import train_simple as trainer
 
 KILLS = int(os.environ.get("KILLS", 5))
@@ -62,6 +65,21 @@ def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path
     print(f"{kills} kills, {hit.total()} while a file was being written {dict(hit)}; {runs} runs ended like the one never killed")
 
 
+def test_clocks_that_go_backwards(run, start, flags, tmp_path):
+    """All that a cut run left, the face cache too, comes from the future when it is resumed."""
+    command = ("train_simple.py", *flags, "--cache", "disk", "--work-dir", tmp_path / "run", "--resume")
+    process = start(*command, cache=tmp_path / "cache")
+    wait_for(process, "epoch   1")
+    process.kill()
+    process.join()
+    for path in (*(tmp_path / "run").iterdir(), *(tmp_path / "cache").iterdir(), tmp_path / "run", tmp_path / "cache"):
+        os.utime(path, (4e9, 4e9))
+    process = start(*command, cache=tmp_path / "cache")
+    process.join()
+    assert process.exitcode == 0 and "resuming after epoch 1" in process.out.read_text()
+    assert_same_run(tmp_path / "run", run.work_dir)
+
+
 def children(pid):
     """The process ids of a process's children."""
     return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
@@ -88,7 +106,7 @@ def disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)  # with what is mounted in it
 
 
 def fill(folder):
@@ -140,6 +158,52 @@ def test_a_folder_that_vanishes_ends_the_run_with_a_word(start, flags, tmp_path,
     assert str(tmp_path / what) in line
     assert trainer.load_checkpoint((tmp_path / "moved" if what == "run" else tmp_path / "run") / "last.pth")["epoch"] >= 1
     assert not (tmp_path / what).exists()
+
+
+def test_a_folder_that_turns_read_only_ends_the_run_with_a_word(start, flags, disk):
+    work_dir = disk / "run"
+    process = start("train_simple.py", *flags, "--epochs", 500, "--work-dir", work_dir)
+    wait_for(process, "epoch   1")
+    subprocess.run(["mount", "--bind", work_dir, work_dir], check=True)  # a second door to it, which can be closed
+    remount(work_dir, "bind,ro")
+    line = ended(process)
+    assert str(work_dir) in line and "Read-only" in line
+    assert trainer.load_checkpoint(work_dir / "last.pth")["epoch"] == process.out.read_text().count("train loss")
+
+
+def test_shared_memory_that_is_too_small_for_the_faces(run):
+    """As in a container: 64 MB, often less. Without a check the kernel kills who touches the memory."""
+    command = [sys.executable, ROOT / "train_simple.py", *SMALL, "--data-root", run.data_root, "--ann-root", run.ann_root, "--cache",
+               "ram", "--work-dir", run.work_dir.parent / "shm"]
+    small = "mount -t tmpfs -o size=200k tmpfs /dev/shm && exec \"$@\""
+    result = subprocess.run(["unshare", "-m", "sh", "-c", small, "sh", *map(str, command)], capture_output=True, text=True)
+    if "unshare" in result.stderr or "mount" in result.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert result.returncode == 2 and result.stderr.startswith("error: --cache ram") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_output_that_nobody_reads_any_more(run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        result = subprocess.run([sys.executable, ROOT / "tools/inspect_checkpoint.py", run.work_dir], stdout=closed, text=True,
+                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert result.returncode == 2 and result.stderr == "error: standard output was closed; what was written to files by then is whole\n"
+
+
+def test_a_video_on_a_full_disk(run, script, disk, tmp_path):
+    picture = data.read_image(next(run.data_root.rglob("*.png")))
+    size = 8 * picture.shape[1], 8 * picture.shape[0]
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, size)
+    for _ in range(3):
+        writer.write(cv2.resize(picture, size) + np.random.default_rng(0).integers(0, 60, (size[1], size[0], 3), np.uint8))
+    writer.release()
+    assert (tmp_path / "clip.mp4").stat().st_size > 2 * 2**20
+    fill(disk)
+    result = script("tools/predict.py", run.work_dir / "best_model.pth", tmp_path / "clip.mp4", "--box", 0, 0, *size,
+                    "--out", disk / "out", "--device", "cpu")
+    assert result.returncode == 2 and f"{disk / 'out' / 'clip.mp4'}: could not be written whole" in result.stderr, result.stderr
+    assert not list((disk / "out").glob("*.mp4")) and not list((disk / "out").glob(".*"))
 
 
 def test_tools_on_a_full_disk_keep_what_was_there(run, script, disk, tmp_path):

@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
@@ -34,6 +35,7 @@ DEFINITIONS = {
     "nme_box": "the same / the diagonal of the face's box",
     "pck": "share of all labelled landmarks whose error is at most 0.05 (0.10) of MAIN's length",
     "failure_rate": "share of faces whose MAIN is above 0.10",
+    "along, across": "mean error / MAIN's length in the outline's direction and square to it, of landmarks with two drawn neighbours",
     "auc": "area under the curve 'share of faces whose MAIN is at most e', e from 0 to 0.10, divided by 0.10",
 }
 
@@ -63,6 +65,26 @@ def area_under_curve(errors, limit=LIMIT):
     return mean(np.maximum(0, 1 - np.asarray(errors) / limit))
 
 
+def along_and_across(points, faces, length):
+    """Mean error / length (N,) along the outline and square to it: (K, 2), NaN for landmarks that are not between two others.
+
+    The outline's direction at a landmark is the one from one of its two neighbours in the skeleton to the other, in the truth.
+    """
+    result, neighbours = np.full((len(faces.scheme.names), 2), np.nan), defaultdict(list)
+    for i, j in faces.scheme.skeleton:
+        neighbours[i].append(j)
+        neighbours[j].append(i)
+    for i, ends in neighbours.items():
+        if len(ends) == 2:
+            use = (faces.visible[:, [i, *ends]] > 0).all(1) & np.isfinite(length)
+            direction = faces.points[use, ends[1]] - faces.points[use, ends[0]]
+            direction = direction / np.linalg.norm(direction, axis=1, keepdims=True).clip(1e-9)
+            error = (points[use, i] - faces.points[use, i]) / length[use, None]
+            across = error[:, 0] * direction[:, 1] - error[:, 1] * direction[:, 0]
+            result[i] = mean(np.abs((error * direction).sum(1))), mean(np.abs(across))
+    return result
+
+
 def score(points, faces, padding):
     """All numbers of a report, as plain types; and every face's error under the main normaliser."""
     lengths = normalizers(faces, padding)
@@ -76,14 +98,19 @@ def score(points, faces, padding):
                 **{name: mean(nme(points, some, length)[rows]) for name, length in lengths.items()}}
 
     names, breeds = faces.scheme.names, np.array(faces.breeds)
-    k = np.arange(len(names))
+    k, directions = np.arange(len(names)), along_and_across(points, faces, lengths[main])
+
+    def landmarks(index):
+        """The scores of some landmarks of all faces."""
+        return {**part(faces.visible * np.isin(k, index)), **dict(zip(("along", "across"), map(mean, directions[index].T), strict=True))}
+
     report = {
         "main": main, "faces": len(faces), "faces_by_main": int(np.isfinite(errors[main]).sum()),
         "metrics": {**mean_metrics(points, faces, padding),
                     "pck_0.05": pck(points, faces, lengths[main], 0.05), "pck_0.10": pck(points, faces, lengths[main], 0.10),
                     "failure_rate": failure_rate(errors[main]), "auc": area_under_curve(errors[main])},
-        "region": {name: part(faces.visible * np.isin(k, index)) for name, index in faces.scheme.regions.items()},
-        "landmark": {f"{i} {name}": part(faces.visible * (k == i)) for i, name in enumerate(names)},
+        "region": {name: landmarks(index) for name, index in faces.scheme.regions.items()},
+        "landmark": {f"{i} {name}": landmarks([i]) for i, name in enumerate(names)},
         "breed": {name: part(faces.visible, breeds == name) for name in sorted(set(faces.breeds))},
         "face": [{"id": faces.ids[i].item(), "file": faces.files[i], "labelled": int((faces.visible[i] > 0).sum()),
                   **{name: float(e[i]) for name, e in errors.items()}} for i in range(len(faces))],
@@ -221,7 +248,7 @@ def show(value):
 def as_csv(report):
     """One row for all faces, every region, landmark, breed and face."""
     text = io.StringIO()
-    columns = ["group", "name", "labelled", *(k for k in ("nme", "nme_iod", "nme_box") if k in report["metrics"])]
+    columns = ["group", "name", "labelled", *(k for k in ("nme", "nme_iod", "nme_box") if k in report["metrics"]), "along", "across"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     total = sum(row["labelled"] for row in report["face"])
@@ -268,7 +295,8 @@ def print_report(report):
     if report["faces_by_main"] < report["faces"]:
         print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an interocular landmark")
     for name, row in report["region"].items():
-        print(f"  {name:<12} {main} {show(row[main])}  ({row['labelled']} landmarks)")
+        print(f"  {name:<12} {main} {show(row[main])}  ({row['labelled']} landmarks)" + (
+            f"  along outlines {show(row['along'])}, across {show(row['across'])}" if row["along"] is not None else ""))
 
 
 # ---------------------------------------------------------------- command line

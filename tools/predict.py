@@ -257,6 +257,8 @@ def predict_video(predictor, path, target, boxes, min_score):
                 bar.update()
                 yield number, tracks
         writer.release()
+        if cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != number + 1:  # OpenCV itself says nothing
+            raise UserError(f"{target}: could not be written whole; is the disk full?")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
