@@ -129,12 +129,15 @@ def test_errors_along_and_across_an_outline_by_hand(tmp_path, degrees):
     points[0, 1] += turn @ [3, -1]
     points[1, 1] += turn @ [-5, 2]
     points[2, 1] += 70  # its neighbour is not labelled
-    points[:, 2] += turn @ np.array([130, 30]) / math.hypot(130, 30) * 10
+    points[:, 2] += turn @ [9, 3]  # towards its other neighbour
     along = tool.along_and_across(points, faces, np.array([100.0, 50, 100]))
     np.testing.assert_allclose(along[1], [(0.03 + 0.1) / 2, (0.01 + 0.04) / 2])
     assert np.isnan(along[[0, 3, 4]]).all()
     report, _ = tool.score(points, faces, 1.25)
-    assert report["region"]["line"]["along"] > 2 * report["landmark"]["1 p1"]["along"] and math.isnan(report["region"]["rest"]["along"])
+    one, two = report["landmark"]["1 p1"], report["landmark"]["2 p2"]
+    assert two["along"] == pytest.approx(two["nme_iod"]) and two["across"] == pytest.approx(0, abs=1e-12)
+    assert report["region"]["line"]["along"] == pytest.approx((one["along"] + two["along"]) / 2)
+    assert math.isnan(report["region"]["rest"]["along"])
 
 
 def test_without_interocular_the_box_is_the_measure(tmp_path):
