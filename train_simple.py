@@ -70,10 +70,10 @@ class LandmarkNet(nn.Module):
         high, *lower = [lateral(x) for lateral, x in zip(self.laterals, branches)]
         for x in lower:
             high = high + F.interpolate(x, size=high.shape[-2:], mode="bilinear")  # (B, 64, S/4, S/4)
-        logits = self.head(F.relu(stem + F.interpolate(high, scale_factor=2, mode="bilinear"))).float()
+        logits = self.head(F.relu_(stem + F.interpolate(high, scale_factor=2, mode="bilinear")))
         if logits.requires_grad:  # else the softmax's gradient leaves channels_last, and a third more time with it
             logits.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-        return logits.contiguous().flatten(2).softmax(2).unflatten(2, logits.shape[2:])
+        return logits.contiguous().flatten(2).softmax(2, dtype=torch.float32).unflatten(2, logits.shape[2:])
 
 
 def build_model(backbone, num_landmarks, pretrained=False, weights=None):
