@@ -36,7 +36,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell
-SIGMA = 2.0  # the targets' deviation, heatmap cells
+SIGMA = 2.0  # the targets' deviation, heatmap cells; at other sizes the same part of the crop
 cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
 
 
@@ -128,11 +128,12 @@ def dogflw_in(folder):
 
 
 def find_dogflw():
-    """The folder that holds train/images in kagglehub's cache (newest version), or None."""
+    """The folder that holds train/images in kagglehub's cache (newest version), or where Kaggle and Colab put it, or None."""
     cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
     versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
     newest_first = sorted(versions, key=lambda p: (p.name.isdigit(), int(p.name) if p.name.isdigit() else 0), reverse=True)
-    return next(filter(None, map(dogflw_in, newest_first)), None)
+    hosted = (Path("/kaggle/input", name) for name in ("dogflw", "datasets/georgemartvel/dogflw"))
+    return next(filter(None, map(dogflw_in, [*newest_first, *hosted])), None)
 
 
 # ---------------------------------------------------------------- the COCO file
@@ -462,7 +463,7 @@ class Windows:
                 stats.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
             except OSError:
                 missing = sum(not p.exists() for p in self.paths)
-                raise UserError(f"{path}: no such picture ({missing} of {len(stats)} missing); "
+                raise UserError(f"{path}: no such picture ({missing} of {len(self.paths)} missing); "
                                 "check --data-root, or convert again") from None
         if cache == "ram":
             # Linux hands out more shared memory than there is, and kills who touches it.
@@ -518,6 +519,11 @@ class Windows:
         return pixels.reshape(h, w, 3), window_matrix(window, (w, h))
 
 
+def default_sigma(input_size):
+    """The targets' deviation in cells for crops of this size."""
+    return SIGMA * input_size / SIZE
+
+
 class DogFLWDataset(torch.utils.data.Dataset):
     """Faces as training samples. `dataset[i]` is one sample in full, ready to look at:
 
@@ -529,8 +535,9 @@ class DogFLWDataset(torch.utils.data.Dataset):
     and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
     """
 
-    def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=SIGMA, augment=None, seed=0, cache="none"):
-        self.faces, self.size, self.padding, self.sigma, self.seed = faces, input_size, padding, sigma, seed
+    def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache="none"):
+        self.faces, self.size, self.padding, self.seed = faces, input_size, padding, seed
+        self.sigma = sigma or default_sigma(input_size)
         self.augment = augment or Augmentation.none()
         self.flip_index = faces.scheme.flip_index
         self.windows = Windows(faces, input_size, padding, self.augment.reach, cache)
@@ -592,11 +599,10 @@ def normalize(images, colour=None):
 
     colour (B, 3, 4): an affine map of RGB in 0..255, the colour augmentation; folded into the normalisation.
     """
-    std = torch.tensor(STD, device=images.device)[:, None] * 255
-    offset = torch.tensor(MEAN, device=images.device)[:, None] * 255
     if colour is None:
         colour = torch.eye(3, 4, device=images.device).expand(len(images), 3, 4)
-    matrix = torch.cat([colour[..., :3], colour[..., 3:] - offset], -1) / std
+    matrix = torch.stack([torch.cat([row[:, :3], row[:, 3:] - 255 * mean], 1) / (255 * std)  # numbers: a tensor made here would
+                          for row, mean, std in zip(colour.unbind(1), MEAN, STD, strict=True)], 1)  # make the device wait
     pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
     pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))
     return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)

@@ -37,9 +37,10 @@ import dataset as data
 from dataset import PADDING, ROOT, SIGMA, SIZE, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
 MSE_WEIGHT = 0.5  # beside the coordinate error in fractions of the crop
+WIDE = 2.0  # the targets' deviation at the start of a run, in those at its end
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
-                     "accumulate", "lr", "weight_decay", "warmup_epochs", "ema", "seed", "amp")
+                     "lr", "weight_decay", "warmup_epochs", "ema", "seed", "amp")
 
 # ---------------------------------------------------------------- the model
 
@@ -166,10 +167,15 @@ def normalizers(faces, padding):
     return result
 
 
+def nan_mean(values):
+    """The mean of what is not NaN; NaN where nothing is left."""
+    values = np.asarray(values)[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
 def mean_metrics(points, faces, padding):
     """{"nme": mean over faces, "nme_iod": ..., "nme_box": ...}; NaN where no face counts, never 0."""
-    per_face = {k: nme(points, faces, v) for k, v in normalizers(faces, padding).items()}
-    return {k: float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else math.nan for k, v in per_face.items()}
+    return {k: nan_mean(nme(points, faces, v)) for k, v in normalizers(faces, padding).items()}
 
 
 @torch.inference_mode()
@@ -184,7 +190,7 @@ def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, si
         collate_fn=keep, num_workers=workers, worker_init_fn=quiet_worker)
     found, inverses = [], np.zeros((n, 2, 3))
     for batch in loader:
-        heatmaps = predict_heatmaps(model, batch["image"].to(device, non_blocking=True), flip_index, amp)
+        heatmaps = predict_heatmaps(model, batch["image"].to(device), flip_index, amp)
         points, score = data.decode_heatmaps(heatmaps)
         loss = torch.zeros_like(score)
         if sigma is not None:
@@ -345,13 +351,15 @@ def lr_factor(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def target_sigma(step, total, sigma):
+    """The targets' deviation at a step: from WIDE * sigma, where a place is learnt fast, geometrically to sigma, where it is sharp."""
+    return sigma * WIDE ** (1 - step / total)
+
+
 @torch.no_grad()
-def update_average(average, model, decay, step):
-    """Exponential moving average of weights and BN statistics; the decay warms up with the step."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    ours, theirs = average.state_dict().values(), model.state_dict().values()
-    pairs = [(a, m) for a, m in zip(ours, theirs) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], weight)
+def update_average(averages, values, decay, step):
+    """Exponential moving average of tensors, in place; the decay warms up with the step."""
+    torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, faces, args, env):
@@ -362,6 +370,9 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
     model.train()
     total, bad = torch.zeros((), device=env.device), torch.full((), -1, device=env.device)
     interval, shown, all_steps = [], 0, args.epochs * sampler.steps
+    pinned = env.device.type == "cuda"  # elsewhere (mps) memory could be freed under a copy that is still going on
+    if average is not None:  # weights and batch norm's statistics
+        averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, env.bare)]
     bar = tqdm(total=sampler.steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
                disable=None if env.rank == 0 else True)
     for step in range(sampler.steps):
@@ -372,13 +383,13 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         for micro in range(args.accumulate):
             batch = next(batches)
             step_faces.append(batch["index"])
-            moved = {k: batch[k].to(env.device, non_blocking=True) for k in ("image", "keypoints", "visibility", "colour")}
+            moved = {k: batch[k].to(env.device, non_blocking=pinned) for k in ("image", "keypoints", "visibility", "colour")}
             images = data.normalize(moved["image"], moved["colour"])
             last = micro == args.accumulate - 1
             with nullcontext() if last or env.world == 1 else model.no_sync():
                 with autocast(env.device, env.amp):
                     heatmaps = model(images)
-                losses = heatmap_losses(heatmaps, moved["keypoints"], moved["visibility"], args.sigma)
+                losses = heatmap_losses(heatmaps, moved["keypoints"], moved["visibility"], target_sigma(done, all_steps, args.sigma))
                 micro_loss = losses.mean() / args.accumulate
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
@@ -390,7 +401,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
-            update_average(average, env.bare, args.ema, done)
+            update_average(*averaged, args.ema, done)
         total += loss
         interval.append(step_faces)
         if len(interval) == 50 or step == sampler.steps - 1:
@@ -452,9 +463,12 @@ def plain(settings):
 
 def versions():
     """What the run was made with, as plain strings."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,
-            "numpy": np.__version__, "git": git.stdout.strip() if git.returncode == 0 else "unknown"}
+            "numpy": np.__version__, "git": git or "unknown"}
 
 
 @contextmanager
@@ -497,7 +511,7 @@ def parse_args(argv=None):
     add("--weights", type=Path, metavar="FILE", help="start from this file instead: a backbone's weights or a checkpoint of ours")
     add("--input-size", type=int, default=SIZE, metavar="S",
         help=f"crop in pixels, a multiple of 32; heatmaps are half of it (default: {SIZE})")
-    add("--sigma", type=float, default=SIGMA, help=f"the targets' deviation in heatmap cells (default: {SIGMA})")
+    add("--sigma", type=float, help=f"the targets' final deviation, heatmap cells (default: {SIGMA} at {SIZE} pixels, else in proportion)")
     add("--padding", type=float, default=PADDING, help=f"crop side / the box's longer side (default: {PADDING})")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=210, help="(default: 210)")
@@ -526,6 +540,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
     args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 4e-3
+    args.sigma = args.sigma if args.sigma is not None else data.default_sigma(args.input_size)
     args.val_every = args.val_every or max(1, math.ceil(args.epochs / 100))
     world = int(os.environ.get("WORLD_SIZE", 1))
     problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
@@ -594,7 +609,8 @@ def set_up_processes(device_name):
 def load_faces(args):
     """(train, the faces that choose the checkpoint, the faces scored once at the end or None, name of the chooser)."""
     if args.sample:
-        make_sample(args)
+        with data.file_lock(args.ann_root.parent / ".lock", wait=True):  # every process of a job comes here
+            make_sample(args)
     root = args.data_root or data.find_dogflw()
     if root is None:
         raise UserError("DogFLW not found; download it with tools/convert_dogflw_to_coco.py --download, or name its "
@@ -651,12 +667,13 @@ def main(argv=None):
         if "DataLoader worker" in str(e):
             reason, code = "a data worker was ended from outside (memory? then lower --num-workers; in a container, raise --shm-size)", 2
         elif "out of memory" in str(e):
-            reason, code = "out of memory on the device; lower --batch-size, or raise --accumulate", 2
+            reason, code = "out of memory on the device; raise --accumulate", 2
         elif "gloo" in str(e) or "NCCL" in str(e) or "Connection" in str(e):
-            reason, code = "another process of this job ended; its message is above", 2
+            reason, code = f"another process of this job ended, or cannot be reached ({str(e).splitlines()[0][:160]})", 2
         else:
             raise
-    print(f"error: {reason}. Finished epochs are in {args.work_dir / 'last.pth'}; the same command with --resume goes on",
+    last = args.work_dir / "last.pth"
+    print(f"error: {reason}. {f'Finished epochs are in {last}; t' if last.exists() else 'T'}he same command with --resume goes on",
           file=sys.stderr)
     return code
 
@@ -687,11 +704,15 @@ def train(args):
         if resumed["scheme"] != asdict(scheme):
             raise UserError(f"--resume {last}: its {len(resumed['scheme']['names'])} landmarks are not the "
                             f"{len(scheme.names)} of {args.ann_root}; name another --work-dir")
+        if "raw" not in resumed:
+            raise UserError(f"--resume {last}: is no last.pth but a copy of another checkpoint; start from it with --weights")
         changed = [k for k in RESUME_MUST_MATCH if resumed["args"].get(k) != plain(vars(args))[k]]
         if changed:
             raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {resumed['args'].get(changed[0])}, "
                             f"now {getattr(args, changed[0])}; repeat the first command, or name another --work-dir")
     bare = build_model(args.backbone, len(scheme.names), args.pretrained and not resumed, None if resumed else args.weights)
+    if args.sync_bn and env.device.type != "cuda":
+        raise UserError("--sync-bn: works on GPUs only; leave it out")
     if args.sync_bn and env.world > 1:
         bare = nn.SyncBatchNorm.convert_sync_batchnorm(bare)
     env.bare = bare.to(env.device, memory_format=torch.channels_last)
@@ -704,7 +725,8 @@ def train(args):
         if average is not None:
             average.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        if resumed["scaler"]:  # empty from a run without float16
+            scaler.load_state_dict(resumed["scaler"])
         torch.set_rng_state(resumed["rng"])
         first, best, rows = resumed["epoch"], resumed["best"], resumed["rows"]
     model = torch.compile(bare) if args.compile else bare
@@ -736,8 +758,11 @@ def train(args):
     if resumed:
         say(f"resuming after epoch {first}")
 
-    def validate(dataset):
-        points, _, loss = predict(judged, dataset, env.device, args.sigma, env.world, rank=env.rank, amp=env.amp)
+    def validate(dataset, epoch):
+        for buffer in judged.buffers() if env.world > 1 else ():
+            dist.broadcast(buffer, 0)  # every process has its own batch norm statistics; rank 0's are saved
+        sigma = target_sigma(epoch, args.epochs, args.sigma)
+        points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp)
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
     # Train.
@@ -749,7 +774,7 @@ def train(args):
                "val_loss": math.nan, "nme": math.nan, "nme_iod": math.nan,
                "images_per_s": sampler.steps * min(args.batch_size, len(train)) / seconds}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
-            points, row["val_loss"], metrics = validate(val_set)
+            points, row["val_loss"], metrics = validate(val_set, epoch + 1)
             row.update({k: metrics[k] for k in ("nme", "nme_iod") if k in metrics})
             row["seconds"] = time.perf_counter() - start
         rows.append(row)
@@ -793,7 +818,7 @@ def train(args):
         f"chosen on these same {len(val)} faces ({chooser})")
     if test is not None:
         judged.load_state_dict(chosen["model"])
-        _, _, metrics = validate(DogFLWDataset(test, **options))
+        _, _, metrics = validate(DogFLWDataset(test, **options), args.epochs)
         say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if env.rank == 0:
             with atomic_write(args.work_dir / "test.json") as f:

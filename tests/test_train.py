@@ -65,6 +65,14 @@ def test_loss_counts_labelled_landmarks_alone():
     assert total(maps, visible * 0) == 0
 
 
+def test_targets_narrow_over_the_run():
+    sigmas = [trainer.target_sigma(step, 100, 1.5) for step in range(101)]
+    assert sigmas[0] == 1.5 * trainer.WIDE and sigmas[-1] == 1.5 and sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[50] ** 2 == pytest.approx(sigmas[0] * sigmas[100])
+    defaults = [trainer.parse_args(["--input-size", size]).sigma for size in ("128", "256", "512")]
+    assert defaults == [1, 2, 4] and trainer.parse_args(["--input-size", "512", "--sigma", "3"]).sigma == 3
+
+
 def test_learning_rate():
     factors = [trainer.lr_factor(s, 100, 10) for s in range(100)]
     assert factors[0] == 0.1 and factors[9] == 1 and factors[10] == 1
@@ -293,7 +301,11 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     assert "--bogus" in refused("--bogus")
     assert "not empty" in refused(*here, "--work-dir", run.work_dir)
     assert "--epochs" in refused(*here, *SMALL, "--work-dir", run.work_dir, "--resume", "--epochs", 3, "--batch-size", 8)
-    assert "no such picture" in refused("--data-root", tmp_path / "empty", "--ann-root", sample.ann_root, *w)
+    assert "no such picture (40 of 40 missing)" in refused("--data-root", tmp_path / "empty", "--ann-root", sample.ann_root, *w)
+    assert "--sync-bn" in refused(*here, *SMALL, *w, "--sync-bn", "--cache", "none")
+    (tmp_path / "copy").mkdir()
+    shutil.copy(run.work_dir / "best_model.pth", tmp_path / "copy" / "last.pth")
+    assert "--weights" in refused(*here, *SMALL, "--work-dir", tmp_path / "copy", "--resume", "--cache", "none")
     coco = json.loads((sample.ann_root / "train.json").read_text())
     category = coco["categories"][0]
     category["keypoints"], category["flip_pairs"], category["skeleton"] = category["keypoints"][:20], [], []
@@ -304,6 +316,12 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
         (tmp_path / "empty" / f"{name}.json").write_text(json.dumps(coco))
     assert "46 landmarks" in refused("--data-root", sample.data_root, "--ann-root", tmp_path / "empty", *SMALL,
                                      "--work-dir", run.work_dir, "--resume")
+
+
+def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
+    assert trainer.versions()["git"] != ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert trainer.versions()["git"] == "unknown"
 
 
 def test_two_runs_in_one_folder(start, flags, tmp_path, refused):

@@ -7,13 +7,17 @@ Takes the flags of train_simple.py. Without --batch-size it also looks for the l
 """
 import copy
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
 
 import dataset as data
 import train_simple as trainer
@@ -34,8 +38,8 @@ def samples_per_second(dataset, args, workers, seconds=4.0):
 
 
 def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def step_seconds(model, optimizer, batch, args, env, repeat):
@@ -103,7 +107,7 @@ def largest_batch(measure, dataset):
     while size <= 2048:
         try:
             found[size] = measure([(0, i % len(dataset)) for i in range(size)], 3)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
         size *= 2
@@ -150,6 +154,7 @@ def main(argv=None):
     if cuda and "--batch-size" not in argv:
         for batch, seconds in largest_batch(measure, train_set).items():
             print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
+        torch.cuda.reset_peak_memory_stats()
 
     # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
     used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
@@ -166,7 +171,6 @@ def main(argv=None):
             synchronize(env.device)
             epoch_seconds = time.perf_counter() - start
     loop = epoch_seconds / sampler.steps
-    waiting = max(0.0, 1 - bare / loop)
     print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
     start = time.perf_counter()
@@ -175,9 +179,11 @@ def main(argv=None):
     epoch_seconds = loop * max(1, len(train) // args.batch_size)
     print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch")
     memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
-    limit = f"the loop waits {100 * waiting:.0f} % of its time" if waiting > 0.05 else "the device's arithmetic limits"
+    if resource:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
+    extra = 100 * (loop / bare - 1)
+    limit = f"input and loop add {extra:.0f} % to the bare step" if extra > 5 else "the device's arithmetic limits"
     print(f"210 epochs of {len(train)} faces: {(210 * epoch_seconds + 70 * validation) / 3600:.1f} h; {limit}")
     return 0
 

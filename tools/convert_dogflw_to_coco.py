@@ -309,6 +309,8 @@ def main():
             print(f"repaired: {len(repairs[kind])} {what} ({first(repairs[kind], 3, ', ')})")
     if bad:
         print(f"left out: {lines}")
+    if root != find_dogflw():
+        print(f"train with: train_simple.py --data-root {root}")
 
 
 if __name__ == "__main__":

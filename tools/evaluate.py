@@ -25,7 +25,7 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset, Parser, UserError, atomic_write, run_script
-from train_simple import choose_amp, choose_device, load_model, mean_metrics, nme, normalizers, predict
+from train_simple import choose_amp, choose_device, load_model, nan_mean, nme, normalizers, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
 SAME_FACE = 0.5  # IoU of the landmarks' hulls from which on a result is of that face
@@ -42,27 +42,21 @@ DEFINITIONS = {
 
 # ---------------------------------------------------------------- the numbers
 
-def mean(values):
-    """The mean of what is not NaN; NaN where nothing is left."""
-    values = np.asarray(values)[~np.isnan(values)]
-    return float(values.mean()) if len(values) else math.nan
-
-
 def pck(points, faces, length, threshold):
     """The share of labelled landmarks whose error is at most threshold * length (N,); NaN lengths count nowhere."""
     error = np.linalg.norm(points - faces.points, axis=-1)  # (N, K)
     counts = (faces.visible > 0) & np.isfinite(length)[:, None]
-    return mean((error <= threshold * length[:, None])[counts].astype(float))
+    return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
 
 
 def failure_rate(errors, limit=LIMIT):
     """The share of faces above the limit."""
-    return mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > limit))
+    return nan_mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > limit))
 
 
 def area_under_curve(errors, limit=LIMIT):
     """The area under the empirical distribution of errors up to `limit`, / limit. Exact: a face adds what is right of it."""
-    return mean(np.maximum(0, 1 - np.asarray(errors) / limit))
+    return nan_mean(np.maximum(0, 1 - np.asarray(errors) / limit))
 
 
 def along_and_across(points, faces, length):
@@ -81,7 +75,7 @@ def along_and_across(points, faces, length):
             direction = direction / np.linalg.norm(direction, axis=1, keepdims=True).clip(1e-9)
             error = (points[use, i] - faces.points[use, i]) / length[use, None]
             across = error[:, 0] * direction[:, 1] - error[:, 1] * direction[:, 0]
-            result[i] = mean(np.abs((error * direction).sum(1))), mean(np.abs(across))
+            result[i] = nan_mean(np.abs((error * direction).sum(1))), nan_mean(np.abs(across))
     return result
 
 
@@ -95,18 +89,19 @@ def score(points, faces, padding):
         """The scores of some landmarks of some faces."""
         some = replace(faces, visible=visible)
         return {"labelled": int((visible[rows] > 0).sum()),
-                **{name: mean(nme(points, some, length)[rows]) for name, length in lengths.items()}}
+                **{name: nan_mean(nme(points, some, length)[rows]) for name, length in lengths.items()}}
 
     names, breeds = faces.scheme.names, np.array(faces.breeds)
     k, directions = np.arange(len(names)), along_and_across(points, faces, lengths[main])
 
     def landmarks(index):
         """The scores of some landmarks of all faces."""
-        return {**part(faces.visible * np.isin(k, index)), **dict(zip(("along", "across"), map(mean, directions[index].T), strict=True))}
+        along, across = map(nan_mean, directions[index].T)
+        return {**part(faces.visible * np.isin(k, index)), "along": along, "across": across}
 
     report = {
         "main": main, "faces": len(faces), "faces_by_main": int(np.isfinite(errors[main]).sum()),
-        "metrics": {**mean_metrics(points, faces, padding),
+        "metrics": {**{name: nan_mean(e) for name, e in errors.items()},
                     "pck_0.05": pck(points, faces, lengths[main], 0.05), "pck_0.10": pck(points, faces, lengths[main], 0.10),
                     "failure_rate": failure_rate(errors[main]), "auc": area_under_curve(errors[main])},
         "region": {name: landmarks(index) for name, index in faces.scheme.regions.items()},
@@ -367,7 +362,7 @@ def main(argv=None):
             source += f", which found {len(faces)} of {total} faces ({finding['share']:.1%}); the errors are of these"
         if args.match and model:
             ours, boxed = (nme(p, faces, normalizers(faces, padding)["nme"]) for p in (points, by_checkpoint()))
-            finding |= {"nme_true_boxes": mean(boxed), "error_ratio": mean(ours) / mean(boxed),
+            finding |= {"nme_true_boxes": nan_mean(boxed), "error_ratio": nan_mean(ours) / nan_mean(boxed),
                         "share_within_1.15": float((ours <= 1.15 * boxed).sum() / total)}
             source += (f", {finding['error_ratio']:.3f} times the error in the true boxes; of all faces "
                        f"{finding['share_within_1.15']:.1%} are found with at most 1.15 times their own")

@@ -18,9 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset import Parser, UserError, overlaps, run_script
+from dataset import ROOT, Parser, UserError, overlaps, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 SS = 2  # supersampling: a picture is drawn at twice its size
 
 CREAM, GOLD, RED, BROWN, BLACK, GREY, WHITE, TAN = np.float32(

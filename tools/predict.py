@@ -232,6 +232,8 @@ def predict_video(predictor, path, target, boxes, min_score):
     try:
         with tqdm(desc=path.name, unit="frame", leave=False, disable=None) as bar:
             for number, (rate, length, frame) in enumerate(read_frames(path)):
+                if predictor.face.whole:
+                    raise UserError(f"{path}: a locator (trained with --crop image) cannot follow faces; give a face model")
                 if writer is None:
                     bar.total = length or None
                     writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.shape[1::-1])
