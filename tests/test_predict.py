@@ -88,8 +88,8 @@ def test_every_kind_of_file(run, picture, script, tmp_path):
     found = {r["file_name"]: points(r) for r in read(tmp_path / "out")[0]}
     assert len(found) == 9
     for name in ("plain.tif", "rgba.png", "rgb16.png"):
-        assert np.array_equal(found[name], found["plain.png"]), name
-    assert np.array_equal(found["grey16.png"], found["grey.png"])
+        assert np.allclose(found[name], found["plain.png"], atol=0.01), name  # written with 3 digits, from another place in a batch
+    assert np.allclose(found["grey16.png"], found["grey.png"], atol=0.01)
     for name in ("exif.jpg", "cmyk.jpg", "palette.png"):
         assert np.abs(found[name] - found["plain.png"]).max() < 0.1 * box[2:].max(), name
     assert data.read_image(tmp_path / "out" / "exif.jpg").shape == image.shape
