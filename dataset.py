@@ -608,18 +608,18 @@ def normalize(images, colour=None):
     return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)
 
 
-def encode_heatmaps(points, size, sigma, stride=STRIDE):
+def encode_heatmaps(points, size, sigma):
     """Gaussians of height 1 around real-valued points: (B, K, 2) crop pixels -> (B, K, size, size).
 
     sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
     """
     cells = torch.arange(size, device=points.device, dtype=points.dtype)
-    centre = ((points + 0.5) / stride - 0.5).unsqueeze(-1)  # (B, K, 2, 1)
+    centre = ((points + 0.5) / STRIDE - 0.5).unsqueeze(-1)  # (B, K, 2, 1)
     x, y = torch.exp(-0.5 * ((cells - centre) / sigma) ** 2).unbind(2)  # (B, K, size) each
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 
-def expected_points(heatmaps, stride=STRIDE):
+def expected_points(heatmaps):
     """Centres of mass of non-negative maps of any height: (B, K, H, W) -> (B, K, 2) in crop pixels.
 
     Differentiable, and the best guess under a squared error when the place is uncertain (Sun et al. 2018, eq. 2).
@@ -628,18 +628,18 @@ def expected_points(heatmaps, stride=STRIDE):
     cells = torch.arange(max(heatmaps.shape[2:]), device=heatmaps.device, dtype=heatmaps.dtype)
     x = columns @ cells[:columns.shape[-1]]
     y = rows @ cells[:rows.shape[-1]]
-    return (torch.stack([x, y], -1) / rows.sum(-1, keepdim=True).clamp(min=1e-12) + 0.5) * stride - 0.5
+    return (torch.stack([x, y], -1) / rows.sum(-1, keepdim=True).clamp(min=1e-12) + 0.5) * STRIDE - 0.5
 
 
-def decode_heatmaps(heatmaps, stride=STRIDE, radius=0.05):
+def decode_heatmaps(heatmaps, radius=0.05):
     """Non-negative maps of any height (B, K, H, W) -> points (B, K, 2) in crop pixels, scores (B, K).
 
     Sub-pixel: the centre of mass, right for sharp and for broad maps. The score is the share of the map's mass
     within `radius` of the point, as a fraction of the crop (in x and in y): the map's own probability of that error.
     """
-    points, size = expected_points(heatmaps, stride), heatmaps.shape[-1]
+    points, size = expected_points(heatmaps), heatmaps.shape[-1]
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
-    distance = (cells - ((points + 0.5) / stride - 0.5).unsqueeze(-1)).abs()  # (B, K, 2, size)
+    distance = (cells - ((points + 0.5) / STRIDE - 0.5).unsqueeze(-1)).abs()  # (B, K, 2, size)
     near_x, near_y = (radius * size + 0.5 - distance).clamp(0, 1).unbind(2)
     near = ((heatmaps @ near_x.unsqueeze(-1)).squeeze(-1) * near_y).sum(-1)
     return points, near / heatmaps.sum((2, 3)).clamp(min=1e-12)

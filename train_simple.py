@@ -137,9 +137,9 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
     """uint8 crops (B, S, S, 3) -> float32 heatmaps (B, K, S/2, S/2), averaged with the mirrored picture's."""
     images = data.normalize(images)
     with autocast(images.device, amp):
-        heatmaps = model(images).float()
+        heatmaps = model(images)
         if flip_index is not None:
-            heatmaps = (heatmaps + model(images.flip(3)).float().flip(3)[:, flip_index]) / 2
+            heatmaps = (heatmaps + model(images.flip(3)).flip(3)[:, flip_index]) / 2
     return heatmaps
 
 
@@ -727,7 +727,6 @@ def train(args):
         optimizer.load_state_dict(resumed["optimizer"])
         if resumed["scaler"]:  # empty from a run without float16
             scaler.load_state_dict(resumed["scaler"])
-        torch.set_rng_state(resumed["rng"])
         first, best, rows = resumed["epoch"], resumed["best"], resumed["rows"]
     model = torch.compile(bare) if args.compile else bare
     if env.world > 1:
@@ -794,7 +793,7 @@ def train(args):
         # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again.
         save_checkpoint(last, snapshot(epoch + 1, metrics) | {
             "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state(), "best": best, "rows": rows})
+            "best": best, "rows": rows})
         say(f"epoch {epoch + 1:3d}/{args.epochs}  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
             f"train loss {train_loss:.2e}" + ("" if math.isnan(row["nme"]) else
                                               f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}")
