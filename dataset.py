@@ -532,7 +532,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
     A DataLoader calls `__getitems__` instead: whole batches of uint8 crops, from which the device makes images
-    and heatmaps. An item is i, or (epoch, i): augmentation is a pure function of (seed, epoch, i).
+    and heatmaps. An item is i, (epoch, i) or (epoch, i, crop size): augmentation is a pure function of (seed, epoch, i).
     """
 
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache="none"):
@@ -547,24 +547,24 @@ class DogFLWDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         batch = self.__getitems__([item])
+        size = batch["image"].shape[1]
         images, heatmaps = normalize(batch["image"], batch["colour"]), encode_heatmaps(
-            batch["keypoints"], self.size // STRIDE, self.sigma)
+            batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
         return {"image": images[0], "heatmaps": heatmaps[0],
                 **{k: batch[k][0] for k in ("keypoints", "visibility", "matrix", "index")}}
 
     def __getitems__(self, items):
-        n, size, k = len(items), self.size, len(self.faces.scheme.names)
+        items = [(*item, self.size)[:3] if isinstance(item, tuple) else (0, item, self.size) for item in items]
+        n, size, k = len(items), items[0][2], len(self.faces.scheme.names)
         crops = np.empty((n, size, size, 3), np.uint8)
         points, visible = np.zeros((n, k, 2)), np.zeros((n, k), np.float32)
         colour, matrices, index = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3)), np.zeros(n, np.int64)
-        for row, item in enumerate(items):
-            epoch, i = item if isinstance(item, tuple) else (0, item)
-            geometry, colour[row], rectangle, fill = self._draw(epoch, i)
+        for row, (epoch, i, _) in enumerate(items):
+            geometry, colour[row], (left, top, right, bottom), fill = self._draw(epoch, i)
             pixels, to_picture = self.windows[i]
             matrices[row] = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
             warp(pixels, to_picture, matrices[row], size, out=crops[row])
-            if rectangle:
-                crops[row][rectangle] = fill
+            crops[row, int(top * size):int(bottom * size), int(left * size):int(right * size)] = fill
             points[row], labelled = apply_matrix(matrices[row], self.faces.points[i]), self.faces.visible[i] > 0
             if geometry["mirror"]:
                 points[row], labelled = points[row][self.flip_index], labelled[self.flip_index]
@@ -576,7 +576,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
                 "matrix": torch.from_numpy(matrices), "index": torch.from_numpy(index)}
 
     def _draw(self, epoch, i):
-        """One draw of the augmentation: crop_matrix's arguments, colour matrix (3, 4), rectangle, its fill."""
+        """One draw of the augmentation: crop_matrix's arguments, colour matrix (3, 4), rectangle in sides, its fill."""
         a, rng = self.augment, np.random.default_rng((self.seed, epoch, i))
         u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
         geometry = {"rotation": a.rotation * u[0], "scale": (1 + a.scale) ** u[1], "shift": a.shift * u[2:4],
@@ -585,10 +585,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
         luma = np.array([0.299, 0.587, 0.114])
         linear = contrast * gain[:, None] * (saturation * np.eye(3) + (1 - saturation) * luma)
         offset = 128 * (1 - contrast) + 128 * a.colour * u[9]
-        rectangle = None
-        if rng.random() < a.occlusion:
-            (w, h), (x, y) = rng.uniform(0.1, 0.4, 2) * self.size, rng.uniform(0, 1, 2) * self.size
-            rectangle = slice(int(max(0, y - h / 2)), int(y + h / 2)), slice(int(max(0, x - w / 2)), int(x + w / 2))
+        half, middle = rng.uniform(0.05, 0.2, 2) * (rng.random() < a.occlusion), rng.uniform(0, 1, 2)
+        rectangle = *np.maximum(0, middle - half), *middle + half  # empty without occlusion
         return geometry, np.column_stack([linear, np.full(3, offset)]), rectangle, rng.integers(0, 256, 3)
 
 

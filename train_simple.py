@@ -40,7 +40,7 @@ MSE_WEIGHT = 0.5  # beside the coordinate error in fractions of the crop
 WIDE = 2.0  # the targets' deviation at the start of a run, in those at its end
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
-                     "lr", "weight_decay", "warmup_epochs", "ema", "seed", "amp")
+                     "lr", "weight_decay", "warmup_epochs", "ema", "progressive", "seed", "amp")
 
 # ---------------------------------------------------------------- the model
 
@@ -293,15 +293,17 @@ def load_model(path, device="cpu"):
 # ---------------------------------------------------------------- the loop
 
 class EpochBatches:
-    """Batches of (epoch, index) for epochs first..last - 1: the whole run is one pass through one DataLoader.
+    """Batches of (epoch, index, crop size) from epoch `first` on: the whole run is one pass through one DataLoader.
+
+    sizes: the crop's side in every epoch of the run.
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a pure
     function of (seed, epoch). A step's faces are `batch_size`, over all processes and micro-batches together;
     a last, smaller batch is dropped unless it is the only one.
     """
 
-    def __init__(self, n, batch_size, seed, first, last, accumulate=1, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.epochs = n, batch_size, seed, range(first, last)
+    def __init__(self, n, batch_size, seed, first, sizes, accumulate=1, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.epochs, self.sizes = n, batch_size, seed, range(first, len(sizes)), sizes
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.steps = max(1, n // batch_size)  # optimizer steps an epoch
 
@@ -314,7 +316,7 @@ class EpochBatches:
             for step in range(self.steps):
                 mine = order[step * self.batch_size:(step + 1) * self.batch_size][self.rank::self.world]
                 for micro in np.array_split(mine, self.accumulate):
-                    yield [(epoch, int(i)) for i in micro]
+                    yield [(epoch, int(i), self.sizes[epoch]) for i in micro]
 
 
 def keep(batch):
@@ -351,9 +353,31 @@ def lr_factor(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def crop_sizes(args):
+    """The crop's side in every epoch. At first half the input size (from 128 pixels), where a step costs a third.
+
+    Progressive resizing (Tan & Le 2021, "EfficientNetV2", section 4): what the small crops teach holds at the full size.
+    """
+    small = min(args.input_size, max(128, args.input_size // 64 * 32))
+    return [small if epoch < int(args.progressive * args.epochs) else args.input_size for epoch in range(args.epochs)]
+
+
 def target_sigma(step, total, sigma):
     """The targets' deviation at a step: from WIDE * sigma, where a place is learnt fast, geometrically to sigma, where it is sharp."""
     return sigma * WIDE ** (1 - step / total)
+
+
+def try_full_size(args, env, num_landmarks):
+    """One pass at the full size, before epochs at a smaller one: too little memory is to show now, not hours later."""
+    n, size, device = args.batch_size // args.accumulate // env.world, args.input_size, env.device
+    adam = [torch.empty_like(p) for p in env.bare.parameters() for _ in range(2)]  # the room that its moments will take
+    images = torch.zeros(n, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    with autocast(device, env.amp):
+        heatmaps = env.bare.eval()(images)
+    ones = torch.ones(n, num_landmarks, 2, device=device)
+    heatmap_losses(heatmaps, ones, ones[..., 0], args.sigma).mean().backward()
+    env.bare.zero_grad(set_to_none=True)
+    del adam
 
 
 @torch.no_grad()
@@ -370,6 +394,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
     model.train()
     total, bad = torch.zeros((), device=env.device), torch.full((), -1, device=env.device)
     interval, shown, all_steps = [], 0, args.epochs * sampler.steps
+    final_sigma = args.sigma * sampler.sizes[epoch] / args.input_size  # cells of this epoch's maps
     pinned = env.device.type == "cuda"  # elsewhere (mps) memory could be freed under a copy that is still going on
     if average is not None:  # weights and batch norm's statistics
         averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, env.bare)]
@@ -389,7 +414,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
             with nullcontext() if last or env.world == 1 else model.no_sync():
                 with autocast(env.device, env.amp):
                     heatmaps = model(images)
-                losses = heatmap_losses(heatmaps, moved["keypoints"], moved["visibility"], target_sigma(done, all_steps, args.sigma))
+                losses = heatmap_losses(heatmaps, moved["keypoints"], moved["visibility"], target_sigma(done, all_steps, final_sigma))
                 micro_loss = losses.mean() / args.accumulate
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
@@ -521,6 +546,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.0, help="(default: 0)")
     add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine (default: 1)")
     add("--ema", type=float, default=0.998, metavar="DECAY", help="average of the weights; 0 switches it off (default: 0.998)")
+    add("--progressive", type=float, default=0.3, metavar="F",
+        help="fraction of the epochs, the first ones, on crops of half the size, 128 at least: sooner done (default: 0.3)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--work-dir", type=Path, metavar="DIR", help="(default: work_dirs/BACKBONE, or work_dirs/sample)")
@@ -551,7 +578,7 @@ def parse_args(argv=None):
         ("warmup_epochs", 0 <= args.warmup_epochs < math.inf, "at least 0"), ("ema", 0 <= args.ema < 1, "from 0 to below 1"),
         ("weight_decay", 0 <= args.weight_decay < 1, "from 0 to below 1"),
         ("val_every", args.val_every > 0, "at least 1"), ("save_every", args.save_every > 0, "at least 1"),
-        ("seed", args.seed >= 0, "at least 0"),
+        ("progressive", 0 <= args.progressive <= 0.9, "from 0 to 0.9"), ("seed", args.seed >= 0, "at least 0"),
         ("input_size", 64 <= args.input_size <= 1024 and args.input_size % 32 == 0, "a multiple of 32 from 64 to 1024"),
     ) if not good]
     if not problems and args.batch_size % (args.accumulate * world):
@@ -694,7 +721,8 @@ def train(args):
         say("no flip_pairs in the COCO file: training without mirroring")
     options = {k: getattr(args, k) for k in ("input_size", "padding", "sigma", "seed", "cache")}
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
-    val_set = DogFLWDataset(val, **options)
+    sizes = crop_sizes(args)
+    val_sets = {size: DogFLWDataset(val, **options | {"input_size": size}) for size in dict.fromkeys(sizes)}
 
     # Model, its average, optimizer; or all of them from last.pth.
     last = args.work_dir / "last.pth"
@@ -706,9 +734,9 @@ def train(args):
                             f"{len(scheme.names)} of {args.ann_root}; name another --work-dir")
         if "raw" not in resumed:
             raise UserError(f"--resume {last}: is no last.pth but a copy of another checkpoint; start from it with --weights")
-        changed = [k for k in RESUME_MUST_MATCH if resumed["args"].get(k) != plain(vars(args))[k]]
+        changed = [k for k in RESUME_MUST_MATCH if resumed.get("settings", {}).get(k) != plain(vars(args))[k]]
         if changed:
-            raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {resumed['args'].get(changed[0])}, "
+            raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {resumed.get('settings', {}).get(changed[0])}, "
                             f"now {getattr(args, changed[0])}; repeat the first command, or name another --work-dir")
     bare = build_model(args.backbone, len(scheme.names), args.pretrained and not resumed, None if resumed else args.weights)
     if args.sync_bn and env.device.type != "cuda":
@@ -728,18 +756,22 @@ def train(args):
         if resumed["scaler"]:  # empty from a run without float16
             scaler.load_state_dict(resumed["scaler"])
         first, best, rows = resumed["epoch"], resumed["best"], resumed["rows"]
-    model = torch.compile(bare) if args.compile else bare
+    model = torch.compile(bare, dynamic=False) if args.compile else bare  # two sizes, two graphs
     if env.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if env.device.type == "cuda" else None,
                                                     gradient_as_bucket_view=True)
     judged = average if average is not None else bare
 
-    sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, args.epochs, args.accumulate, env.rank, env.world)
+    sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, sizes, args.accumulate, env.rank, env.world)
     batches = batches_of(train_set, sampler, args, env)
+    if env.device.type == "cuda" and first < args.epochs and sizes[first] < args.input_size:
+        try_full_size(args, env, len(scheme.names))
 
     def snapshot(epoch, metrics):
+        size = sizes[epoch - 1]  # what these weights are for
+        own = {"input_size": size, "sigma": args.sigma * size / args.input_size}
         return {"format": FORMAT, "epoch": epoch, "model": judged.state_dict(), "scheme": asdict(scheme),
-                "args": plain(vars(args)), "versions": versions(), "metrics": metrics}
+                "args": plain(vars(args)) | own, "versions": versions(), "metrics": metrics}
 
     if env.rank == 0 and not resumed:
         with atomic_write(args.work_dir / "args.json") as f:
@@ -760,7 +792,7 @@ def train(args):
     def validate(dataset, epoch):
         for buffer in judged.buffers() if env.world > 1 else ():
             dist.broadcast(buffer, 0)  # every process has its own batch norm statistics; rank 0's are saved
-        sigma = target_sigma(epoch, args.epochs, args.sigma)
+        sigma = target_sigma(epoch, args.epochs, args.sigma * dataset.size / args.input_size)
         points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp)
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
@@ -773,7 +805,7 @@ def train(args):
                "val_loss": math.nan, "nme": math.nan, "nme_iod": math.nan,
                "images_per_s": sampler.steps * min(args.batch_size, len(train)) / seconds}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
-            points, row["val_loss"], metrics = validate(val_set, epoch + 1)
+            points, row["val_loss"], metrics = validate(val_sets[sizes[epoch]], epoch + 1)
             row.update({k: metrics[k] for k in ("nme", "nme_iod") if k in metrics})
             row["seconds"] = time.perf_counter() - start
         rows.append(row)
@@ -785,7 +817,7 @@ def train(args):
         if row["nme"] < best or (epoch + 1 == args.epochs and best == math.inf):
             best = row["nme"]
             save_checkpoint(args.work_dir / "best_model.pth", snapshot(epoch + 1, metrics))
-            write_pictures(args.work_dir, "val_predictions", val_set, points)
+            write_pictures(args.work_dir, "val_predictions", val_sets[sizes[epoch]], points)
         if (epoch + 1) % args.save_every == 0:
             save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
             plot_curves(args.work_dir / "curves.png", rows)
@@ -793,8 +825,8 @@ def train(args):
         # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again.
         save_checkpoint(last, snapshot(epoch + 1, metrics) | {
             "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "best": best, "rows": rows})
-        say(f"epoch {epoch + 1:3d}/{args.epochs}  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
+            "best": best, "rows": rows, "settings": plain(vars(args))})
+        say(f"epoch {epoch + 1:3d}/{args.epochs}  {sizes[epoch]} px  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
             f"train loss {train_loss:.2e}" + ("" if math.isnan(row["nme"]) else
                                               f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}")
             + ("  best" if best == row["nme"] else ""), flush=True)
@@ -817,7 +849,7 @@ def train(args):
         f"chosen on these same {len(val)} faces ({chooser})")
     if test is not None:
         judged.load_state_dict(chosen["model"])
-        _, _, metrics = validate(DogFLWDataset(test, **options), args.epochs)
+        _, _, metrics = validate(DogFLWDataset(test, **options | {"input_size": chosen["args"]["input_size"]}), args.epochs)
         say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if env.rank == 0:
             with atomic_write(args.work_dir / "test.json") as f:

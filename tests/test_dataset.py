@@ -118,6 +118,16 @@ def test_augmentation_is_a_function_of_seed_epoch_index(faces):
     assert not torch.equal(batch["image"][0], batch["image"][2])
 
 
+def test_smaller_crops_show_the_same(faces):
+    """An item of half the size is the whole item shrunk: picture, landmarks, colour and occlusion."""
+    ds, items = DogFLWDataset(faces, 128, augment=Augmentation(occlusion=1)), range(len(faces))
+    full, half = (ds.__getitems__([(1, i, size) for i in items]) for size in (128, 64))
+    torch.testing.assert_close((half["keypoints"] + 0.5) * 2 - 0.5, full["keypoints"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(half["colour"], full["colour"], rtol=0, atol=0)
+    shrunk = full["image"].float().unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean((2, 4))
+    assert (half["image"] - shrunk).abs().mean() < 4  # grey levels
+
+
 @pytest.mark.parametrize("cache", ["disk", "ram"])
 def test_the_cache_gives_the_plain_crops(faces, cache, tmp_path, monkeypatch):
     plain = DogFLWDataset(faces, 96, augment=Augmentation())

@@ -179,12 +179,13 @@ def test_batches_and_threads_do_not_change_a_prediction(run):
 
 def test_processes_share_the_batch_exactly():
     def faces(world, accumulate=1):
-        parts = [list(trainer.EpochBatches(37, 8, 3, 1, 3, accumulate, r, world)) for r in range(world)]
+        parts = [list(trainer.EpochBatches(37, 8, 3, 1, [64, 64, 96], accumulate, r, world)) for r in range(world)]
         return [sorted(sum((part[i] for part in parts), [])) for i in range(len(parts[0]))]
     whole = faces(1)
     assert len(whole) == 8 and all(len(b) == 8 for b in whole)
     assert faces(2) == whole and faces(4) == whole
-    assert len({i for b in whole[:4] for _, i in b}) == 32
+    assert len({i for b in whole[:4] for _, i, _ in b}) == 32
+    assert [{(epoch, size) for epoch, _, size in b} for b in whole] == [{(1, 64)}] * 4 + [{(2, 96)}] * 4
 
 
 def test_a_run_and_what_it_leaves(run):
@@ -198,6 +199,27 @@ def test_a_run_and_what_it_leaves(run):
     faces = data.load_coco(run.ann_root / "val.json", run.data_root)
     points, _, _ = trainer.predict(model, DogFLWDataset(faces, args["input_size"], args["padding"]), torch.device("cpu"))
     assert trainer.mean_metrics(points, faces, args["padding"])["nme"] == pytest.approx(checkpoint["metrics"]["nme"], abs=1e-6)
+
+
+def test_small_crops_come_first(sample, flags, script, start, tmp_path):
+    """The first epochs see half the size; each checkpoint says which it is for, and scores as it said."""
+    sizes = {s: trainer.crop_sizes(trainer.parse_args(["--epochs", "7", "--input-size", str(s)])) for s in (128, 192, 256, 320, 512)}
+    assert {s: v[:2] for s, v in sizes.items()} == {128: [128] * 2, 192: [128] * 2, 256: [128] * 2, 320: [160] * 2, 512: [256] * 2}
+    assert all(v[2:] == [s] * 5 for s, v in sizes.items())
+    options = [*flags, "--input-size", 160, "--progressive", 0.5, "--holdout", 0.2, "--save-every", 1, "--work-dir"]
+    script("train_simple.py", *options, tmp_path / "uncut", check=True)
+    faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).split(0.2)[1]
+    for epoch, size in ((1, 128), (2, 160)):
+        model, _, args, checkpoint = trainer.load_model(tmp_path / "uncut" / f"epoch_{epoch}.pth")
+        assert args["input_size"] == size
+        points, _, _ = trainer.predict(model, DogFLWDataset(faces, size), torch.device("cpu"))
+        assert trainer.mean_metrics(points, faces, 1.25)["nme"] == pytest.approx(checkpoint["metrics"]["nme"], abs=1e-6)
+    process = start("train_simple.py", *options, tmp_path / "cut")
+    wait_for(process, "epoch   1/2  128 px")
+    process.kill()
+    process.join()
+    script("train_simple.py", *options, tmp_path / "cut", "--resume", check=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
 
 def test_workers_do_not_change_a_run(run, train, tmp_path):

@@ -26,7 +26,7 @@ from dataset import Augmentation, DogFLWDataset, UserError, run_script
 
 def samples_per_second(dataset, args, workers, seconds=4.0):
     """Faces a second that `workers` processes deliver (0: this process), augmentation on, start-up left out."""
-    sampler = trainer.EpochBatches(len(dataset), min(args.batch_size, len(dataset)), 0, 0, 10**6)
+    sampler = trainer.EpochBatches(len(dataset), min(args.batch_size, len(dataset)), 0, 0, [dataset.size] * 10**5)
     batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=trainer.keep,
                                                worker_init_fn=trainer.quiet_worker))
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
@@ -106,7 +106,7 @@ def largest_batch(measure, dataset):
     found, size = {}, 16
     while size <= 2048:
         try:
-            found[size] = measure([(0, i % len(dataset)) for i in range(size)], 3)
+            found[size] = measure(size, dataset.size, 3)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -119,7 +119,7 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    args = trainer.parse_args([*argv, "--epochs", "3"])
+    args = trainer.parse_args([*argv, "--epochs", "210"])
     env = trainer.set_up_processes(args.device)
     if env.world > 1:
         raise UserError("benchmark.py measures one process; start it without torchrun")
@@ -140,13 +140,20 @@ def main(argv=None):
     for count, rate in rates.items():
         print(f"input, {count} workers          {rate:9.0f} faces/s" + ("  (in this process)" if not count else ""))
 
-    def measure(items, repeat):
-        return step_seconds(model, optimizer, train_set.__getitems__(items), args, env, repeat)
+    def batch_of(n, crop):
+        return train_set.__getitems__([(0, i % len(train), crop) for i in range(n)])
 
-    size = min(args.batch_size, len(train))
-    bare = measure([(0, i) for i in range(size)], 20 if cuda else 4)
+    def measure(n, crop, repeat):
+        return step_seconds(model, optimizer, batch_of(n, crop), args, env, repeat)
+
+    size, crops, full = min(args.batch_size, len(train)), trainer.crop_sizes(args), args.input_size
+    bare = measure(size, full, 20 if cuda else 4)
     print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
-    parts = profile_parts(env.bare, train_set.__getitems__([(0, i) for i in range(size)]), args, env)
+    small, share = bare, sum(crop < full for crop in crops) / len(crops)
+    if share:
+        small = measure(size, crops[0], 20 if cuda else 4)
+        print(f"bare step, {crops[0]} px         {size / small:9.0f} faces/s  {small * 1e3:8.1f} ms")
+    parts = profile_parts(env.bare, batch_of(size, full), args, env)
     forward = sum(seconds for seconds, _ in parts.values())
     print(f"forward pass by part      {size / forward:9.0f} faces/s, of a step {100 * forward / bare:.0f} % of the time")
     for part, (seconds, kept) in parts.items():
@@ -159,7 +166,7 @@ def main(argv=None):
     # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
     used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
     train_set = DogFLWDataset(used, augment=Augmentation(), **options)
-    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, 2)
+    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2)
     batches = trainer.batches_of(train_set, sampler, args, env)
     average = copy.deepcopy(env.bare) if args.ema else None
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
@@ -184,7 +191,9 @@ def main(argv=None):
         print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
     extra = 100 * (loop / bare - 1)
     limit = f"input and loop add {extra:.0f} % to the bare step" if extra > 5 else "the device's arithmetic limits"
-    print(f"210 epochs of {len(train)} faces: {(210 * epoch_seconds + 70 * validation) / 3600:.1f} h; {limit}")
+    saved = share * (1 - small / bare)  # of the arithmetic, by epochs on smaller crops
+    hours = (210 * epoch_seconds * (1 - saved * bare / loop) + 70 * validation * (1 - saved)) / 3600
+    print(f"210 epochs of {len(train)} faces: {hours:.1f} h" + (f", {share:.0%} of them at {crops[0]} px" if share else "") + f"; {limit}")
     return 0
 
 
