@@ -34,6 +34,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which ti
 # Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not by suffix.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
+MAX_LANDMARKS = 1000
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell
 SIGMA = 2.0  # the targets' deviation, heatmap cells; at other sizes the same part of the crop
@@ -169,8 +170,8 @@ class Scheme:
         names = category.get("keypoints")
         if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.isprintable() for n in names):
             raise UserError(f"{where}: its category has no list of printable keypoint names; convert the data again")
-        if len(names) > 1000:
-            raise UserError(f"{where}: {len(names)} keypoints in the category; at most 1000 are supported")
+        if len(names) > MAX_LANDMARKS:
+            raise UserError(f"{where}: {len(names)} keypoints in the category; at most {MAX_LANDMARKS} are supported")
 
         def indices(value, name, start=0):
             if not isinstance(value, list) or not all(

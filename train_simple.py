@@ -132,15 +132,18 @@ def autocast(device, amp):
     return torch.autocast(device.type, amp) if amp else nullcontext()
 
 
+def average_mirrored(model, images, flip_index):
+    """Heatmaps of images (B, 3, S, S), averaged with the mirrored ones' and partners swapped; flip_index None: plain."""
+    heatmaps = model(images)
+    return heatmaps if flip_index is None else (heatmaps + model(images.flip(3)).flip(3)[:, flip_index]) / 2
+
+
 @torch.inference_mode()
 def predict_heatmaps(model, images, flip_index=None, amp=None):
     """uint8 crops (B, S, S, 3) -> float32 heatmaps (B, K, S/2, S/2), averaged with the mirrored picture's."""
     images = data.normalize(images)
     with autocast(images.device, amp):
-        heatmaps = model(images)
-        if flip_index is not None:
-            heatmaps = (heatmaps + model(images.flip(3)).flip(3)[:, flip_index]) / 2
-    return heatmaps
+        return average_mirrored(model, images, flip_index)
 
 
 def nme(points, faces, normalizer):
@@ -362,19 +365,24 @@ def crop_sizes(args):
     return [small if epoch < int(args.progressive * args.epochs) else args.input_size for epoch in range(args.epochs)]
 
 
+def at_size(args, size):
+    """The settings of a dataset, or a checkpoint, whose crops have another size: the targets keep their part of the crop."""
+    return {"input_size": size, "sigma": args.sigma * size / args.input_size}
+
+
 def target_sigma(step, total, sigma):
     """The targets' deviation at a step: from WIDE * sigma, where a place is learnt fast, geometrically to sigma, where it is sharp."""
     return sigma * WIDE ** (1 - step / total)
 
 
-def try_full_size(args, env, num_landmarks):
+def try_full_size(args, env):
     """One pass at the full size, before epochs at a smaller one: too little memory is to show now, not hours later."""
     n, size, device = args.batch_size // args.accumulate // env.world, args.input_size, env.device
     adam = [torch.empty_like(p) for p in env.bare.parameters() for _ in range(2)]  # the room that its moments will take
     images = torch.zeros(n, 3, size, size, device=device).to(memory_format=torch.channels_last)
     with autocast(device, env.amp):
         heatmaps = env.bare.eval()(images)
-    ones = torch.ones(n, num_landmarks, 2, device=device)
+    ones = torch.ones(*heatmaps.shape[:2], 2, device=device)
     heatmap_losses(heatmaps, ones, ones[..., 0], args.sigma).mean().backward()
     env.bare.zero_grad(set_to_none=True)
     del adam
@@ -394,7 +402,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
     model.train()
     total, bad = torch.zeros((), device=env.device), torch.full((), -1, device=env.device)
     interval, shown, all_steps = [], 0, args.epochs * sampler.steps
-    final_sigma = args.sigma * sampler.sizes[epoch] / args.input_size  # cells of this epoch's maps
+    final_sigma = at_size(args, sampler.sizes[epoch])["sigma"]
     pinned = env.device.type == "cuda"  # elsewhere (mps) memory could be freed under a copy that is still going on
     if average is not None:  # weights and batch norm's statistics
         averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, env.bare)]
@@ -722,7 +730,7 @@ def train(args):
     options = {k: getattr(args, k) for k in ("input_size", "padding", "sigma", "seed", "cache")}
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
     sizes = crop_sizes(args)
-    val_sets = {size: DogFLWDataset(val, **options | {"input_size": size}) for size in dict.fromkeys(sizes)}
+    val_sets = {size: DogFLWDataset(val, **options | at_size(args, size)) for size in dict.fromkeys(sizes)}
 
     # Model, its average, optimizer; or all of them from last.pth.
     last = args.work_dir / "last.pth"
@@ -734,9 +742,10 @@ def train(args):
                             f"{len(scheme.names)} of {args.ann_root}; name another --work-dir")
         if "raw" not in resumed:
             raise UserError(f"--resume {last}: is no last.pth but a copy of another checkpoint; start from it with --weights")
-        changed = [k for k in RESUME_MUST_MATCH if resumed.get("settings", {}).get(k) != plain(vars(args))[k]]
+        before = resumed.get("settings", resumed["args"])
+        changed = [k for k in RESUME_MUST_MATCH if before.get(k) != plain(vars(args))[k]]
         if changed:
-            raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {resumed.get('settings', {}).get(changed[0])}, "
+            raise UserError(f"--resume {last}: --{changed[0].replace('_', '-')} was {before.get(changed[0])}, "
                             f"now {getattr(args, changed[0])}; repeat the first command, or name another --work-dir")
     bare = build_model(args.backbone, len(scheme.names), args.pretrained and not resumed, None if resumed else args.weights)
     if args.sync_bn and env.device.type != "cuda":
@@ -765,13 +774,12 @@ def train(args):
     sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, sizes, args.accumulate, env.rank, env.world)
     batches = batches_of(train_set, sampler, args, env)
     if env.device.type == "cuda" and first < args.epochs and sizes[first] < args.input_size:
-        try_full_size(args, env, len(scheme.names))
+        try_full_size(args, env)
 
     def snapshot(epoch, metrics):
-        size = sizes[epoch - 1]  # what these weights are for
-        own = {"input_size": size, "sigma": args.sigma * size / args.input_size}
+        own = plain(vars(args)) | at_size(args, sizes[epoch - 1])  # what these weights are for
         return {"format": FORMAT, "epoch": epoch, "model": judged.state_dict(), "scheme": asdict(scheme),
-                "args": plain(vars(args)) | own, "versions": versions(), "metrics": metrics}
+                "args": own, "versions": versions(), "metrics": metrics}
 
     if env.rank == 0 and not resumed:
         with atomic_write(args.work_dir / "args.json") as f:
@@ -792,7 +800,7 @@ def train(args):
     def validate(dataset, epoch):
         for buffer in judged.buffers() if env.world > 1 else ():
             dist.broadcast(buffer, 0)  # every process has its own batch norm statistics; rank 0's are saved
-        sigma = target_sigma(epoch, args.epochs, args.sigma * dataset.size / args.input_size)
+        sigma = target_sigma(epoch, args.epochs, dataset.sigma)
         points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp)
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
@@ -849,7 +857,7 @@ def train(args):
         f"chosen on these same {len(val)} faces ({chooser})")
     if test is not None:
         judged.load_state_dict(chosen["model"])
-        _, _, metrics = validate(DogFLWDataset(test, **options | {"input_size": chosen["args"]["input_size"]}), args.epochs)
+        _, _, metrics = validate(DogFLWDataset(test, **options | at_size(args, chosen["args"]["input_size"])), args.epochs)
         say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if env.rank == 0:
             with atomic_write(args.work_dir / "test.json") as f:

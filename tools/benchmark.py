@@ -101,12 +101,12 @@ def profile_parts(model, batch, args, env):
     return parts
 
 
-def largest_batch(measure, dataset):
-    """Double the batch until the device's memory is full: {batch size: seconds a step}."""
+def largest_batch(measure):
+    """Double the batch until the device's memory is full: {batch size: seconds a step}; measure(batch size) -> seconds."""
     found, size = {}, 16
     while size <= 2048:
         try:
-            found[size] = measure(size, dataset.size, 3)
+            found[size] = measure(size)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -159,7 +159,7 @@ def main(argv=None):
     for part, (seconds, kept) in parts.items():
         print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / size / 2**20:8.1f} MiB kept a face")
     if cuda and "--batch-size" not in argv:
-        for batch, seconds in largest_batch(measure, train_set).items():
+        for batch, seconds in largest_batch(lambda n: measure(n, full, 3)).items():
             print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
         torch.cuda.reset_peak_memory_stats()
 
@@ -192,8 +192,10 @@ def main(argv=None):
     extra = 100 * (loop / bare - 1)
     limit = f"input and loop add {extra:.0f} % to the bare step" if extra > 5 else "the device's arithmetic limits"
     saved = share * (1 - small / bare)  # of the arithmetic, by epochs on smaller crops
-    hours = (210 * epoch_seconds * (1 - saved * bare / loop) + 70 * validation * (1 - saved)) / 3600
-    print(f"210 epochs of {len(train)} faces: {hours:.1f} h" + (f", {share:.0%} of them at {crops[0]} px" if share else "") + f"; {limit}")
+    hours = (args.epochs * epoch_seconds * (1 - saved * bare / loop)
+             + args.epochs // args.val_every * validation * (1 - saved)) / 3600
+    part = f", {share:.0%} of them at {crops[0]} px" if share else ""
+    print(f"{args.epochs} epochs of {len(train)} faces: {hours:.1f} h{part}; {limit}")
     return 0
 
 

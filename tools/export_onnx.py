@@ -24,7 +24,7 @@ from skimage.data import astronaut
 from torch import nn
 
 from dataset import MEAN, STD, Parser, UserError, atomic_write, check_free, decode_heatmaps, normalize, predict_crop, run_script
-from train_simple import load_model, predict_heatmaps
+from train_simple import average_mirrored, load_model, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
 OPSET = 17
@@ -43,10 +43,7 @@ class Exported(nn.Module):
     def forward(self, image):
         # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up itself.
         image = normalize(image, self.colour.expand(image.shape[0], 3, 4))
-        heatmaps = self.model(image)
-        if self.flip_index is not None:
-            heatmaps = (heatmaps + self.model(image.flip(3)).flip(3)[:, self.flip_index]) / 2
-        return decode_heatmaps(heatmaps)
+        return decode_heatmaps(average_mirrored(self.model, image, self.flip_index))
 
 
 def photographs(size, n):
