@@ -607,42 +607,34 @@ def normalize(images, colour=None):
     return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)
 
 
+def to_cells(points):
+    """Crop pixels -> heatmap cells, both counted from the centre of the first."""
+    return (points + 0.5) / STRIDE - 0.5
+
+
 def encode_heatmaps(points, size, sigma):
     """Gaussians of height 1 around real-valued points: (B, K, 2) crop pixels -> (B, K, size, size).
 
     sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
     """
     cells = torch.arange(size, device=points.device, dtype=points.dtype)
-    centre = ((points + 0.5) / STRIDE - 0.5).unsqueeze(-1)  # (B, K, 2, 1)
-    x, y = torch.exp(-0.5 * ((cells - centre) / sigma) ** 2).unbind(2)  # (B, K, size) each
+    x, y = torch.exp(-0.5 * ((cells - to_cells(points).unsqueeze(-1)) / sigma) ** 2).unbind(2)  # (B, K, size) each
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 
-def expected_points(heatmaps):
-    """Centres of mass of non-negative maps of any height: (B, K, H, W) -> (B, K, 2) in crop pixels.
-
-    Differentiable, and the best guess under a squared error when the place is uncertain (Sun et al. 2018, eq. 2).
-    """
-    columns, rows = heatmaps.sum(2), heatmaps.sum(3)  # (B, K, W), (B, K, H)
-    cells = torch.arange(max(heatmaps.shape[2:]), device=heatmaps.device, dtype=heatmaps.dtype)
-    x = columns @ cells[:columns.shape[-1]]
-    y = rows @ cells[:rows.shape[-1]]
-    return (torch.stack([x, y], -1) / rows.sum(-1, keepdim=True).clamp(min=1e-12) + 0.5) * STRIDE - 0.5
-
-
 def decode_heatmaps(heatmaps, radius=0.05):
-    """Non-negative maps of any height (B, K, H, W) -> points (B, K, 2) in crop pixels, scores (B, K).
+    """Non-negative maps of any height (B, K, S, S) -> points (B, K, 2) in crop pixels, scores (B, K).
 
     Sub-pixel: a centre of mass, right for sharp and for broad maps; of the maps to the power 1.5, because thin tails
     over the whole crop draw the plain one to its middle (2 % less error on held-out faces). The score is the share of the
     map's mass within `radius` of the point, as a fraction of the crop (in x and in y): the map's own probability of that error.
     """
-    points, size = expected_points(heatmaps * heatmaps.sqrt()), heatmaps.shape[-1]
+    size, sharp = heatmaps.shape[-1], heatmaps * heatmaps.sqrt()
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
-    distance = (cells - ((points + 0.5) / STRIDE - 0.5).unsqueeze(-1)).abs()  # (B, K, 2, size)
-    near_x, near_y = (radius * size + 0.5 - distance).clamp(0, 1).unbind(2)
+    centre = torch.stack([sharp.sum(2) @ cells, sharp.sum(3) @ cells], -1) / sharp.sum((2, 3)).clamp(min=1e-12).unsqueeze(-1)
+    near_x, near_y = (radius * size + 0.5 - (cells - centre.unsqueeze(-1)).abs()).clamp(0, 1).unbind(2)  # (B, K, size) each
     near = ((heatmaps @ near_x.unsqueeze(-1)).squeeze(-1) * near_y).sum(-1)
-    return points, near / heatmaps.sum((2, 3)).clamp(min=1e-12)
+    return (centre + 0.5) * STRIDE - 0.5, near / heatmaps.sum((2, 3)).clamp(min=1e-12)
 
 
 # ---------------------------------------------------------------- pictures to look at

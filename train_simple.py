@@ -34,9 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 import dataset as data
-from dataset import PADDING, ROOT, SIGMA, SIZE, STRIDE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
+from dataset import PADDING, ROOT, SIGMA, SIZE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
-MSE_WEIGHT = 0.5  # beside the coordinate error in fractions of the crop
+CRPS_WEIGHT = 1.0  # of the forecast's error in fractions of the crop, beside the relative MSE
 WIDE = 2.0  # the targets' deviation at the start of a run, in those at its end
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
@@ -110,12 +110,13 @@ def build_model(backbone, num_landmarks, pretrained=False, weights=None):
 # ---------------------------------------------------------------- loss, prediction, metric
 
 def heatmap_losses(heatmaps, points, visibility, sigma):
-    """MSE weighted by visibility between maps and Gaussians, plus the error of the maps' centres: (B, K).
+    """MSE weighted by visibility between maps and Gaussians, plus the maps' error as forecasts of a place: (B, K).
 
-    heatmaps (B, K, H, W) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells. For the MSE
-    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. The second term is the L1
-    error of the expected point in fractions of the crop (Nibali et al. 2018, "Numerical coordinate regression", eq. 9):
-    MSE alone is cheapest at "nothing" where a landmark's place is uncertain, and learns the ears last.
+    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells. For the MSE
+    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. The second term is the
+    continuous ranked probability score of x and of y in fractions of the crop (Gneiting & Raftery 2007, "Strictly proper
+    scoring rules", eq. 20): how far the map's distribution function is from the step at the truth, squared. MSE alone is
+    cheapest at "nothing" where a place is uncertain, and learns the ears last; this is least for the honest distribution.
 
     Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches and over
     GPUs exactly the gradient of the whole batch.
@@ -123,8 +124,10 @@ def heatmap_losses(heatmaps, points, visibility, sigma):
     size = heatmaps.shape[-1]
     targets = data.encode_heatmaps(points, size, sigma)
     mse = (heatmaps * (2 * math.pi * sigma**2) - targets).square().sum((2, 3)) / (math.pi * sigma**2)
-    distance = (data.expected_points(heatmaps) - points).abs().sum(-1) / (size * STRIDE)
-    return (MSE_WEIGHT * mse + distance) * visibility
+    cells = torch.arange(size, device=points.device, dtype=points.dtype)
+    steps = (cells - data.to_cells(points).unsqueeze(-1) + 1).clamp(0, 1)  # (B, K, 2, S); between two cells, both share it
+    below = torch.stack([heatmaps.sum(2), heatmaps.sum(3)], 2).cumsum(3)
+    return (mse + CRPS_WEIGHT * (below - steps).square().sum((2, 3)) / size) * visibility
 
 
 def autocast(device, amp):
@@ -560,7 +563,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--work-dir", type=Path, metavar="DIR", help="(default: work_dirs/BACKBONE, or work_dirs/sample)")
     add("--resume", action="store_true", help="go on from last.pth in the work dir")
-    add("--val-every", type=int, default=0, metavar="N", help="epochs between validations (default: at most 100 in a run)")
+    add("--val-every", type=int, default=0, metavar="N",
+        help="epochs between validations, which cost 8 %% of one (default: 1 up to 10 epochs, then 2; at most 100 in a run)")
     add("--save-every", type=int, default=10, metavar="N", help="epochs between epoch_N.pth (default: 10)")
     add("--tensorboard", action="store_true", help="also write scalars and the validation picture for TensorBoard")
     add = parser.add_argument_group("device").add_argument
@@ -576,7 +580,7 @@ def parse_args(argv=None):
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
     args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 4e-3
     args.sigma = args.sigma if args.sigma is not None else data.default_sigma(args.input_size)
-    args.val_every = args.val_every or max(1, math.ceil(args.epochs / 100))
+    args.val_every = args.val_every or max(1 if args.epochs <= 10 else 2, math.ceil(args.epochs / 100))
     world = int(os.environ.get("WORLD_SIZE", 1))
     problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
         ("epochs", args.epochs > 0, "at least 1"), ("batch_size", args.batch_size > 0, "at least 1"),

@@ -65,6 +65,26 @@ def test_loss_counts_labelled_landmarks_alone():
     assert total(maps, visible * 0) == 0
 
 
+def test_loss_is_a_proper_score_of_places(monkeypatch):
+    """Beside the MSE: a certain map costs its distance in fractions of the crop, and the honest one costs least."""
+    monkeypatch.setattr(trainer, "CRPS_WEIGHT", 1e8)  # the MSE does not count
+
+    def cost(cells, truth):
+        """Of a map with mass at some (x, y) cells of 32, where the truth is a cell's place."""
+        maps = torch.zeros(1, 1, 32, 32, dtype=torch.float64)
+        for (x, y), mass in cells.items():
+            maps[0, 0, y, x] = mass
+        point = (torch.tensor(truth, dtype=torch.float64) + 0.5) * data.STRIDE - 0.5
+        return trainer.heatmap_losses(maps, point.view(1, 1, 2), torch.ones(1, 1), 1.2).item() / 1e8
+
+    assert cost({(9, 9): 1}, (9, 9)) == pytest.approx(0, abs=1e-5)
+    assert cost({(9, 9): 0.75, (10, 9): 0.25}, (9.25, 9)) == pytest.approx(0, abs=1e-5)  # between cells, to no side
+    assert cost({(9, 9): 1}, (12, 5)) == pytest.approx(7 / 32, abs=1e-5)
+    share = [0.75 * cost({(9, 9): p, (19, 9): 1 - p}, (9, 9)) + 0.25 * cost({(9, 9): p, (19, 9): 1 - p}, (19, 9))
+             for p in (0.6, 0.75, 0.9, 1)]
+    assert min(share) == share[1]  # three times of four it is at one place: so say three quarters
+
+
 def test_targets_narrow_over_the_run():
     sigmas = [trainer.target_sigma(step, 100, 1.5) for step in range(101)]
     assert sigmas[0] == 1.5 * trainer.WIDE and sigmas[-1] == 1.5 and sigmas == sorted(sigmas, reverse=True)

@@ -185,7 +185,8 @@ def main(argv=None):
         trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp)
     validation = (time.perf_counter() - start) / len(some) * len(val)
     epoch_seconds = loop * max(1, len(train) // args.batch_size)
-    print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch")
+    print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch, "
+          f"every {args.val_every} of {args.epochs}: {100 * validation / epoch_seconds / args.val_every:.1f} %")
     memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
     if resource:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
