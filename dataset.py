@@ -37,7 +37,7 @@ MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
 MAX_LANDMARKS = 1000
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell
-SIGMA = 2.0  # the targets' deviation, heatmap cells; at other sizes the same part of the crop
+SIGMA = 1.5  # the targets' deviation, heatmap cells; at other sizes the same part of the crop
 cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
 
 

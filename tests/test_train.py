@@ -90,7 +90,7 @@ def test_targets_narrow_over_the_run():
     assert sigmas[0] == 1.5 * trainer.WIDE and sigmas[-1] == 1.5 and sigmas == sorted(sigmas, reverse=True)
     assert sigmas[50] ** 2 == pytest.approx(sigmas[0] * sigmas[100])
     defaults = [trainer.parse_args(["--input-size", size]).sigma for size in ("128", "256", "512")]
-    assert defaults == [1, 2, 4] and trainer.parse_args(["--input-size", "512", "--sigma", "3"]).sigma == 3
+    assert defaults == [0.75, 1.5, 3] and trainer.parse_args(["--input-size", "512", "--sigma", "3"]).sigma == 3
 
 
 def test_learning_rate():
