@@ -625,9 +625,10 @@ def encode_heatmaps(points, size, sigma):
 def decode_heatmaps(heatmaps, radius=0.05):
     """Non-negative maps of any height (B, K, S, S) -> points (B, K, 2) in crop pixels, scores (B, K).
 
-    Sub-pixel: a centre of mass, right for sharp and for broad maps; of the maps to the power 1.5, because thin tails
-    over the whole crop draw the plain one to its middle (2 % less error on held-out faces). The score is the share of the
-    map's mass within `radius` of the point, as a fraction of the crop (in x and in y): the map's own probability of that error.
+    Sub-pixel: a centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2), right for sharp and for broad
+    maps; of the maps to the power 1.5, because thin tails over the whole crop draw the plain one to its middle (2 % less
+    error on held-out faces). The score is the share of the map's mass within `radius` of the point, as a fraction of the
+    crop (in x and in y): the map's own probability of that error.
     """
     size, sharp = heatmaps.shape[-1], heatmaps * heatmaps.sqrt()
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
