@@ -488,6 +488,7 @@ def plot_curves(path, rows):
     for axes in (left, right):
         axes.grid(True, which="both", alpha=0.3)
         axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=120)
 

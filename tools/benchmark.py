@@ -143,15 +143,15 @@ def main(argv=None):
     def batch_of(n, crop):
         return train_set.__getitems__([(0, i % len(train), crop) for i in range(n)])
 
-    def measure(n, crop, repeat):
+    def measure(n, crop, repeat=20 if cuda else 8):
         return step_seconds(model, optimizer, batch_of(n, crop), args, env, repeat)
 
     size, crops, full = min(args.batch_size, len(train)), trainer.crop_sizes(args), args.input_size
-    bare = measure(size, full, 20 if cuda else 8)
+    bare = measure(size, full)
     print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
     small, share = bare, sum(crop < full for crop in crops) / len(crops)
     if share:
-        small = measure(size, crops[0], 20 if cuda else 8)
+        small = measure(size, crops[0])
         print(f"bare step, {crops[0]} px         {size / small:9.0f} faces/s  {small * 1e3:8.1f} ms")
     parts = profile_parts(env.bare, batch_of(size, full), args, env)
     forward = sum(seconds for seconds, _ in parts.values())
@@ -178,7 +178,7 @@ def main(argv=None):
             synchronize(env.device)
             epoch_seconds = time.perf_counter() - start
     loop = epoch_seconds / sampler.steps
-    bare = (bare + measure(size, full, 20 if cuda else 8)) / 2  # before and after the loop: a machine's speed drifts
+    bare = (bare + measure(size, full)) / 2  # before and after the loop: a machine's speed drifts
     print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
     for _ in range(2):  # the second has its kernels chosen
@@ -186,8 +186,9 @@ def main(argv=None):
         trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp)
     validation = (time.perf_counter() - start) / len(some) * len(val)
     epoch_seconds = loop * max(1, len(train) // args.batch_size)
-    print(f"validation                {len(val) / validation:9.0f} faces/s  {100 * validation / epoch_seconds:8.1f} % of an epoch, "
-          f"every {args.val_every} of {args.epochs}: {100 * validation / epoch_seconds / args.val_every:.1f} %")
+    percent = 100 * validation / epoch_seconds
+    print(f"validation                {len(val) / validation:9.0f} faces/s  {percent:8.1f} % of an epoch, "
+          f"every {args.val_every} of {args.epochs}: {percent / args.val_every:.1f} %")
     memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
     if resource:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
