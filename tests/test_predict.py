@@ -49,7 +49,7 @@ def test_given_boxes_predict_what_the_trainer_validates(run, faces, tmp_path):
     results, rows = read(tmp_path / "out")
     model, scheme, args, _ = trainer.load_model(checkpoint)
     batch = data.DogFLWDataset(faces, args["input_size"], args["padding"]).__getitems__(list(range(len(faces))))
-    amp = trainer.choose_amp(torch.device("cpu"))
+    amp = trainer.choose_amp(torch.device("cpu"), args["amp"])
     heatmaps = trainer.predict_heatmaps(model, batch["image"], torch.tensor(scheme.flip_index), amp)
     expected = data.apply_matrix(data.invert_matrix(batch["matrix"].numpy()), data.decode_heatmaps(heatmaps)[0].numpy())
     assert [r["image_id"] for r in results] == faces.image_ids.tolist() and [r["file_name"] for r in results] == faces.files
@@ -60,6 +60,24 @@ def test_given_boxes_predict_what_the_trainer_validates(run, faces, tmp_path):
         assert float(row[f"{scheme.names[3]}_y"]) == result["keypoints"][10] and row["file"] == result["file_name"]
     for name, size in zip(faces.files, faces.sizes, strict=True):
         assert data.read_image(tmp_path / "out" / name).shape[1::-1] == tuple(size)
+
+
+def test_a_folder_with_boxes_keeps_the_files_ids_and_what_is_done_when_stopped(run, faces, tmp_path, monkeypatch):
+    folder = (faces.root / faces.files[0]).parent  # the file names its pictures from two folders above
+    calls, many = [], tool.Predictor.many
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return many(*args)
+    monkeypatch.setattr(tool.Predictor, "many", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict(run.work_dir / "best_model.pth", folder, "--boxes", run.ann_root / "val.json", "--out", tmp_path / "out",
+                "--batch-size", 2)
+    ids = dict(zip((name.split("/")[-1] for name in faces.files), faces.image_ids.tolist(), strict=True))
+    results, _ = read(tmp_path / "out")
+    assert len(results) == 4 and all(r["image_id"] == ids[r["file_name"]] for r in results)
 
 
 def test_every_kind_of_file(run, picture, script, tmp_path):
@@ -165,6 +183,11 @@ def test_video(run, picture, tmp_path, capfd):
     for shift in range(12):
         writer.write(np.ascontiguousarray(np.roll(image, shift, 1)[:height, :width, ::-1]))
     writer.release()
+    odd = cv2.VideoWriter(str(tmp_path / "slow.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 119.8371, (width, height))
+    odd.write(np.ascontiguousarray(image[:height, :width, ::-1]))
+    odd.release()
+    predict(run.work_dir / "best_model.pth", tmp_path / "slow.avi", "--box", *box, "--out", tmp_path / "slow")
+    assert cv2.VideoCapture(str(tmp_path / "slow" / "slow.avi.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(119.84)
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
     with pytest.raises(data.UserError, match="1 of 2 files"):
         predict(run.work_dir / "best_model.pth", tmp_path / "clip.mp4", tmp_path / "broken.mp4", "--box", *box,
@@ -195,6 +218,7 @@ def test_bad_input_is_refused(run, picture, tmp_path):
     Image.fromarray(picture[0]).save(photo)
     coco = tmp_path / "climbing.json"
     coco.write_text(json.dumps({"images": [{"id": 1, "file_name": "../secret.png"}]}))
+    (video := tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     out = ("--out", tmp_path / "out")
@@ -206,6 +230,7 @@ def test_bad_input_is_refused(run, picture, tmp_path):
         "needs --data-root": (checkpoint, coco, *out),
         "leaves the data root": (checkpoint, coco, "--data-root", tmp_path / "full", *out),
         "trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
+        "give a video's face": (checkpoint, video, "--boxes", run.ann_root / "val.json", *out),
         "would be overwritten": (checkpoint, photo, "--out", tmp_path, "--force"),
         "no such file ": (tmp_path / "no.pth", photo, *out),
     }.items():

@@ -100,7 +100,7 @@ class Network:
     def __init__(self, checkpoint, device, batch_size):
         self.model, self.scheme, args, _ = load_model(checkpoint, device)
         self.size, self.padding, self.whole = args["input_size"], args["padding"], args.get("crop") == "image"
-        self.device, self.amp, self.batch_size = device, choose_amp(device), batch_size
+        self.device, self.amp, self.batch_size = device, choose_amp(device, args.get("amp", True)), batch_size
         index = self.scheme.flip_index
         self.flip_index = torch.tensor(index, device=device) if index else None
 
@@ -114,8 +114,8 @@ class Network:
             crops, matrices = torch.from_numpy(np.stack([c for c, _ in cut])).to(self.device), np.stack([m for _, m in cut])
             heatmaps = predict_heatmaps(self.model, crops, self.flip_index if flip else None, self.amp)
             decoded, peaks = data.decode_heatmaps(heatmaps)
-            points[part] = data.apply_matrix(data.invert_matrix(matrices), decoded.double().cpu().numpy())
-            scores[part] = peaks.double().cpu().numpy()
+            points[part] = data.apply_matrix(data.invert_matrix(matrices), decoded.cpu().double().numpy())
+            scores[part] = peaks.cpu().numpy()
         return points, scores
 
 
@@ -219,7 +219,7 @@ def read_frames(path):
         if not good:
             break
         number += 1
-        yield (rate if 0 < rate < 1000 else 25.0), max(0, length), frame[..., ::-1]
+        yield (rate if 0 < rate < 600 else 25.0), max(0, length), frame[..., ::-1]
     capture.release()
     if not number:
         raise UserError(f"{path}: cannot be read as a video")
@@ -236,7 +236,7 @@ def predict_video(predictor, path, target, boxes, min_score):
                     raise UserError(f"{path}: a locator (trained with --crop image) cannot follow faces; give a face model")
                 if writer is None:
                     bar.total = length or None
-                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.shape[1::-1])
+                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), round(rate, 2), frame.shape[1::-1])
                     if not writer.isOpened():
                         raise UserError(f"{target}: OpenCV cannot write an mp4 of {frame.shape[1]} x {frame.shape[0]} here")
                     tracks = [{"box": box} for box in ([] if boxes is None else boxes)]
@@ -365,6 +365,8 @@ def main(argv=None):
     paths, listed = list_inputs(args)
     ids |= listed
     root = Path(os.path.abspath(args.data_root or os.path.commonpath([p.parent for p in paths])))
+    if boxes is not None and any(p.suffix.lower() in VIDEOS for p in paths):
+        raise UserError(f"--boxes {args.boxes}: a COCO file has boxes of pictures; give a video's face with --box")
     outside = [p for p in paths if root not in p.parents]
     if outside:
         raise UserError(f"--data-root {root}: {outside[0]} is not in it")
@@ -380,15 +382,18 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint}: sees whole pictures (trained with --crop image), so it takes no boxes")
     rows, failed, new_ids = [], [], itertools.count(max(ids.values(), default=0) + 1)
 
+    def name_in_boxes(path):
+        """The name of a picture in --boxes, which is any tail of its path, or None."""
+        return next((t for i in range(len(path.parts)) if (t := "/".join(path.parts[i:])) in (boxes or {})), None)
+
     def keep(path, faces, frame=None):
         file = path.relative_to(root).as_posix()
-        image_id = ids[file] if file in ids and frame is None else next(new_ids)
+        name = None if frame is not None else file if file in ids else name_in_boxes(path)
+        image_id = next(new_ids) if name is None else ids[name]
         rows.extend({"file": file, "image_id": image_id, "frame": frame, "face": n, **f} for n, f in enumerate(faces))
 
     def boxes_of(path, image):
-        """The boxes given for a picture; --boxes may name it by any tail of its path."""
-        tails = ["/".join(path.parts[i:]) for i in range(len(path.parts))]
-        given = fixed if boxes is None else next((boxes[t] for t in tails if t in boxes), None)
+        given = fixed if boxes is None else boxes.get(name_in_boxes(path))
         if boxes is not None and not given:
             raise UserError(f"{path}: no box for it in {args.boxes}")
         if given and not data.intersections(np.stack(given), data.whole_box(image.shape[1::-1])[None]).all():
@@ -405,21 +410,23 @@ def main(argv=None):
         chunk.clear()
 
     chunk = []
-    for path in tqdm(paths, unit="file", disable=None):
-        try:
-            if path.suffix.lower() in VIDEOS:
-                for frame, faces in predict_video(predictor, path, targets[path], fixed, args.min_score):
-                    keep(path, faces, frame)
-                continue
-            image = data.read_image(path)
-            chunk.append((path, image, boxes_of(path, image)))
-        except UserError as e:
-            failed.append(path)
-            tqdm.write(f"error: {data.printable(e)}", file=sys.stderr)
-        if len(chunk) == args.batch_size or sum(image.size for _, image, _ in chunk) > CHUNK_BYTES:
-            finish(chunk)
-    finish(chunk)
-    write_results(args.out, rows, predictor.scheme)
+    try:
+        for path in tqdm(paths, unit="file", disable=None):
+            try:
+                if path.suffix.lower() in VIDEOS:
+                    for frame, faces in list(predict_video(predictor, path, targets[path], fixed, args.min_score)):
+                        keep(path, faces, frame)
+                    continue
+                image = data.read_image(path)
+                chunk.append((path, image, boxes_of(path, image)))
+            except UserError as e:
+                failed.append(path)
+                tqdm.write(f"error: {data.printable(e)}", file=sys.stderr)
+            if len(chunk) == args.batch_size or sum(image.size for _, image, _ in chunk) > CHUNK_BYTES:
+                finish(chunk)
+        finish(chunk)
+    finally:  # a run that is stopped keeps what it has
+        write_results(args.out, rows, predictor.scheme)
     print(f"{len(rows)} faces in {len(paths) - len(failed)} files -> {args.out}; names are relative to {root}")
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files could not be predicted; they are named above")
