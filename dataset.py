@@ -116,10 +116,12 @@ def file_lock(path, wait):
     with open(path, "w") as handle:
         try:
             import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:
             pass  # Windows has no such lock
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # some network file systems have none either
+                raise
         yield
 
 
@@ -271,10 +273,10 @@ def load_coco(path, root):
         raise UserError(f"{path}: not a COCO file (images, annotations and categories must be lists)")
     if not data["annotations"]:
         raise UserError(f"{path}: no annotations in it; convert the data again")
-    categories = {c.get("id"): c for c in data["categories"] if isinstance(c, dict) and c.get("keypoints")}
+    categories = [c for c in data["categories"] if isinstance(c, dict) and c.get("keypoints")]
     if len(categories) != 1:
         raise UserError(f"{path}: {len(categories)} categories with keypoints; exactly one is needed")
-    (category_id, category), = categories.items()
+    category, = categories
     scheme = Scheme.from_category(category, path)
     k, images = len(scheme.names), {}
     for number, image in enumerate(data["images"]):
@@ -288,23 +290,26 @@ def load_coco(path, root):
         size = [image.get("width"), image.get("height")]
         if not all(type(s) is int and 0 < s < 1 << 16 for s in size):
             raise UserError(f"{path}: image {name!r} has no usable width and height")
-        if image.get("id") in images:
-            raise UserError(f"{path}: image id {image.get('id')} is used twice")
+        if not isinstance(image.get("id"), (int, str)) or image["id"] in images:
+            raise UserError(f"{path}: image {name!r} has no id, or that of another")
         images[image.get("id")] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
-    rows = []
-    for annotation in data["annotations"]:
+    rows, ids = [], set()
+    for number, annotation in enumerate(data["annotations"]):
         where = f"{path}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
-        if not isinstance(annotation, dict) or annotation.get("category_id", category_id) != category_id:
+        if not isinstance(annotation, dict) or annotation.get("category_id", category.get("id")) != category.get("id"):
             raise UserError(f"{where} is not of the category with keypoints")
-        if annotation.get("image_id") not in images:
+        if not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in images:
             raise UserError(f"{where} names an image that is not in the file")
+        if not isinstance(annotation.setdefault("id", number), (int, str)) or annotation["id"] in ids:
+            raise UserError(f"{where} has the id of another, or one that is no number")
+        ids.add(annotation["id"])
         try:
             triples = np.array(annotation["keypoints"], dtype=np.float64).reshape(k, 3)
             box = np.array(annotation["bbox"], dtype=np.float64).reshape(4)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{where} needs keypoints ({k} x 3 numbers) and bbox (4 numbers)") from None
         if not (np.isfinite(triples).all() and np.isfinite(box).all() and np.abs(triples).max() < 1e6
-                and np.abs(box).max() < 1e6 and box[2:].min() > 0 and np.isin(triples[:, 2], (0, 1, 2)).all()):
+                and np.abs(box).max() < 1e6 and (box[2:].min() > 0 or not triples[:, 2].any()) and np.isin(triples[:, 2], (0, 1, 2)).all()):
             raise UserError(f"{where} has numbers that cannot be: NaN, huge, v not in 0 1 2, or an empty bbox")
         if triples[:, 2].any():
             rows.append((annotation, triples, box))
@@ -314,7 +319,7 @@ def load_coco(path, root):
     triples = np.stack([t for _, t, _ in rows])
     return Faces(scheme, [p[0] for p in picture], Path(root), np.array([p[1] for p in picture]),
                  np.stack([b for _, _, b in rows]), triples[..., :2].copy(), triples[..., 2].astype(np.uint8),
-                 np.array([a.get("id", i) for i, (a, _, _) in enumerate(rows)]),
+                 np.array([a["id"] for a, _, _ in rows]),
                  np.array([a["image_id"] for a, _, _ in rows]), [p[2] for p in picture])
 
 
@@ -496,7 +501,8 @@ class Windows:
         return cut_window(image, *self.geometry[i])
 
     def _decode_all(self):
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+        # The outer catch_warnings puts back what the threads' own, in read_image, leave in each other's order.
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
                 total=len(self.paths), desc="decoding", unit="face", leave=False, disable=None) as bar:
             for start in range(0, len(self.paths), 256):  # in chunks, so that finished windows do not pile up
                 for window in pool.map(self._decode, range(start, min(start + 256, len(self.paths)))):

@@ -1,8 +1,10 @@
 """dataset.py: crops, mirroring, heatmaps, the cache, and COCO files written by others."""
+import errno
 import json
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import cv2
@@ -251,7 +253,11 @@ def breakages():
     yield "leaves the data root", lambda d: d["images"][0].update(file_name="/etc/passwd")
     yield "file_name", lambda d: d["images"][0].update(file_name=7)
     yield "width and height", lambda d: d["images"][0].update(width=-1)
-    yield "twice", lambda d: d["images"][1].update(id=d["images"][0]["id"])
+    yield "id", lambda d: d["images"][1].update(id=d["images"][0]["id"])
+    yield "id", lambda d: d["images"][1].update(id=[1])
+    yield "id", lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"])
+    yield "id", change(id=[1])
+    yield "not in the file", change(image_id=[1])
     yield "printable", lambda d: d["categories"][0]["keypoints"].__setitem__(3, "\x1b[2J")
     yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 1], [1, 2]])
     yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 99]])
@@ -267,6 +273,22 @@ def test_a_broken_coco_file_is_named(sample, tmp_path, message, breakage):
     (tmp_path / "broken.json").write_text(json.dumps(coco))
     with pytest.raises(UserError, match=f"broken.json.*{message}"):
         data.load_coco(tmp_path / "broken.json", sample.data_root)
+
+
+def test_an_unlabelled_face_is_left_out_whatever_its_box(sample, tmp_path):
+    coco = json.loads((sample.ann_root / "train.json").read_text())
+    coco["annotations"][3].update(keypoints=[0] * 138, bbox=[0, 0, 0, 0])
+    (tmp_path / "ann.json").write_text(json.dumps(coco))
+    assert len(data.load_coco(tmp_path / "ann.json", sample.data_root)) == len(coco["annotations"]) - 1
+
+
+@pytest.mark.parametrize("number,passes", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, number, passes):
+    def flock(*_):
+        raise OSError(number, "no")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with nullcontext() if passes else pytest.raises(OSError), data.file_lock(tmp_path / "a" / ".lock", wait=False):
+        assert (tmp_path / "a" / ".lock").exists()
 
 
 @pytest.fixture
