@@ -153,7 +153,7 @@ def nme(points, faces, normalizer):
     """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or normaliser.
 
     points (N, K, 2) in picture pixels; normaliser (N,) in picture pixels. The mean is over a face's labelled
-    landmarks; a landmark that the crop cut off counts. Take np.nanmean over faces (`mean_nme`).
+    landmarks; a landmark that the crop cut off counts. Take the mean over faces by `nan_mean`.
     """
     errors = np.linalg.norm(np.asarray(points, np.float64) - faces.points, axis=-1)
     labelled = faces.visible > 0
@@ -305,13 +305,14 @@ class EpochBatches:
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a pure
     function of (seed, epoch). A step's faces are `batch_size`, over all processes and micro-batches together;
-    a last, smaller batch is dropped unless it is the only one.
+    a last, smaller batch is dropped; of fewer faces than a batch, as many make one as divide evenly.
     """
 
     def __init__(self, n, batch_size, seed, first, sizes, accumulate=1, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.epochs, self.sizes = n, batch_size, seed, range(first, len(sizes)), sizes
+        self.n, self.seed, self.epochs, self.sizes = n, seed, range(first, len(sizes)), sizes
+        self.batch_size = min(batch_size, n - n % (accumulate * world))
         self.accumulate, self.rank, self.world = accumulate, rank, world
-        self.steps = max(1, n // batch_size)  # optimizer steps an epoch
+        self.steps = n // self.batch_size  # optimizer steps an epoch
 
     def __len__(self):
         return len(self.epochs) * self.steps * self.accumulate
@@ -355,7 +356,7 @@ def build_optimizer(model, args, device):
 def lr_factor(step, total, warmup):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -380,7 +381,7 @@ def target_sigma(step, total, sigma):
 
 def try_full_size(args, env):
     """One pass at the full size, before epochs at a smaller one: too little memory is to show now, not hours later."""
-    n, size, device = args.batch_size // args.accumulate // env.world, args.input_size, env.device
+    n, size, device = env.micro_batch, args.input_size, env.device
     adam = [torch.empty_like(p) for p in env.bare.parameters() for _ in range(2)]  # the room that its moments will take
     images = torch.zeros(n, 3, size, size, device=device).to(memory_format=torch.channels_last)
     with autocast(device, env.amp):
@@ -441,7 +442,8 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         total += loss
         interval.append(step_faces)
         if len(interval) == 50 or step == sampler.steps - 1:
-            if (first := int(bad)) >= 0:  # expensive device-to-host synchronisation, once an interval
+            first = int(bad)  # expensive device-to-host synchronisation, once an interval
+            if first >= 0 or scaler.is_enabled() and scaler.get_scale() < 1:  # float16 skips steps, but not without end
                 names = [faces.files[i] for i in torch.cat(interval[first]).tolist()]
                 raise UserError(f"epoch {epoch + 1}: loss or gradient is not finite at the batch of {', '.join(names[:8])}"
                                 f"{', ...' if len(names) > 8 else ''}; look at these faces, or lower --lr; the "
@@ -664,12 +666,15 @@ def load_faces(args):
         raise UserError(f"{args.ann_root}: train.json and val.json have different landmarks; convert again")
     if args.crop == "image":
         train, val = train.whole_pictures(), val.whole_pictures()
-    if not args.holdout:
-        return train, val, None, "val.json"
-    train, held = train.split(args.holdout)
-    if not len(held) or not len(train):
-        raise UserError(f"--holdout {args.holdout}: leaves {len(train)} faces to train and {len(held)} to choose on")
-    return train, held, val, f"{len(held)} faces held out of train"
+    test, chooser = None, "val.json"
+    if args.holdout:
+        test, (train, val) = val, train.split(args.holdout)
+        chooser = f"{len(val)} faces held out of train"
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if not len(val) or len(train) < parts:
+        raise UserError(f"--holdout {args.holdout}, --accumulate x processes = {parts}: leave {len(train)} faces to train and "
+                        f"{len(val)} to choose on, too few; change them")
+    return train, val, test, chooser
 
 
 def make_sample(args):
@@ -704,7 +709,7 @@ def main(argv=None):
     except KeyboardInterrupt as e:
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
     except RuntimeError as e:
-        if "DataLoader worker" in str(e):
+        if "DataLoader worker (pid" in str(e):  # not an error inside one, which keeps its traceback
             reason, code = "a data worker was ended from outside (memory? then lower --num-workers; in a container, raise --shm-size)", 2
         elif "out of memory" in str(e):
             reason, code = "out of memory on the device; raise --accumulate", 2
@@ -725,6 +730,7 @@ def train(args):
     env = set_up_processes(args.device)
     say = print if env.rank == 0 else lambda *a, **k: None
     env.amp = choose_amp(env.device, args.amp)
+    env.micro_batch = args.batch_size // args.accumulate // env.world
     torch.manual_seed(args.seed)
 
     # Data.
@@ -762,6 +768,8 @@ def train(args):
     optimizer = build_optimizer(bare, args, env.device)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
     first, best, rows = 0, math.inf, []
+    if args.resume and not resumed:
+        say(f"--resume: there is no {last} yet, starting at the first epoch")
     if resumed:
         bare.load_state_dict(resumed["raw"])
         if average is not None:
@@ -796,7 +804,7 @@ def train(args):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: needs tensorboard; pip install tensorboard") from None
-        board = SummaryWriter(args.work_dir, purge_step=first)
+        board = SummaryWriter(args.work_dir, purge_step=first + 1)
     say(f"{len(train)} faces to train on, checkpoint chosen on {chooser} ({len(val)}), {len(scheme.names)} landmarks; "
         f"{args.backbone} on {env.world} x {env.device}, {str(env.amp or torch.float32)[6:]}; {args.work_dir}")
     if resumed:
@@ -806,7 +814,8 @@ def train(args):
         for buffer in judged.buffers() if env.world > 1 else ():
             dist.broadcast(buffer, 0)  # every process has its own batch norm statistics; rank 0's are saved
         sigma = target_sigma(epoch, args.epochs, dataset.sigma)
-        points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp)
+        points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp,
+                                  batch_size=min(32, 2 * env.micro_batch))  # what fits in training, fits here
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
     # Train.
@@ -816,7 +825,7 @@ def train(args):
         seconds = time.perf_counter() - start
         row = {"epoch": epoch + 1, "seconds": seconds, "lr": optimizer.param_groups[0]["lr"], "train_loss": train_loss,
                "val_loss": math.nan, "nme": math.nan, "nme_iod": math.nan,
-               "images_per_s": sampler.steps * min(args.batch_size, len(train)) / seconds}
+               "images_per_s": sampler.steps * sampler.batch_size / seconds}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
             points, row["val_loss"], metrics = validate(val_sets[sizes[epoch]], epoch + 1)
             row.update({k: metrics[k] for k in ("nme", "nme_iod") if k in metrics})

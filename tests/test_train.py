@@ -98,6 +98,7 @@ def test_learning_rate():
     assert factors[0] == 0.1 and factors[9] == 1 and factors[10] == 1
     assert factors[55] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
     assert all(a >= b for a, b in zip(factors[9:], factors[10:]))
+    assert max(trainer.lr_factor(s, 100, warmup) for s in range(100) for warmup in (0.3, 2.5)) == 1
 
 
 def test_devices_are_chosen_on_every_torch():
@@ -206,6 +207,8 @@ def test_processes_share_the_batch_exactly():
     assert faces(2) == whole and faces(4) == whole
     assert len({i for b in whole[:4] for _, i, _ in b}) == 32
     assert [{(epoch, size) for epoch, _, size in b} for b in whole] == [{(1, 64)}] * 4 + [{(2, 96)}] * 4
+    few = list(trainer.EpochBatches(11, 32, 3, 0, [64], accumulate=4))
+    assert [len(b) for b in few] == [2] * 4  # of fewer faces than a batch, micro-batches of one size all the same
 
 
 def test_a_run_and_what_it_leaves(run):
@@ -339,6 +342,7 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     assert "--sample" in refused(*w, HOME=str(tmp_path), KAGGLEHUB_CACHE=str(tmp_path / "cache"))
     (tmp_path / "empty").mkdir()
     assert "train.json" in refused("--data-root", sample.data_root, "--ann-root", tmp_path / "empty", *w)
+    assert "--accumulate" in refused(*here, *w, "--batch-size", 64, "--accumulate", 64)
     assert "--device" in refused(*here, *w, "--device", "cuda:99")
     assert "--bogus" in refused("--bogus")
     assert "not empty" in refused(*here, "--work-dir", run.work_dir)
@@ -385,6 +389,22 @@ def test_a_damaged_picture_names_itself(sample, tmp_path, refused, script):
     assert victim.name in refused(*flags, "--work-dir", tmp_path / "start", "--cache", "ram")
     result = script("train_simple.py", *flags, "--work-dir", tmp_path / "worker", "--cache", "none", "--num-workers", 2)
     assert result.returncode == 2 and victim.name in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_ours_inside_a_worker_keeps_its_traceback(monkeypatch, tmp_path):
+    def train(args):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+    monkeypatch.setattr(trainer, "train", train)
+    with pytest.raises(RuntimeError):
+        trainer.main(["--work-dir", str(tmp_path / "w")])
+
+
+def test_float16_that_never_finds_a_scale_ends_the_run(refused, sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "choose_amp", lambda *_: torch.float16)
+    monkeypatch.setattr(trainer, "CRPS_WEIGHT", 1e15)  # gradients that float16 cannot hold at any scale from 1 up
+    line = refused("--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL, "--work-dir",
+                   tmp_path / "w", "--epochs", 4, "--batch-size", 2)
+    assert "not finite" in line and ".png" in line
 
 
 def test_a_loss_that_is_not_finite_names_its_faces(run, refused, sample, tmp_path):
