@@ -40,15 +40,14 @@ VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a video that cannot be read is named by us, in one line
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MIN_SCORE = 0.5  # mean of the landmarks' scores, which are probabilities of being about right; chosen on held-out train faces
-FAINT = 0.1  # what scores less is dropped before its last look already
+FAINT = 0.1  # what scores less is dropped before its second look already
 # Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far than true
 # ones, and a box that is too small loses hanging ears for good, while one too large mends itself at the next look.
 MARGIN = 0.2
 # The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half. A
 # locator was trained on faces of all sizes, so it needs fewer.
 FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2)
-REFINE = 3  # looks of the face model at a finding, the box recomputed from the landmarks before each
-STABLE = 0.5  # IoU of the last look's box and the one its landmarks give: a face reproduces its box, background drifts
+STABLE = 0.5  # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts
 SAME = 0.7  # IoU of two findings from which on they are one at first; which of several is the face shows later
 OVERLAP = 0.5  # of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -150,22 +149,23 @@ class Predictor:
         return [(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
 
     def _find(self, images, sought, min_score):
-        """Look at windows, then REFINE times at the boxes of what was found; what is not stable then is no face.
+        """Look at windows, then with the face model at the boxes of what was found; what is not stable then is no face.
 
-        A part of a face can score higher than all of it, so what overlaps is kept until the face model has looked twice;
-        then the box that best reproduces itself stays, the larger of similar ones.
+        A part of a face can score higher than all of it, so what overlaps is kept until the face model has looked; then
+        the box that best reproduces itself stays, the larger of similar ones. More looks would not help: boxes inside
+        a face shrink from look to look, and displace it (measured on held-out faces).
         """
         net, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
         boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
-        for step in range(1 + REFINE):
-            looks, found = self._look(images, boxes, self.face if step else net, flip=step == REFINE), []
+        for again in (False, True):
+            looks, found = self._look(images, boxes, self.face if again else net, flip=again), []
             for i in sought:
                 mine = [look for look in looks if look[0] == i and look[3].mean() >= min(FAINT, min_score)]
                 if mine:
                     tight, seen = hull_boxes(np.stack([look[2] for look in mine])), np.stack([look[1] for look in mine])
-                    stable = np.diagonal(data.overlaps(seen, tight)) if step else 1.0
+                    stable = np.diagonal(data.overlaps(seen, tight)) if again else 1.0
                     scores = stable * np.array([look[3].mean() for look in mine]) * np.sqrt(tight[:, 2:].max(1))
-                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, scores, nested=step > 1)]
+                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, scores, nested=again)]
             boxes = [(i, tight) for i, tight, *_ in found]
         return [(i, tight, points, scores) for i, tight, seen, points, scores in sorted(found, key=lambda f: -f[4].mean())
                 if scores.mean() >= min_score and data.overlaps(seen[None], tight[None]) >= STABLE]
