@@ -292,7 +292,7 @@ def load_coco(path, root):
             raise UserError(f"{path}: image {name!r} has no usable width and height")
         if not isinstance(image.get("id"), (int, str)) or image["id"] in images:
             raise UserError(f"{path}: image {name!r} has no id, or that of another")
-        images[image.get("id")] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
+        images[image["id"]] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
     rows, ids = [], set()
     for number, annotation in enumerate(data["annotations"]):
         where = f"{path}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
@@ -301,7 +301,7 @@ def load_coco(path, root):
         if not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in images:
             raise UserError(f"{where} names an image that is not in the file")
         if not isinstance(annotation.setdefault("id", number), (int, str)) or annotation["id"] in ids:
-            raise UserError(f"{where} has the id of another, or one that is no number")
+            raise UserError(f"{where} has the id of another, or one that is neither number nor text")
         ids.add(annotation["id"])
         try:
             triples = np.array(annotation["keypoints"], dtype=np.float64).reshape(k, 3)
@@ -309,7 +309,8 @@ def load_coco(path, root):
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{where} needs keypoints ({k} x 3 numbers) and bbox (4 numbers)") from None
         if not (np.isfinite(triples).all() and np.isfinite(box).all() and np.abs(triples).max() < 1e6
-                and np.abs(box).max() < 1e6 and (box[2:].min() > 0 or not triples[:, 2].any()) and np.isin(triples[:, 2], (0, 1, 2)).all()):
+                and np.abs(box).max() < 1e6 and np.isin(triples[:, 2], (0, 1, 2)).all()
+                and (box[2:].min() > 0 or not triples[:, 2].any())):
             raise UserError(f"{where} has numbers that cannot be: NaN, huge, v not in 0 1 2, or an empty bbox")
         if triples[:, 2].any():
             rows.append((annotation, triples, box))

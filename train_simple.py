@@ -305,12 +305,15 @@ class EpochBatches:
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a pure
     function of (seed, epoch). A step's faces are `batch_size`, over all processes and micro-batches together;
-    a last, smaller batch is dropped; of fewer faces than a batch, as many make one as divide evenly.
+    a last, smaller batch is dropped; of fewer faces than a batch, as many make one as divide evenly. Raises UserError
+    where none do.
     """
 
     def __init__(self, n, batch_size, seed, first, sizes, accumulate=1, rank=0, world=1):
         self.n, self.seed, self.epochs, self.sizes = n, seed, range(first, len(sizes)), sizes
         self.batch_size = min(batch_size, n - n % (accumulate * world))
+        if not self.batch_size:
+            raise UserError(f"--accumulate {accumulate} x {world} processes: more than the {n} faces to train on; lower them")
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.steps = n // self.batch_size  # optimizer steps an epoch
 
@@ -670,10 +673,8 @@ def load_faces(args):
     if args.holdout:
         test, (train, val) = val, train.split(args.holdout)
         chooser = f"{len(val)} faces held out of train"
-    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
-    if not len(val) or len(train) < parts:
-        raise UserError(f"--holdout {args.holdout}, --accumulate x processes = {parts}: leave {len(train)} faces to train and "
-                        f"{len(val)} to choose on, too few; change them")
+    if not len(val) or not len(train):
+        raise UserError(f"--holdout {args.holdout}: leaves {len(train)} faces to train and {len(val)} to choose on")
     return train, val, test, chooser
 
 

@@ -26,7 +26,7 @@ from dataset import Augmentation, DogFLWDataset, UserError, run_script
 
 def samples_per_second(dataset, args, workers, seconds=4.0):
     """Faces a second that `workers` processes deliver (0: this process), augmentation on, start-up left out."""
-    sampler = trainer.EpochBatches(len(dataset), min(args.batch_size, len(dataset)), 0, 0, [dataset.size] * 10**5)
+    sampler = trainer.EpochBatches(len(dataset), args.batch_size, 0, 0, [dataset.size] * 10**5)
     batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=trainer.keep,
                                                worker_init_fn=trainer.quiet_worker))
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed

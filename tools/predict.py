@@ -414,7 +414,8 @@ def main(argv=None):
         for path in tqdm(paths, unit="file", disable=None):
             try:
                 if path.suffix.lower() in VIDEOS:
-                    for frame, faces in list(predict_video(predictor, path, targets[path], fixed, args.min_score)):
+                    found = list(predict_video(predictor, path, targets[path], fixed, args.min_score))  # all of it or nothing
+                    for frame, faces in found:
                         keep(path, faces, frame)
                     continue
                 image = data.read_image(path)
