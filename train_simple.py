@@ -3,7 +3,7 @@
     uv run train_simple.py --sample                       # drawn faces: a full run in minutes, on a CPU too
     uv run python tools/convert_dogflw_to_coco.py --download
     uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
-    uv run torchrun --nproc-per-node 4 train_simple.py    # the same on four GPUs
+    uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 2e-3    # the same on four GPUs
 
 A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on where it was cut.
 """
@@ -277,6 +277,14 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def read_by_rank_0(path, env):
+    """The checkpoint that rank 0 finds under `path` (None: none), for every process: nodes may not share a disk."""
+    box = [load_checkpoint(path) if env.rank == 0 and path else None]
+    if env.world > 1:
+        dist.broadcast_object_list(box, 0, device=env.device)
+    return box[0]
+
+
 def load_model(path, device="cpu"):
     """Everything inference needs from a checkpoint alone: (model in eval mode, Scheme, args dict, checkpoint)."""
     checkpoint = load_checkpoint(path)
@@ -393,6 +401,11 @@ def try_full_size(args, env):
     heatmap_losses(heatmaps, ones, ones[..., 0], args.sigma).mean().backward()
     env.bare.zero_grad(set_to_none=True)
     del adam
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError means that; where cuDNN finds no room for an algorithm it says that it finds no engine."""
+    return any(text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
 
 
 @torch.no_grad()
@@ -635,7 +648,7 @@ def choose_amp(device, wanted=True):
 def set_up_processes(device_name):
     """Device, rank and world as torchrun gives them; the process group where there are several."""
     env = argparse.Namespace(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)),
-                             device=choose_device(device_name))
+                             local_rank=int(os.environ.get("LOCAL_RANK", 0)), device=choose_device(device_name))
     if env.device.type == "cpu" and sys.platform == "linux":
         # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages again costs
         # a third of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
@@ -712,23 +725,24 @@ def main(argv=None):
     except RuntimeError as e:
         if "DataLoader worker (pid" in str(e):  # not an error inside one, which keeps its traceback
             reason, code = "a data worker was ended from outside (memory? then lower --num-workers; in a container, raise --shm-size)", 2
-        elif "out of memory" in str(e):
+        elif is_out_of_memory(e):
             reason, code = "out of memory on the device; raise --accumulate", 2
         elif "gloo" in str(e) or "NCCL" in str(e) or "Connection" in str(e):
             reason, code = f"another process of this job ended, or cannot be reached ({str(e).splitlines()[0][:160]})", 2
         else:
             raise
     last = args.work_dir / "last.pth"
-    print(f"error: {reason}. {f'Finished epochs are in {last}; t' if last.exists() else 'T'}he same command with --resume goes on",
+    print(f"error: {reason}. The same command with --resume goes on{f' from {last}' if last.exists() else ''}",
           file=sys.stderr)
     return code
 
 
 def train(args):
     """The whole run, top to bottom."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     env = set_up_processes(args.device)
+    signal.signal(signal.SIGINT, stop)
+    if env.world == 1:  # torchrun ends the other processes by SIGTERM; one that waits for them in C++ runs no handler
+        signal.signal(signal.SIGTERM, stop)
     say = print if env.rank == 0 else lambda *a, **k: None
     env.amp = choose_amp(env.device, args.amp)
     env.micro_batch = args.batch_size // args.accumulate // env.world
@@ -740,15 +754,19 @@ def train(args):
     if not scheme.flip_pairs:
         say("no flip_pairs in the COCO file: training without mirroring")
     options = {k: getattr(args, k) for k in ("input_size", "padding", "sigma", "seed", "cache")}
+    if env.world > 1 and env.local_rank > 0:
+        dist.barrier()  # a node's first process fills the cache, the others read it: not every file system has locks
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
     sizes = crop_sizes(args)
     val_sets = {size: DogFLWDataset(val, **options | at_size(args, size)) for size in dict.fromkeys(sizes)}
 
+    if env.world > 1 and env.local_rank == 0:
+        dist.barrier()
+
     # Model, its average, optimizer; or all of them from last.pth.
     last = args.work_dir / "last.pth"
-    resumed = None
-    if args.resume and last.exists():
-        resumed = load_checkpoint(last)
+    resumed = read_by_rank_0(last if args.resume and last.exists() else None, env)
+    if resumed:
         if resumed["scheme"] != asdict(scheme):
             raise UserError(f"--resume {last}: its {len(resumed['scheme']['names'])} landmarks are not the "
                             f"{len(scheme.names)} of {args.ann_root}; name another --work-dir")
@@ -783,6 +801,7 @@ def train(args):
     if env.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if env.device.type == "cuda" else None,
                                                     gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # of batch norm's statistics rank 0's count, and `validate` hands them out
     judged = average if average is not None else bare
 
     sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, sizes, args.accumulate, env.rank, env.world)
@@ -820,6 +839,7 @@ def train(args):
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
     # Train.
+    next_save = -math.inf
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         train_loss = train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, train, args, env)
@@ -845,10 +865,14 @@ def train(args):
             save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
             plot_curves(args.work_dir / "curves.png", rows)
         write_metrics(args.work_dir / "metrics.csv", rows)
-        # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again.
-        save_checkpoint(last, snapshot(epoch + 1, metrics) | {
-            "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "best": best, "rows": rows, "settings": plain(vars(args))})
+        # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again. On a fast
+        # GPU an epoch takes little longer than the writing, which may take a twentieth of a run.
+        now = time.perf_counter()
+        if now >= next_save or epoch + 1 == args.epochs:
+            save_checkpoint(last, snapshot(epoch + 1, metrics) | {
+                "raw": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "best": best, "rows": rows, "settings": plain(vars(args))})
+            next_save = time.perf_counter() + 19 * (time.perf_counter() - now)
         say(f"epoch {epoch + 1:3d}/{args.epochs}  {sizes[epoch]} px  {row['seconds']:6.1f} s  {row['images_per_s']:6.0f} images/s  "
             f"train loss {train_loss:.2e}" + ("" if math.isnan(row["nme"]) else
                                               f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}")
@@ -865,9 +889,7 @@ def train(args):
         plot_curves(args.work_dir / "curves.png", rows)
 
     # The checkpoint that was chosen; with --holdout, its one look at val.json.
-    if env.world > 1:
-        dist.barrier()  # rank 0 has written it
-    chosen = load_checkpoint(args.work_dir / "best_model.pth")
+    chosen = read_by_rank_0(args.work_dir / "best_model.pth", env)
     say(f"best_model.pth: epoch {chosen['epoch']}, nme {chosen['metrics']['nme']:.4f}, nme_iod {chosen['metrics']['nme_iod']:.4f}, "
         f"chosen on these same {len(val)} faces ({chooser})")
     if test is not None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -262,15 +263,17 @@ def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code):
     assert "--resume" in ended(process, code)
 
 
-FROZEN_BN = """
-import torch
+RUN = """
 import train_simple
-torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
-# Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
-torch.optim.Adam = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
 if __name__ == "__main__":
     train_simple.run_script(train_simple.main)
 """
+FROZEN_BN = """
+import torch
+torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
+# Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
+torch.optim.Adam = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
+""" + RUN
 
 
 def test_two_processes_or_micro_batches_train_as_one(script, flags, tmp_path):
@@ -287,6 +290,22 @@ def test_two_processes_or_micro_batches_train_as_one(script, flags, tmp_path):
         assert all(torch.allclose(whole[k].float(), other[k].float(), atol=1e-6, rtol=1e-4) for k in whole), name
         assert float(row["train_loss"]) == pytest.approx(float(its["train_loss"]), rel=1e-4), name
         assert float(row["nme"]) == pytest.approx(float(its["nme"]), rel=1e-3), name
+
+
+def test_two_nodes_without_a_shared_disk_resume_as_one(start, run, flags, tmp_path):
+    """The second node has no last.pth and no best_model.pth: both come from the first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    shutil.copytree(run.work_dir, tmp_path / "0")
+    for rank in "01":
+        (tmp_path / f"{rank}.py").write_text(f"import os\nos.environ |= {job | {'RANK': rank}}\n" + RUN)
+        processes.append(start(tmp_path / f"{rank}.py", *flags, "--resume", "--work-dir", tmp_path / rank))
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, process.err.read_text()
+    assert "resuming after epoch 2" in processes[0].out.read_text() and not (tmp_path / "1").exists()
 
 
 def test_sharded_validation_is_exact(run):
@@ -399,6 +418,28 @@ def test_a_mistake_of_ours_inside_a_worker_keeps_its_traceback(monkeypatch, tmp_
     monkeypatch.setattr(trainer, "train", train)
     with pytest.raises(RuntimeError):
         trainer.main(["--work-dir", str(tmp_path / "w")])
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "FIND was unable to find an engine to execute this"])
+def test_out_of_memory_says_what_helps(refused, tmp_path, monkeypatch, message):
+    def train(_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(trainer, "train", train)
+    assert "--accumulate" in refused("--work-dir", tmp_path / "w")
+
+
+def test_last_pth_takes_little_of_a_fast_run(flags, tmp_path, monkeypatch):
+    """Where writing takes long beside an epoch it is left out, at the end never."""
+    def save(path, checkpoint):
+        if path.name == "last.pth":
+            written.append(checkpoint["epoch"])
+            time.sleep(0.6)
+
+    written = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *args, real=trainer.save_checkpoint: (real(*args), save(*args)))
+    trainer.main([*map(str, flags), "--epochs", "3", "--work-dir", str(tmp_path / "w")])
+    assert written == [1, 3]
 
 
 def test_float16_that_never_finds_a_scale_ends_the_run(refused, sample, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def step_seconds(model, optimizer, batch, args, env, repeat):
 
 
 def profile_parts(model, batch, args, env):
-    """Where a forward pass's time and a training step's memory go: {part: [seconds, bytes kept for backward]}."""
+    """Where a forward pass's time and a training step's memory go: {part: (seconds, bytes kept for backward)}."""
     parts, open_parts = {}, []
 
     def enter(part):
@@ -90,25 +90,32 @@ def profile_parts(model, batch, args, env):
                     hooks += [module.register_forward_pre_hook(lambda *_, part=part: enter(part)),
                               module.register_forward_hook(lambda *_: leave())]
     images = data.normalize(batch["image"].to(env.device))
-    for _ in range(2):  # the second pass counts
+
+    def forward():
         parts.clear(), enter("fusion, softmax")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), trainer.autocast(env.device, env.amp):
+        with trainer.autocast(env.device, env.amp):
             model(images)
         leave()
-        seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return {part: tuple(numbers) for part, numbers in parts.items()}
+
+    forward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):  # called for every tensor: not in the pass that is timed
+        kept = forward()
+    timed = forward()
     for hook in hooks:
         hook.remove()
-    return parts
+    return {part: (timed[part][0], kept[part][1]) for part in timed}
 
 
 def largest_batch(measure):
-    """Double the batch until the device's memory is full: {batch size: seconds a step}; measure(batch size) -> seconds."""
+    """Double the batch until the device's memory is full: {batch size: seconds}; measure(batch size) -> seconds a step."""
     found, size = {}, 16
     while size <= 2048:
         try:
             found[size] = measure(size)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        except RuntimeError as e:
+            if not trainer.is_out_of_memory(e):
+                raise
             break
         size *= 2
     return found
@@ -128,7 +135,7 @@ def main(argv=None):
     options = {"input_size": args.input_size, "padding": args.padding, "cache": args.cache}
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
     env.bare = trainer.build_model(args.backbone, len(train.scheme.names)).to(env.device, memory_format=torch.channels_last)
-    model = torch.compile(env.bare) if args.compile else env.bare
+    model = torch.compile(env.bare, dynamic=False) if args.compile else env.bare
     optimizer = trainer.build_optimizer(model, args, env.device)
     cuda = env.device.type == "cuda"
     name = torch.cuda.get_device_name(env.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -146,7 +153,8 @@ def main(argv=None):
     def measure(n, crop, repeat=20 if cuda else 8):
         return step_seconds(model, optimizer, batch_of(n, crop), args, env, repeat)
 
-    size, crops, full = min(args.batch_size, len(train)), trainer.crop_sizes(args), args.input_size
+    env.micro_batch = args.batch_size // args.accumulate
+    size, crops, full = min(env.micro_batch, len(train)), trainer.crop_sizes(args), args.input_size
     bare = measure(size, full)
     print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
     small, share = bare, sum(crop < full for crop in crops) / len(crops)
@@ -161,6 +169,8 @@ def main(argv=None):
     if cuda and "--batch-size" not in argv:
         for batch, seconds in largest_batch(lambda n: measure(n, full, 3)).items():
             print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
+        optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
@@ -177,7 +187,7 @@ def main(argv=None):
             trainer.train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, used, args, env)
             synchronize(env.device)
             epoch_seconds = time.perf_counter() - start
-    loop = epoch_seconds / sampler.steps
+    loop = epoch_seconds / sampler.steps / args.accumulate
     bare = (bare + measure(size, full)) / 2  # before and after the loop: a machine's speed drifts
     print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
@@ -185,7 +195,7 @@ def main(argv=None):
         start = time.perf_counter()
         trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp)
     validation = (time.perf_counter() - start) / len(some) * len(val)
-    epoch_seconds = loop * max(1, len(train) // args.batch_size)
+    epoch_seconds = loop * args.accumulate * max(1, len(train) // args.batch_size)
     percent = 100 * validation / epoch_seconds
     print(f"validation                {len(val) / validation:9.0f} faces/s  {percent:8.1f} % of an epoch, "
           f"every {args.val_every} of {args.epochs}: {percent / args.val_every:.1f} %")
@@ -194,7 +204,11 @@ def main(argv=None):
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
     extra = 100 * (loop / bare - 1)
-    limit = f"input and loop add {extra:.0f} % to the bare step" if extra > 5 else "the device's arithmetic limits"
+    limit = "the device's arithmetic limits"
+    if extra > 5:
+        limit = f"input and loop add {extra:.0f} % to the bare step"
+    elif share and small > 0.7 * bare:  # a quarter of the pixels
+        limit = "a step's overhead limits, not arithmetic; try a larger --batch-size, or --compile"
     saved = share * (1 - small / bare)  # of the arithmetic, by epochs on smaller crops
     hours = (args.epochs * epoch_seconds * (1 - saved * bare / loop)
              + args.epochs // args.val_every * validation * (1 - saved)) / 3600
