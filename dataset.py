@@ -33,11 +33,11 @@ ROOT = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which timm's weights expect
 # Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not by suffix.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 200_000_000  # a larger picture is taken for a decompression bomb
 MAX_LANDMARKS = 1000
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell
 SIGMA = 1.5  # the targets' deviation, heatmap cells; at other sizes the same part of the crop
+warnings.filterwarnings("ignore", module="PIL")  # Pillow's remarks about odd but readable files
 cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's own threads would fight them
 
 
@@ -84,16 +84,15 @@ def run_script(main):
     sys.exit(2)
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """A binary file that appears under `path` whole or not at all."""
+def atomic_write(path, parts):
+    """Write pieces of bytes to a file, which appears under `path` whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
-            yield f
+            f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -110,33 +109,41 @@ def check_free(flag, folder, force):
 
 
 @contextlib.contextmanager
-def file_lock(path, wait):
-    """Hold a file's lock, which goes with the process however that ends. Raises BlockingIOError unless `wait`."""
+def file_lock(path, busy=None):
+    """Hold a file's lock, which goes with the process however that ends. Where another has it: waits, or UserError(busy)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         try:
             import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except ImportError:
             pass  # Windows has no such lock
+        except BlockingIOError:
+            raise UserError(busy) from None
         except OSError as e:
             if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # some network file systems have none either
                 raise
         yield
 
 
-def dogflw_in(folder):
-    """The folder at or below `folder` that holds train/images, or None."""
-    return next((images.parent.parent for images in sorted(folder.glob("**/train/images"))), None)
+def find_dogflw(*folders):
+    """The folder that holds train/images, at or below `folders`: kagglehub's cache by default (newest version), or where
+    Kaggle and Colab put it. None where there is none."""
+    if not folders:
+        cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
+        versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
+        folders = [*sorted(versions, key=lambda p: (len(p.name), p.name), reverse=True),  # 10 is newer than 9
+                   Path("/kaggle/input/dogflw"), Path("/kaggle/input/datasets/georgemartvel/dogflw")]
+    return next((images.parent.parent for folder in folders for images in sorted(folder.glob("**/train/images"))), None)
 
 
-def find_dogflw():
-    """The folder that holds train/images in kagglehub's cache (newest version), or where Kaggle and Colab put it, or None."""
-    cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
-    versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
-    newest_first = sorted(versions, key=lambda p: (p.name.isdigit(), int(p.name) if p.name.isdigit() else 0), reverse=True)
-    hosted = (Path("/kaggle/input", name) for name in ("dogflw", "datasets/georgemartvel/dogflw"))
-    return next(filter(None, map(dogflw_in, [*newest_first, *hosted])), None)
+def data_root(given, flag="--data-root"):
+    """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
+    root = Path(str(given)) if given else find_dogflw()
+    if root is None or not root.is_dir():
+        raise UserError(f"{flag}{f' {given}' if given else ''}: no such folder; name the one that file names are relative to, "
+                        "fetch DogFLW by tools/convert_dogflw_to_coco.py --download, or do without: train_simple.py --sample")
+    return root
 
 
 # ---------------------------------------------------------------- the COCO file
@@ -170,32 +177,28 @@ class Scheme:
     def from_category(cls, category, where):
         """Read and check a COCO category. Raises UserError naming `where`."""
         names = category.get("keypoints")
-        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.isprintable() for n in names):
-            raise UserError(f"{where}: its category has no list of printable keypoint names; convert the data again")
-        if len(names) > MAX_LANDMARKS:
-            raise UserError(f"{where}: {len(names)} keypoints in the category; at most {MAX_LANDMARKS} are supported")
+        if not isinstance(names, list) or not 0 < len(names) <= MAX_LANDMARKS or not all(
+                isinstance(n, str) and n.isprintable() for n in names):
+            raise UserError(f"{where}: its category needs 1 to {MAX_LANDMARKS} printable keypoint names; convert the data again")
 
-        def indices(value, name, start=0):
-            if not isinstance(value, list) or not all(
-                    type(i) is int and start <= i < len(names) + start for i in value) or len(set(value)) != len(value):
-                raise UserError(f"{where}: {name} must hold different landmark numbers, not {str(value)[:60]}")
+        def field(name, kind=list):
+            value = category.get(name) or kind()
+            if not isinstance(value, kind):
+                raise UserError(f"{where}: {name} must be {'a list' if kind is list else 'an object'}")
+            return value
+
+        def indices(value, name, start=0, length=None):
+            if (not isinstance(value, list) or not all(type(i) is int and 0 <= i - start < len(names) for i in value)
+                    or len(set(value)) < len(value) or length and len(value) != length):
+                raise UserError(f"{where}: {name} must hold {length or ''} different landmark numbers, not {str(value)[:60]}")
             return [i - start for i in value]
 
-        def lists(name, start=0):
-            value = category.get(name) or []
-            if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
-                raise UserError(f"{where}: {name} must be a list of pairs")
-            return [indices(p, name, start) for p in value]
-
-        pairs, regions = lists("flip_pairs"), category.get("regions") or {}
-        indices(sum(pairs, []), "flip_pairs")
-        if not isinstance(regions, dict):
-            raise UserError(f"{where}: regions must map a name to a list of landmark numbers")
-        interocular = indices(category.get("interocular") or [], "interocular")
-        if len(interocular) not in (0, 2):
-            raise UserError(f"{where}: interocular must name two landmarks")
-        regions = {printable(k): indices(v, f"regions.{k}") for k, v in regions.items()}
-        return cls(names, pairs, regions, interocular, lists("skeleton", start=1))
+        pairs = [indices(p, "flip_pairs", length=2) for p in field("flip_pairs")]
+        skeleton = [indices(p, "skeleton", 1, 2) for p in field("skeleton")]
+        indices(sum(pairs, []), "flip_pairs")  # no landmark has two partners
+        regions = {printable(k): indices(v, f"regions.{k}") for k, v in field("regions", dict).items()}
+        interocular = field("interocular")
+        return cls(names, pairs, regions, indices(interocular, "interocular", length=2 if interocular else 0), skeleton)
 
 
 @dataclass(frozen=True)
@@ -251,15 +254,15 @@ def load_json(path):
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
 
 
-def picture_path(root, name):
+def picture_path(root, name, where=""):
     """The path of a picture that a file names relative to the data root. Raises UserError where it leads out of it."""
     if not name.isprintable():
-        raise UserError(f"file_name {name!r} holds characters that are no text; rename the picture")
+        raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.
     if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name)
             or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
-        raise UserError(f"file_name {name!r} leaves the data root {root}; names must be relative to it, and links stay in it")
+        raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative to it, links stay in it")
     return path
 
 
@@ -280,48 +283,43 @@ def load_coco(path, root):
     scheme = Scheme.from_category(category, path)
     k, images = len(scheme.names), {}
     for number, image in enumerate(data["images"]):
-        name = image.get("file_name") if isinstance(image, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{path}: image entry {number} has no file_name")
-        try:
-            picture_path(root, name)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
-        size = [image.get("width"), image.get("height")]
-        if not all(type(s) is int and 0 < s < 1 << 16 for s in size):
-            raise UserError(f"{path}: image {name!r} has no usable width and height")
-        if not isinstance(image.get("id"), (int, str)) or image["id"] in images:
-            raise UserError(f"{path}: image {name!r} has no id, or that of another")
-        images[image["id"]] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
+        image = image if isinstance(image, dict) else {}
+        name, key, size = image.get("file_name"), image.get("id"), (image.get("width"), image.get("height"))
+        if not (isinstance(name, str) and name and all(type(s) is int and 0 < s < 1 << 16 for s in size)
+                and isinstance(key, (int, str)) and key not in images):
+            raise UserError(f"{path}: image {number} ({name!r}) needs a file_name, a width and height, and an id of its own")
+        picture_path(root, name, f"{path}: ")
+        images[key] = (name, size, printable(image.get("breed", Path(name).stem.split("_")[0])))
     rows, ids = [], set()
     for number, annotation in enumerate(data["annotations"]):
-        where = f"{path}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
-        if not isinstance(annotation, dict) or annotation.get("category_id", category.get("id")) != category.get("id"):
-            raise UserError(f"{where} is not of the category with keypoints")
-        if not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in images:
-            raise UserError(f"{where} names an image that is not in the file")
-        if not isinstance(annotation.setdefault("id", number), (int, str)) or annotation["id"] in ids:
+        annotation = annotation if isinstance(annotation, dict) else {}
+        key, picture = annotation.get("id", number), annotation.get("image_id")
+        where = f"{path}: annotation {key}"
+        if not isinstance(key, (int, str)) or key in ids:
             raise UserError(f"{where} has the id of another, or one that is neither number nor text")
-        ids.add(annotation["id"])
+        if annotation.get("category_id", category.get("id")) != category.get("id"):
+            raise UserError(f"{where} is not of the category with keypoints")
+        if not isinstance(picture, (int, str)) or picture not in images:
+            raise UserError(f"{where} names an image that is not in the file")
+        ids.add(key)
         try:
             triples = np.array(annotation["keypoints"], dtype=np.float64).reshape(k, 3)
             box = np.array(annotation["bbox"], dtype=np.float64).reshape(4)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{where} needs keypoints ({k} x 3 numbers) and bbox (4 numbers)") from None
-        if not (np.isfinite(triples).all() and np.isfinite(box).all() and np.abs(triples).max() < 1e6
-                and np.abs(box).max() < 1e6 and np.isin(triples[:, 2], (0, 1, 2)).all()
-                and (box[2:].min() > 0 or not triples[:, 2].any())):
+        labelled = triples[:, 2].any()
+        if not (np.abs([*triples.flat, *box]).max() < 1e6 and np.isin(triples[:, 2], (0, 1, 2)).all()  # NaN is below nothing
+                and (box[2:].min() > 0 or not labelled)):
             raise UserError(f"{where} has numbers that cannot be: NaN, huge, v not in 0 1 2, or an empty bbox")
-        if triples[:, 2].any():
-            rows.append((annotation, triples, box))
+        if labelled:
+            name, size, breed = images[picture]
+            rows.append((name, size, box, triples, key, picture, breed))
     if not rows:
         raise UserError(f"{path}: no annotation has a labelled landmark; convert the data again")
-    picture = [images[a["image_id"]] for a, _, _ in rows]
-    triples = np.stack([t for _, t, _ in rows])
-    return Faces(scheme, [p[0] for p in picture], Path(root), np.array([p[1] for p in picture]),
-                 np.stack([b for _, _, b in rows]), triples[..., :2].copy(), triples[..., 2].astype(np.uint8),
-                 np.array([a["id"] for a, _, _ in rows]),
-                 np.array([a["image_id"] for a, _, _ in rows]), [p[2] for p in picture])
+    files, sizes, boxes, triples, ids, image_ids, breeds = zip(*rows)
+    triples = np.stack(triples)
+    return Faces(scheme, list(files), Path(root), np.array(sizes), np.stack(boxes), triples[..., :2].copy(),
+                 triples[..., 2].astype(np.uint8), np.array(ids), np.array(image_ids), list(breeds))
 
 
 # ---------------------------------------------------------------- pictures and crops
@@ -329,15 +327,11 @@ def load_coco(path, root):
 def read_image(path):
     """Decode a picture of any kind: (H, W, 3) uint8 RGB, upright by its EXIF tag. Raises UserError naming it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about odd but readable files
-            with Image.open(str(path), formats=FORMATS) as image:  # a Path is resolved by some Pillows, and a loop is no OSError then
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{path}: {image.width} x {image.height} pixels is too large; scale it down")
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
-                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-                return np.array(image.convert("RGB"))
+        with Image.open(str(path), formats=FORMATS) as image:  # some Pillows resolve a Path, and a loop is no OSError then
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture; check --data-root") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
@@ -390,17 +384,13 @@ def apply_matrix(matrix, points):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the training augmentation. `Augmentation.none()` is the validation crop."""
+    """Ranges of the training augmentation; all 0 is the validation crop."""
     flip: float = 0.5  # probability of mirroring, partners swapped
     rotation: float = 20.0  # degrees, uniform in +-
     scale: float = 0.2  # log-uniform in 1 / (1 + s) .. 1 + s
     shift: float = 0.05  # of the crop's side, uniform in +-
     colour: float = 0.25  # strength of contrast, brightness, saturation and channel gain
     occlusion: float = 0.2  # probability of one flat rectangle over the crop
-
-    @classmethod
-    def none(cls):
-        return cls(0, 0, 0, 0, 0, 0)
 
     @property
     def reach(self):
@@ -460,18 +450,13 @@ class Windows:
     """
 
     def __init__(self, faces, size, padding, reach, cache="none", folder=ROOT / "data" / "cache"):
-        self.paths, self.cache = [faces.root / f for f in faces.files], cache
-        self.sizes = faces.sizes
+        self.paths, self.sizes, self.cache = [faces.root / f for f in faces.files], faces.sizes, cache
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
         self.offsets = np.cumsum([0] + [3 * w * h for _, (w, h) in self.geometry])
-        stats = []
-        for path in self.paths:
-            try:
-                stats.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
-            except OSError:
-                missing = sum(not p.exists() for p in self.paths)
-                raise UserError(f"{path}: no such picture ({missing} of {len(self.paths)} missing); "
-                                "check --data-root, or convert again") from None
+        missing = [path for path in self.paths if not path.exists()]
+        if missing:
+            raise UserError(f"{missing[0]}: no such picture ({len(missing)} of {len(self.paths)} missing); "
+                            "check --data-root, or convert again")
         if cache == "ram":
             # Linux hands out more shared memory than there is, and kills who touches it.
             free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
@@ -482,14 +467,13 @@ class Windows:
             for i, window in enumerate(self._decode_all()):
                 self.memory[self.offsets[i]:self.offsets[i + 1]] = torch.from_numpy(window.reshape(-1))
         elif cache == "disk":
+            stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
             key = hashlib.sha256(repr((stats, self.geometry)).encode()).hexdigest()[:16]
             self.file = Path(folder) / f"{key}.bin"
             if not self._is_whole():
-                with file_lock(self.file.with_name(".lock"), wait=True):  # another run, or rank, may be at it
+                with file_lock(self.file.with_name(".lock")):  # another run, or rank, may be at it
                     if not self._is_whole():
-                        with atomic_write(self.file) as f:
-                            for window in self._decode_all():
-                                f.write(window.tobytes())
+                        atomic_write(self.file, (window.tobytes() for window in self._decode_all()))
 
     def _is_whole(self):
         return self.file.is_file() and self.file.stat().st_size == self.offsets[-1]
@@ -502,8 +486,7 @@ class Windows:
         return cut_window(image, *self.geometry[i])
 
     def _decode_all(self):
-        # The outer catch_warnings puts back what the threads' own, in read_image, leave in each other's order.
-        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
                 total=len(self.paths), desc="decoding", unit="face", leave=False, disable=None) as bar:
             for start in range(0, len(self.paths), 256):  # in chunks, so that finished windows do not pile up
                 for window in pool.map(self._decode, range(start, min(start + 256, len(self.paths)))):
@@ -516,15 +499,13 @@ class Windows:
         if self.cache == "none":
             pixels = self._decode(i)
         elif self.cache == "ram":
-            pixels = self.memory[self.offsets[i]:self.offsets[i + 1]].numpy()
+            pixels = self.memory[self.offsets[i]:self.offsets[i + 1]].numpy().reshape(h, w, 3)
         else:  # a plain read: mapped pages would count as this process's memory, in every worker
             try:
-                pixels = np.fromfile(self.file, np.uint8, 3 * w * h, offset=self.offsets[i])
-            except OSError as e:
-                raise UserError(f"{self.file}: the face cache is gone ({e.strerror}); start again, which builds it anew") from None
-            if len(pixels) < 3 * w * h:
-                raise UserError(f"{self.file}: the face cache was cut off; start again, which builds it anew")
-        return pixels.reshape(h, w, 3), window_matrix(window, (w, h))
+                pixels = np.fromfile(self.file, np.uint8, 3 * w * h, offset=self.offsets[i]).reshape(h, w, 3)
+            except (OSError, ValueError):
+                raise UserError(f"{self.file}: the face cache is gone or cut off; start again, which builds it anew") from None
+        return pixels, window_matrix(window, (w, h))
 
 
 def default_sigma(input_size):
@@ -546,7 +527,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache="none"):
         self.faces, self.size, self.padding, self.seed = faces, input_size, padding, seed
         self.sigma = sigma or default_sigma(input_size)
-        self.augment = augment or Augmentation.none()
+        self.augment = augment or Augmentation(0, 0, 0, 0, 0, 0)
         self.flip_index = faces.scheme.flip_index
         self.windows = Windows(faces, input_size, padding, self.augment.reach, cache)
 

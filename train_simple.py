@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -185,28 +185,26 @@ def mean_metrics(points, faces, padding):
 
 
 @torch.inference_mode()
-def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, sigma=None, workers=0, rank=0, world=1):
+def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, sigma=None, rank=0, world=1):
     """Predict a process's share of a dataset: (N, K, 4) float64 of x, y in picture pixels, score, loss; 0 elsewhere."""
     model.eval()
     n, k = len(dataset), len(dataset.faces.scheme.names)
     flip_index = torch.tensor(dataset.flip_index, device=device) if flip and dataset.flip_index else None
-    mine = np.arange(n)[rank::world]
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[mine[i:i + batch_size].tolist() for i in range(0, len(mine), batch_size)],
-        collate_fn=keep, num_workers=workers, worker_init_fn=quiet_worker)
-    found, inverses = [], np.zeros((n, 2, 3))
-    for batch in loader:
+    mine, found, matrices = range(rank, n, world), [], []
+    for start in range(0, len(mine), batch_size):
+        batch = dataset.__getitems__(mine[start:start + batch_size])
         heatmaps = predict_heatmaps(model, batch["image"].to(device), flip_index, amp)
         points, score = data.decode_heatmaps(heatmaps)
         loss = torch.zeros_like(score)
         if sigma is not None:
             loss = heatmap_losses(heatmaps, batch["keypoints"].to(device), batch["visibility"].to(device), sigma)
         found.append(torch.cat([points, score.unsqueeze(-1), loss.unsqueeze(-1)], -1))
-        inverses[batch["index"]] = data.invert_matrix(batch["matrix"].numpy())
+        matrices.append(batch["matrix"].numpy())
     table = torch.zeros(n, k, 4, dtype=torch.float64)
-    if len(mine):
-        table[mine] = torch.cat(found).cpu().double()  # the one wait for the device
-        table[mine, :, :2] = data.apply_matrix(torch.from_numpy(inverses[mine]), table[mine, :, :2])
+    if found:
+        inverses = torch.from_numpy(data.invert_matrix(np.concatenate(matrices)))
+        table[rank::world] = torch.cat(found).cpu().double()  # the one wait for the device
+        table[rank::world, :, :2] = data.apply_matrix(inverses, table[rank::world, :, :2])
     return table
 
 
@@ -214,7 +212,7 @@ def predict(model, dataset, device, sigma=None, world=1, **options):
     """Predict every face of a dataset. Returns points (N, K, 2) in picture pixels, scores (N, K), mean loss.
 
     float64 numpy; with several processes each predicts its share, and all get the whole, exactly. The loss is
-    NaN unless `sigma` is given. Options: amp, batch_size, flip, workers, rank.
+    NaN unless `sigma` is given. Options: amp, batch_size, flip, rank.
     """
     table = predict_table(model, dataset, device, sigma=sigma, world=world, **options)
     if world > 1:
@@ -233,20 +231,11 @@ def save_checkpoint(path, checkpoint):
     """Write plain types and tensors, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    with atomic_write(path) as f:
-        f.write(buffer.getbuffer())
+    atomic_write(path, [buffer.getbuffer()])
 
 
 def load_weights(path):
     """Tensors of a .pth or .safetensors file; of our own checkpoints the model's. Runs no code from the file."""
-    if str(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-            return load_file(path)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except Exception as e:  # safetensors' own error type is not exported by every version
-            raise UserError(f"{path}: not a safetensors file ({str(e)[:80]})") from None
     state = load_file_safely(path)
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -255,14 +244,15 @@ def load_weights(path):
 
 
 def load_file_safely(path):
-    """torch.load that runs no code: tensors and plain types, or UserError."""
+    """Tensors and plain types of a .pth or .safetensors file. Runs no code from it. Raises UserError."""
+    from safetensors.torch import load_file  # timm brings it
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
-    except Exception as e:  # unpickling damaged or hostile bytes can raise almost anything
+    except Exception as e:  # reading damaged or hostile bytes can raise almost anything
         hostile = "weights_only" in str(e).lower()
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
         raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
@@ -325,9 +315,6 @@ class EpochBatches:
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.steps = n // self.batch_size  # optimizer steps an epoch
 
-    def __len__(self):
-        return len(self.epochs) * self.steps * self.accumulate
-
     def __iter__(self):
         for epoch in self.epochs:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
@@ -352,11 +339,11 @@ def quiet_worker(_):
     torch.set_num_threads(1)
 
 
-def batches_of(dataset, sampler, args, env):
+def batches_of(dataset, sampler, workers, pin_memory=False):
     """One pass over a sampler's batches; no more workers than the machine has cores."""
     return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=min(args.num_workers, os.cpu_count() or 1), collate_fn=keep,
-        worker_init_fn=quiet_worker, pin_memory=env.device.type == "cuda"))
+        dataset, batch_sampler=sampler, num_workers=min(workers, os.cpu_count() or 1), collate_fn=keep,
+        worker_init_fn=quiet_worker, pin_memory=pin_memory))
 
 
 def build_optimizer(model, args, device):
@@ -408,12 +395,6 @@ def is_out_of_memory(error):
     return any(text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
 
 
-@torch.no_grad()
-def update_average(averages, values, decay, step):
-    """Exponential moving average of tensors, in place; the decay warms up with the step."""
-    torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + step) / (10 + step)))
-
-
 def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, faces, args, env):
     """One epoch of optimizer steps. Returns the mean loss. Nothing in the loop waits for the device.
 
@@ -454,7 +435,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
-            update_average(*averaged, args.ema, done)
+            torch._foreach_lerp_(*averaged, 1 - min(args.ema, (1 + done) / (10 + done)))  # the decay warms up
         total += loss
         interval.append(step_faces)
         if len(interval) == 50 or step == sampler.steps - 1:
@@ -478,37 +459,44 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
 COLUMNS = ("epoch", "seconds", "lr", "train_loss", "val_loss", "nme", "nme_iod", "images_per_s")
 
 
-def write_metrics(path, rows):
+def as_csv(columns, rows):
+    """Rows {column: value} as the bytes of a CSV file; other columns are left out."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with atomic_write(path) as f:
-        f.write(text.getvalue().encode())
+    return text.getvalue().encode()
 
 
-def plot_curves(path, rows):
-    """Loss and NME over the epochs. Needs matplotlib (optional); says so when it is missing."""
+def as_png(figure):
+    """The bytes of a matplotlib figure's picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def plot_curves(path, runs):
+    """Losses and errors of a run {name: rows} over the epochs, or of several to compare. Returns whether it could."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("curves.png needs matplotlib: pip install matplotlib (metrics.csv holds the same numbers)")
-        return
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    scored = [r for r in rows if not math.isnan(r["nme"])]
-    left.semilogy([r["epoch"] for r in rows], [r["train_loss"] for r in rows], label="train")
-    left.semilogy([r["epoch"] for r in scored], [r["val_loss"] for r in scored], label="validation")
-    left.set(xlabel="epoch", ylabel="loss")
-    for name in ("nme", "nme_iod"):
-        right.semilogy([r["epoch"] for r in scored], [r[name] for r in scored], label=name)
-    right.set(xlabel="epoch", ylabel="normalised mean error")
-    for axes in (left, right):
-        axes.grid(True, which="both", alpha=0.3)
-        axes.legend()
+        print(f"{path.name} needs matplotlib: pip install matplotlib (metrics.csv holds the same numbers)")
+        return False
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, columns in zip(figure.subplots(1, 2), (("train_loss", "val_loss"), ("nme", "nme_iod"))):
+        for n, (name, rows) in enumerate(runs.items()):
+            for column in columns if len(runs) == 1 else columns[:1]:
+                points = [(row["epoch"], row[column]) for row in rows if 0 < row[column] < math.inf]  # not NaN
+                # matplotlib reads $ as mathematics, and leaves a label that begins with _ out of the legend
+                axes.plot(*zip(*points) if points else ([], []), marker="." if len(points) < 20 else None,
+                          linewidth=1.5 + 1.5 * (len(runs) - 1 - n) / len(runs),  # one beneath another stays visible
+                          label=f" {name or column}".replace("$", r"\$"))
+        axes.set(xlabel="epoch", ylabel=", ".join(columns) if len(runs) == 1 else columns[0], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    with atomic_write(path) as f:
-        figure.savefig(f, format="png", dpi=120)
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend(fontsize=9)
+    atomic_write(path, [as_png(figure)])
+    return True
 
 
 def plain(settings):
@@ -526,23 +514,14 @@ def versions():
             "numpy": np.__version__, "git": git or "unknown"}
 
 
-@contextmanager
 def run_directory(args):
-    """Hold args.work_dir for this run: empty, or one to resume, and no other process's. Raises UserError.
-
-    The lock goes with the process, however that ends.
-    """
+    """The lock on args.work_dir for this run: empty, or one to resume, and no other process's. Raises UserError."""
     if int(os.environ.get("RANK", 0)) > 0:
-        yield
-        return
+        return nullcontext()
     if not args.resume and args.work_dir.is_dir() and any(p.name != ".lock" for p in args.work_dir.iterdir()):
         raise UserError(f"--work-dir {args.work_dir}: not empty; go on with --resume or name another folder")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(data.file_lock(args.work_dir / ".lock", wait=False))
-        except BlockingIOError:
-            raise UserError(f"--work-dir {args.work_dir}: another run is writing there; wait for it or name another") from None
-        yield
+    return data.file_lock(args.work_dir / ".lock", f"--work-dir {args.work_dir}: another run is writing there; "
+                                                   "wait for it or name another")
 
 
 # ---------------------------------------------------------------- command line
@@ -560,10 +539,12 @@ def parse_args(argv=None):
     add("--crop", choices=["face", "image"], default="face", help="what the model sees: the face's box, or the whole picture (a locator)")
     add("--cache", choices=["disk", "ram", "none"], default="disk", help="where decoded faces are kept (default: disk, data/cache)")
     add("--num-workers", type=int, default=4, metavar="N", help="processes that cut crops (default: 4)")
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--backbone", default="hrnet_w32", help="any HRNet of timm (default: hrnet_w32)")
-    add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from ImageNet weights, downloaded by timm")
-    add("--weights", type=Path, metavar="FILE", help="start from this file instead: a backbone's weights or a checkpoint of ours")
+    start = group.add_mutually_exclusive_group().add_argument
+    start("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from timm's ImageNet weights")
+    start("--weights", type=Path, metavar="FILE", help="start from a file instead: a backbone's weights or a checkpoint of ours")
     add("--input-size", type=int, default=SIZE, metavar="S",
         help=f"crop in pixels, a multiple of 32; heatmaps are half of it (default: {SIZE})")
     add("--sigma", type=float, help=f"the targets' final deviation, heatmap cells (default: {SIGMA} at {SIZE} pixels, else in proportion)")
@@ -614,8 +595,6 @@ def parse_args(argv=None):
     ) if not good]
     if not problems and args.batch_size % (args.accumulate * world):
         problems.append(f"--batch-size {args.batch_size}: must divide by --accumulate {args.accumulate} x {world} processes")
-    if args.weights and "--no-pretrained" in (argv if argv is not None else sys.argv):
-        problems.append("--weights and --no-pretrained contradict each other")
     if problems:
         raise UserError("; ".join(problems))
     return args
@@ -667,16 +646,11 @@ def set_up_processes(device_name):
 def load_faces(args):
     """(train, the faces that choose the checkpoint, the faces scored once at the end or None, name of the chooser)."""
     if args.sample:
-        with data.file_lock(args.ann_root.parent / ".lock", wait=True):  # every process of a job comes here
+        with data.file_lock(args.ann_root.parent / ".lock"):  # every process of a job comes here
             make_sample(args)
-    root = args.data_root or data.find_dogflw()
-    if root is None:
-        raise UserError("DogFLW not found; download it with tools/convert_dogflw_to_coco.py --download, or name its "
-                        "folder with --data-root DIR, or try drawn faces with --sample")
-    for name, folder in (("--data-root", root), ("--ann-root", args.ann_root)):
-        if not folder.is_dir():
-            raise UserError(f"{name} {folder}: no such folder" + (
-                "; run tools/convert_dogflw_to_coco.py first" if name == "--ann-root" else ""))
+    root = data.data_root(args.data_root)
+    if not args.ann_root.is_dir():
+        raise UserError(f"--ann-root {args.ann_root}: no such folder; run tools/convert_dogflw_to_coco.py first")
     train, val = (data.load_coco(args.ann_root / f"{name}.json", root) for name in ("train", "val"))
     if val.scheme != train.scheme:
         raise UserError(f"{args.ann_root}: train.json and val.json have different landmarks; convert again")
@@ -702,16 +676,12 @@ def make_sample(args):
 
 def write_pictures(work_dir, stage, dataset, points=None):
     """A contact sheet of the first faces: with training crops and targets, or predictions beside the truth."""
-    tiles = []
-    for i in range(min(16, len(dataset))):
-        batch = dataset.__getitems__([i])
-        crop, matrix = batch["image"][0].numpy(), batch["matrix"][0].numpy()
-        truth = batch["keypoints"][0].numpy()
-        drawn = truth if points is None else data.apply_matrix(matrix, points[i])
-        tiles.append(data.draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][0].numpy() > 0,
+    tiles, batch = [], {k: v.numpy() for k, v in dataset.__getitems__(range(min(16, len(dataset)))).items()}
+    for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
+        drawn = truth if points is None else data.apply_matrix(batch["matrix"][i], points[i])
+        tiles.append(data.draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][i] > 0,
                                          truth=None if points is None else truth))
-    with atomic_write(work_dir / f"{stage}.jpg") as f:
-        f.write(data.encode_picture(data.contact_sheet(tiles, 4), ".jpg"))
+    atomic_write(work_dir / f"{stage}.jpg", [data.encode_picture(data.contact_sheet(tiles, 4), ".jpg")])
 
 
 def main(argv=None):
@@ -805,7 +775,7 @@ def train(args):
     judged = average if average is not None else bare
 
     sampler = EpochBatches(len(train_set), args.batch_size, args.seed, first, sizes, args.accumulate, env.rank, env.world)
-    batches = batches_of(train_set, sampler, args, env)
+    batches = batches_of(train_set, sampler, args.num_workers, pin_memory=env.device.type == "cuda")
     if env.device.type == "cuda" and first < args.epochs and sizes[first] < args.input_size:
         try_full_size(args, env)
 
@@ -815,8 +785,8 @@ def train(args):
                 "args": own, "versions": versions(), "metrics": metrics}
 
     if env.rank == 0 and not resumed:
-        with atomic_write(args.work_dir / "args.json") as f:
-            f.write(json.dumps({**plain(vars(args)), "versions": versions()}, indent=1).encode())
+        settings = {**plain(vars(args)), "versions": versions()}
+        atomic_write(args.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
         write_pictures(args.work_dir, "train_batch", train_set)
     board = None
     if args.tensorboard and env.rank == 0:
@@ -863,8 +833,8 @@ def train(args):
             write_pictures(args.work_dir, "val_predictions", val_sets[sizes[epoch]], points)
         if (epoch + 1) % args.save_every == 0:
             save_checkpoint(args.work_dir / f"epoch_{epoch + 1}.pth", snapshot(epoch + 1, metrics))
-            plot_curves(args.work_dir / "curves.png", rows)
-        write_metrics(args.work_dir / "metrics.csv", rows)
+            plot_curves(args.work_dir / "curves.png", {"": rows})
+        atomic_write(args.work_dir / "metrics.csv", [as_csv(COLUMNS, rows)])
         # Comes after all the others, so that whatever a kill left out is written by the epoch that runs again. On a fast
         # GPU an epoch takes little longer than the writing, which may take a twentieth of a run.
         now = time.perf_counter()
@@ -886,7 +856,7 @@ def train(args):
     if board:
         board.close()
     if env.rank == 0:
-        plot_curves(args.work_dir / "curves.png", rows)
+        plot_curves(args.work_dir / "curves.png", {"": rows})
 
     # The checkpoint that was chosen; with --holdout, its one look at val.json.
     chosen = read_by_rank_0(args.work_dir / "best_model.pth", env)
@@ -897,8 +867,8 @@ def train(args):
         _, _, metrics = validate(DogFLWDataset(test, **options | at_size(args, chosen["args"]["input_size"])), args.epochs)
         say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if env.rank == 0:
-            with atomic_write(args.work_dir / "test.json") as f:
-                f.write(json.dumps({"faces": len(test), "chosen_on": chooser, **metrics}, indent=1).encode())
+            result = {"faces": len(test), "chosen_on": chooser, **metrics}
+            atomic_write(args.work_dir / "test.json", [json.dumps(result, indent=1).encode()])
     if env.world > 1:
         dist.destroy_process_group()
     return 0

@@ -287,7 +287,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
     def flock(*_):
         raise OSError(number, "no")
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    with nullcontext() if passes else pytest.raises(OSError), data.file_lock(tmp_path / "a" / ".lock", wait=False):
+    with nullcontext() if passes else pytest.raises(OSError), data.file_lock(tmp_path / "a" / ".lock", busy="held"):
         assert (tmp_path / "a" / ".lock").exists()
 
 

@@ -41,8 +41,8 @@ def test_original_boxes_red_and_new_ones_green(sample, tmp_path):
     ids = [a["id"] for a in content["annotations"][:4]]
     assert list(boxes) == ids and [b is None for b in boxes.values()] == [False, True, True, False]
     some = faces.take(range(4))
-    red = [has(tile[:320], (230, 40, 40), 3) for tile in tool.repaired_tiles(some, boxes)]
-    green = [has(tile[:320], (60, 200, 60), 3) for tile in tool.repaired_tiles(some, boxes)]
+    red = [has(tile[:320], (230, 40, 40), 3) for tile in tool.raw_tiles(some, boxes)]
+    green = [has(tile[:320], (60, 200, 60), 3) for tile in tool.raw_tiles(some, boxes)]
     assert red == [True, False, False, True] and green == [True] * 4
 
 

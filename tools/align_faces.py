@@ -107,8 +107,7 @@ def parse_args(argv):
         raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
     if args.predictions and not args.checkpoint:
         raise UserError("--predictions: give --checkpoint too, the one that made them")
-    if not args.data_root.is_dir():
-        raise UserError(f"--data-root {args.data_root}: no such folder")
+    data.data_root(args.data_root)
     if args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
     data.check_free("--out", args.out, args.force)
@@ -145,11 +144,9 @@ def main(argv=None):
             aligned.append({"file": file, "face": face, "picture": picture, "matrix": matrix.tolist(),
                             "landmarks": [p.round(3).tolist() if v else None for p, v in zip(landmarks, visible, strict=True)],
                             "residual": round(float(residual), 4)})
-            with atomic_write(args.out / picture) as f:
-                f.write(data.encode_picture(align(image, matrix, args.size)))
-    with atomic_write(args.out / "transforms.json") as f:
-        f.write(json.dumps({"size": args.size, "names": scheme.names, "template": target.tolist(), "faces": aligned,
-                            "left_out": left_out}).encode())
+            atomic_write(args.out / picture, [data.encode_picture(align(image, matrix, args.size))])
+    atomic_write(args.out / "transforms.json", [json.dumps({
+        "size": args.size, "names": scheme.names, "template": target.tolist(), "faces": aligned, "left_out": left_out}).encode()])
     print(f"{len(aligned)} faces -> {args.out}")
     if left_out:
         named = ", ".join(f"{data.printable(face['file'])} ({face['face']}): {face['reason']}" for face in left_out[:10])

@@ -14,11 +14,6 @@ from pathlib import Path
 
 import torch
 
-try:
-    import resource
-except ImportError:
-    resource = None  # Windows
-
 import dataset as data
 import train_simple as trainer
 from dataset import Augmentation, DogFLWDataset, UserError, run_script
@@ -27,8 +22,7 @@ from dataset import Augmentation, DogFLWDataset, UserError, run_script
 def samples_per_second(dataset, args, workers, seconds=4.0):
     """Faces a second that `workers` processes deliver (0: this process), augmentation on, start-up left out."""
     sampler = trainer.EpochBatches(len(dataset), args.batch_size, 0, 0, [dataset.size] * 10**5)
-    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=trainer.keep,
-                                               worker_init_fn=trainer.quiet_worker))
+    batches = trainer.batches_of(dataset, sampler, workers)
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
         next(batches)
     start, count = time.perf_counter(), 0
@@ -177,7 +171,7 @@ def main(argv=None):
     used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
     train_set = DogFLWDataset(used, augment=Augmentation(), **options)
     sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2)
-    batches = trainer.batches_of(train_set, sampler, args, env)
+    batches = trainer.batches_of(train_set, sampler, args.num_workers, cuda)
     average = copy.deepcopy(env.bare) if args.ema else None
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +194,8 @@ def main(argv=None):
     print(f"validation                {len(val) / validation:9.0f} faces/s  {percent:8.1f} % of an epoch, "
           f"every {args.val_every} of {args.epochs}: {percent / args.val_every:.1f} %")
     memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
-    if resource:
+    if os.name == "posix":
+        import resource
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
     extra = 100 * (loop / bare - 1)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import struct
-import warnings
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dataset import FORMATS, MAX_LANDMARKS, MAX_PIXELS, ROOT, Parser, UserError, atomic_write, dogflw_in, find_dogflw, run_script
+from dataset import FORMATS, MAX_LANDMARKS, ROOT, Parser, UserError, atomic_write, data_root, find_dogflw, run_script
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
 SUFFIXES = {"images": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "labels": (".json",)}
@@ -148,8 +147,7 @@ def png_chunks(f):
 
 def picture_size(path):
     """(width, height) as shown, so turned by the EXIF tag as dataset.read_image turns it; decodes only what is odd."""
-    with warnings.catch_warnings(), open(path, "rb", buffering=0) as f:
-        warnings.simplefilter("ignore")  # Pillow's remarks about odd but readable files
+    with open(path, "rb", buffering=0) as f:
         try:
             chunks = png_chunks(f)
             f.seek(max(f.seek(0, os.SEEK_END) - 2, 0))
@@ -157,7 +155,7 @@ def picture_size(path):
             f.seek(0)
             with Image.open(f, formats=FORMATS) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS or max(width, height) >= 1 << 16:
+                if max(width, height) >= 1 << 16:
                     raise ValueError(f"{width} x {height} pixels is too large")
                 if not (chunks if image.format == "PNG" else jpeg_end and image.format in ("JPEG", "MPO")):
                     image.load()  # no end where it should be: only decoding tells
@@ -259,7 +257,7 @@ def download():
     except Exception as e:  # whatever the network, Kaggle or the disk says
         raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, or fetch it "
                         f"from https://kaggle.com/datasets/{DATASET} and pass --dogflw_root") from None
-    root = dogflw_in(folder) or folder
+    root = find_dogflw(folder) or folder
     train, test, labels = (len([*root.glob(p)]) for p in ("train/images/*.*", "test/images/*.*", "t*/labels/*.*"))
     if not train or not test or train + test != labels:
         raise UserError(f"{root}: the download is incomplete ({train} + {test} pictures, {labels} labels); "
@@ -281,10 +279,7 @@ def main():
     args = parser.parse_args()
     if args.download and args.dogflw_root:
         parser.error("--download puts DogFLW into kagglehub's cache; leave out --dogflw_root")
-    root = download() if args.download else args.dogflw_root or find_dogflw()
-    if root is None or not root.is_dir():
-        raise UserError(f"{root or 'DogFLW'} not found; fetch it with --download, name its folder with --dogflw_root, "
-                        "or do without: train_simple.py --sample")
+    root = download() if args.download else data_root(args.dogflw_root, "--dogflw_root")
     bad, repairs = [], {"empty": [], "mismatched": [], "landmarks": []}
     splits = {split: read_split(root / split, bad) for split in ("train", "test")}
     counts = Counter(len(face[3]) for faces in splits.values() for face in faces)
@@ -299,8 +294,7 @@ def main():
             raise UserError(f"{root / split}: no usable face" + (f"; {lines}" if bad else ""))
     for split, coco in cocos.items():
         path = args.out_dir / {"train": "train.json", "test": "val.json"}[split]
-        with atomic_write(path) as f:
-            f.write(json.dumps(coco, allow_nan=False).encode())
+        atomic_write(path, [json.dumps(coco, allow_nan=False).encode()])
         print(f"{split}: {len(coco['images'])} faces of {k} landmarks -> {path}")
     for kind, what in {"empty": "empty or malformed boxes, rebuilt from the landmarks",
                        "mismatched": "boxes away from their landmarks, rebuilt from them",

@@ -12,8 +12,6 @@ faces themselves, as tools/predict.py does without boxes: a face takes the resul
 without one are counted; with a CHECKPOINT the error is compared with the one in the true boxes.
 """
 import base64
-import csv
-import io
 import json
 import math
 from collections import defaultdict
@@ -25,7 +23,7 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset, Parser, UserError, atomic_write, run_script
-from train_simple import choose_amp, choose_device, load_model, nan_mean, nme, normalizers, predict
+from train_simple import as_csv, as_png, choose_amp, choose_device, load_model, nan_mean, nme, normalizers, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
 SAME_FACE = 0.5  # IoU of the landmarks' hulls from which on a result is of that face
@@ -225,12 +223,7 @@ def plots(report, faces, errors):
     axes.axis("off")
     figure.colorbar(dots, label=f"{main}, %", shrink=0.8)
 
-    pictures = {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        pictures[name] = buffer.getvalue()
-    return pictures
+    return {name: as_png(figure) for name, figure in figures.items()}
 
 
 # ---------------------------------------------------------------- the report
@@ -240,20 +233,15 @@ def show(value):
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def as_csv(report):
-    """One row for all faces, every region, landmark, breed and face."""
-    text = io.StringIO()
-    columns = ["group", "name", "labelled", *(k for k in ("nme", "nme_iod", "nme_box") if k in report["metrics"]), "along", "across"]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+def as_table(report):
+    """report.csv: one row for all faces, every region, landmark, breed and face."""
     total = sum(row["labelled"] for row in report["face"])
     rows = [{"group": "all", "name": "all", "labelled": total, **report["metrics"]}]
     for group in ("region", "landmark", "breed"):
         rows += [{"group": group, "name": name, **row} for name, row in report[group].items()]
     rows += [{"group": "face", "name": row["file"], **row} for row in report["face"]]
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue().encode()
+    lengths = [k for k in ("nme", "nme_iod", "nme_box") if k in report["metrics"]]
+    return as_csv(["group", "name", "labelled", *lengths, "along", "across"], rows)
 
 
 def as_html(report, pictures):
@@ -333,12 +321,9 @@ def main(argv=None):
     if args.checkpoint:
         model, scheme, settings, checkpoint = load_model(args.checkpoint, device)
     ann = args.ann or (Path(str(settings["ann_root"])) / "val.json" if settings.get("ann_root") else None)
-    root = args.data_root or (Path(str(settings["data_root"])) if settings.get("data_root") else data.find_dogflw())
     if ann is None or not ann.is_file():
         raise UserError(f"--ann {ann or ''}: no such file; name the COCO file to score on")
-    if root is None or not root.is_dir():
-        raise UserError(f"--data-root {root or ''}: no such folder; name the one that the file names of {ann} are relative to")
-    faces = data.load_coco(ann, root)
+    faces = data.load_coco(ann, data.data_root(args.data_root or settings.get("data_root")))
     if scheme and faces.scheme.names != scheme.names:
         raise UserError(f"{ann}: its {len(faces.scheme.names)} landmarks are not the {len(scheme.names)} of {args.checkpoint}")
     if scheme:  # partners and regions as trained: a file of another program may name none
@@ -378,10 +363,9 @@ def main(argv=None):
               "definitions": {k: v.replace("MAIN", report["main"]) for k, v in DEFINITIONS.items()}, **report}
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # null for NaN, which JSON does not know
     pictures = {**plots(report, faces, errors), "worst.jpg": worst_faces(points, faces, errors, padding)}
-    for name, content in {**pictures, "report.csv": as_csv(report), "report.html": as_html(report, pictures),
+    for name, content in {**pictures, "report.csv": as_table(report), "report.html": as_html(report, pictures),
                           "report.json": json.dumps(report, indent=1).encode()}.items():
-        with atomic_write(args.out / name) as f:
-            f.write(content)
+        atomic_write(args.out / name, [content])
     print(f"{len(faces)} faces of {ann}; {source}")
     print_report(report)
     print(f"report: {args.out / 'report.html'}")

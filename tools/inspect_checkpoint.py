@@ -6,11 +6,10 @@
 A PATH is a checkpoint, or a run's folder, which stands for its best_model.pth. Curves come from metrics.csv beside it.
 """
 import csv
-import math
 from pathlib import Path
 
-from dataset import Parser, UserError, atomic_write, printable, run_script
-from train_simple import COLUMNS, load_model
+from dataset import Parser, UserError, printable, run_script
+from train_simple import COLUMNS, load_model, plot_curves
 
 
 def show(value):
@@ -36,39 +35,15 @@ def read_run(path):
 
 
 def read_curves(checkpoint):
-    """The rows of metrics.csv beside a checkpoint, as {column: [number, ...]}."""
+    """The rows of metrics.csv beside a checkpoint."""
     path = checkpoint.with_name("metrics.csv")
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            rows = [{k: float(row[k]) for k in COLUMNS} for row in csv.DictReader(f)]
+            return [{k: float(row[k]) for k in COLUMNS} for row in csv.DictReader(f)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --plot draws the curves in it") from None
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f"{path}: not a run's metrics.csv ({show(str(e))})") from None
-    return {k: [row[k] for row in rows] for k in COLUMNS}
-
-
-def plot(path, names, runs):
-    """Training loss and validation error of all runs in one picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: needs matplotlib; pip install matplotlib") from None
-    curves = [read_curves(run["path"]) for run in runs]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, column in zip(figure.subplots(1, 2), ("train_loss", "nme"), strict=True):
-        for n, (name, curve) in enumerate(zip(names, curves, strict=True)):
-            points = [(x, y) for x, y in zip(curve["epoch"], curve[column], strict=True) if math.isfinite(y) and y > 0]
-            # matplotlib reads $ as mathematics, and leaves a label that begins with _ out of the legend
-            axes.plot(*zip(*points, strict=True) if points else ([], []), label=" " + name.replace("$", r"\$"),
-                      marker="o" if len(points) < 20 else None, markersize=3,
-                      linewidth=1.5 + 1.5 * (len(names) - 1 - n) / len(names))  # one beneath another stays visible
-        axes.set(xlabel="epoch", ylabel=column, yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(True, which="both", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    with atomic_write(path) as f:
-        figure.savefig(f, format="png", dpi=120)
 
 
 def print_table(header, rows):
@@ -121,7 +96,8 @@ def main(argv=None):
     else:
         print_several(names, runs)
     if args.plot:
-        plot(args.plot, names, runs)
+        if not plot_curves(args.plot, {name: read_curves(run["path"]) for name, run in zip(names, runs)}):
+            return 2
         print(f"\ncurves: {args.plot}")
 
 

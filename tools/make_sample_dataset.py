@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset import ROOT, Parser, UserError, overlaps, run_script
+from dataset import ROOT, Parser, UserError, check_free, encode_picture, overlaps, run_script
 
 SS = 2  # supersampling: a picture is drawn at twice its size
 
@@ -509,9 +509,7 @@ def write_sample(job):
     cv2.setNumThreads(1)  # the processes share the cores already
     breed, picture, label = draw_sample(seed, index, defect)
     stem = f"s{2000001 + breed:08d}_{index + 1}"
-    file = out / split / "images" / f"{stem}.png"
-    if not cv2.imwrite(str(file), picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-        raise OSError(f"cannot write {file}")
+    (out / split / "images" / f"{stem}.png").write_bytes(encode_picture(picture))
     (out / split / "labels" / f"{stem}.json").write_text(json.dumps(label))
 
 
@@ -551,19 +549,12 @@ def main():
     for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
-    if args.out.is_file():
-        raise UserError(f"--out {args.out}: is a file; name a folder")
-    inside = sorted(p.name for p in args.out.iterdir()) if args.out.exists() else []
-    if inside and not args.force:
-        raise UserError(f"--out {args.out}: not empty; pass --force to replace it, or name another folder")
-    if set(inside) - {"train", "test"} or any(args.out.glob("*/*/[!s]*")):  # such as the real DogFLW
+    check_free("--out", args.out, args.force)
+    if {p.name for p in args.out.glob("*")} - {"train", "test"} or any(args.out.glob("*/*/[!s]*")):  # such as the real DogFLW
         raise UserError(f"--out {args.out}: holds more than a drawn sample, which --force will not delete; "
                         "name another folder")
     start = time.perf_counter()
-    try:
-        make_sample(args.out, args.train, args.test, args.seed, args.workers)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there ({error}); name another folder") from error
+    make_sample(args.out, args.train, args.test, args.seed, args.workers)
     print(f"{args.train} train + {args.test} test faces in {args.out} ({time.perf_counter() - start:.0f} s)")
 
 

@@ -329,8 +329,7 @@ def write_results(out, rows, scheme):
                    + [f"{name}_{part}" for name in scheme.names for part in ("x", "y", "score")])
     table.writerows([r["file_name"], r["frame"], r["face"], r["score"], *r["bbox"], *r["keypoints"]] for r in results)
     for name, content in (("predictions.json", json.dumps(results)), ("predictions.csv", text.getvalue())):
-        with atomic_write(out / name) as f:
-            f.write(content.encode())
+        atomic_write(out / name, [content.encode()])
 
 
 def parse_args(argv):
@@ -405,8 +404,8 @@ def main(argv=None):
         for (path, image, _), faces in zip(chunk, predictor.many(
                 [c[1] for c in chunk], [c[2] for c in chunk], args.min_score), strict=True):
             keep(path, faces)
-            with atomic_write(targets[path]) as f:
-                f.write(data.encode_picture(draw_faces(image, faces, predictor.scheme), targets[path].suffix.lower()))
+            drawn = draw_faces(image, faces, predictor.scheme)
+            atomic_write(targets[path], [data.encode_picture(drawn, targets[path].suffix.lower())])
         chunk.clear()
 
     chunk = []

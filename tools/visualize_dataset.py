@@ -30,12 +30,22 @@ def draw_box(tile, matrix, box, colour):
     cv2.rectangle(tile, low, high, colour, 2)
 
 
-def raw_tiles(faces):
+def raw_tiles(faces, originals):
+    """Whole pictures, landmarks, boxes (green), and in red what `originals` says that a box was before it was rebuilt."""
     for i, name in enumerate(faces.files):
-        tile, matrix = data.predict_crop(data.read_image(faces.root / name), data.whole_box(faces.sizes[i]), TILE, 1.0)
+        size, old = faces.sizes[i], originals.get(faces.ids[i])
+        corners = np.array([[0, 0], size])
+        if old is not None:  # it can lie anywhere; what is a picture's size away need not be seen
+            old = np.clip(old, -size, 2 * size)
+            corners = np.concatenate([corners, old])
+        view = (*corners.min(0), *np.ptp(corners, axis=0))
+        tile, matrix = data.predict_crop(data.read_image(faces.root / name), view, TILE, 1.02)
         tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
+        if old is not None:
+            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
         draw_box(tile, matrix, faces.boxes[i], GREEN)
-        yield caption(tile, f"{faces.ids[i]}  {Path(name).name}")
+        note = " (had no box)" if old is None and faces.ids[i] in originals else ""
+        yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
 
 
 def trainer_tiles(faces, size, padding, seed):
@@ -106,22 +116,6 @@ def original_boxes(path):
     return boxes
 
 
-def repaired_tiles(faces, originals):
-    for i, name in enumerate(faces.files):
-        size, old, note = faces.sizes[i], originals[faces.ids[i]], " (had no box)"
-        corners = np.array([[0, 0], size])
-        if old is not None:  # it can lie anywhere; what is a picture's size away need not be seen
-            old, note = np.clip(old, -size, 2 * size), ""
-            corners = np.concatenate([corners, old])
-        view = (*corners.min(0), *np.ptp(corners, axis=0))
-        tile, matrix = data.predict_crop(data.read_image(faces.root / name), view, TILE, 1.02)
-        tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
-        if old is not None:
-            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
-        draw_box(tile, matrix, faces.boxes[i], GREEN)
-        yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
-
-
 def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -137,10 +131,7 @@ def main(argv=None):
     if not (1 <= args.number <= 200 and args.seed >= 0 and 32 <= args.input_size <= 1024 and 0.5 <= args.padding <= 4):
         raise UserError("--number must be from 1 to 200, --seed at least 0, --input-size from 32 to 1024, "
                         "--padding from 0.5 to 4")
-    root = args.data_root or data.find_dogflw()
-    if root is None or not root.is_dir():
-        raise UserError(f"--data-root {root or ''}: no such folder; name the one that ANN's file names are relative to")
-    faces = data.load_coco(args.ann, root)
+    faces = data.load_coco(args.ann, data.data_root(args.data_root))
     originals = original_boxes(args.ann)
     repaired = faces.take(np.flatnonzero([i in originals for i in faces.ids.tolist()]))
     sheets = ["raw.jpg", "trainer.jpg", "landmarks.png", *(["repaired.jpg"] if len(repaired) else [])]
@@ -157,11 +148,10 @@ def main(argv=None):
         if name == "landmarks.png":
             picture = landmark_map(faces)
         else:
-            tiles = list(raw_tiles(some) if name == "raw.jpg" else repaired_tiles(repaired, originals) if name == "repaired.jpg"
+            tiles = list(raw_tiles(some, {}) if name == "raw.jpg" else raw_tiles(repaired, originals) if name == "repaired.jpg"
                          else trainer_tiles(some, args.input_size, args.padding, args.seed))
             picture = data.contact_sheet(tiles, min(len(tiles), 4))
-        with atomic_write(args.out / name) as f:
-            f.write(data.encode_picture(picture, Path(name).suffix))
+        atomic_write(args.out / name, [data.encode_picture(picture, Path(name).suffix)])
         print(f"{args.out / name}: {picture.shape[1]} x {picture.shape[0]}")
 
 
