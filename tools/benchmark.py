@@ -170,7 +170,7 @@ def main(argv=None):
     # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
     used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
     train_set = DogFLWDataset(used, augment=Augmentation(), **options)
-    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2)
+    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2, args.accumulate)
     batches = trainer.batches_of(train_set, sampler, args.num_workers, cuda)
     average = copy.deepcopy(env.bare) if args.ema else None
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
