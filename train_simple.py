@@ -490,7 +490,7 @@ def plot_curves(path, runs):
                 # matplotlib reads $ as mathematics, and leaves a label that begins with _ out of the legend
                 axes.plot(*zip(*points) if points else ([], []), marker="." if len(points) < 20 else None,
                           linewidth=1.5 + 1.5 * (len(runs) - 1 - n) / len(runs),  # one beneath another stays visible
-                          label=f" {name or column}".replace("$", r"\$"))
+                          label=f" {name if len(runs) > 1 else column}".replace("$", r"\$"))
         axes.set(xlabel="epoch", ylabel=", ".join(columns) if len(runs) == 1 else columns[0], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, which="both", alpha=0.3)

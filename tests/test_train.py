@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import dataset as data
 import train_simple as trainer
 from dataset import DogFLWDataset
+from tools import benchmark
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +307,14 @@ def test_two_nodes_without_a_shared_disk_resume_as_one(start, run, flags, tmp_pa
         process.join(120)
         assert process.exitcode == 0, process.err.read_text()
     assert "resuming after epoch 2" in processes[0].out.read_text() and not (tmp_path / "1").exists()
+
+
+def test_benchmark_prints_its_table(sample, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.samples_per_second, "__defaults__", (0.1,))
+    benchmark.main(list(map(str, ["--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL, "--cache", "none",
+                                  "--batch-size", 8, "--accumulate", 2])))
+    out = capsys.readouterr().out
+    assert all(line in out for line in ("input, 0 workers", "bare step", "  head", "full loop", "validation", "210 epochs of 40"))
 
 
 def test_sharded_validation_is_exact(run):
