@@ -600,13 +600,17 @@ def to_cells(points):
     return (points + 0.5) / STRIDE - 0.5
 
 
+def cell_offsets(points, size):
+    """From every point (B, K, 2) in crop pixels to every column and row, in cells: (B, K, 2, size)."""
+    return torch.arange(size, device=points.device, dtype=points.dtype) - to_cells(points).unsqueeze(-1)
+
+
 def encode_heatmaps(points, size, sigma):
     """Gaussians of height 1 around real-valued points: (B, K, 2) crop pixels -> (B, K, size, size).
 
     sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
     """
-    cells = torch.arange(size, device=points.device, dtype=points.dtype)
-    x, y = torch.exp(-0.5 * ((cells - to_cells(points).unsqueeze(-1)) / sigma) ** 2).unbind(2)  # (B, K, size) each
+    x, y = torch.exp(-0.5 * (cell_offsets(points, size) / sigma) ** 2).unbind(2)  # (B, K, size) each
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 
@@ -620,7 +624,8 @@ def decode_heatmaps(heatmaps, radius=0.05):
     """
     size, sharp = heatmaps.shape[-1], heatmaps * heatmaps.sqrt()
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
-    centre = torch.stack([sharp.sum(2) @ cells, sharp.sum(3) @ cells], -1) / sharp.sum((2, 3)).clamp(min=1e-12).unsqueeze(-1)
+    sums = torch.stack([sharp.sum(2), sharp.sum(3)], 2)  # (B, K, 2, size), of columns and of rows
+    centre = (sums @ cells) / sums.sum(3).clamp(min=1e-12)
     near_x, near_y = (radius * size + 0.5 - (cells - centre.unsqueeze(-1)).abs()).clamp(0, 1).unbind(2)  # (B, K, size) each
     near = ((heatmaps @ near_x.unsqueeze(-1)).squeeze(-1) * near_y).sum(-1)
     return (centre + 0.5) * STRIDE - 0.5, near / heatmaps.sum((2, 3)).clamp(min=1e-12)

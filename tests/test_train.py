@@ -69,6 +69,19 @@ def test_loss_counts_labelled_landmarks_alone():
     assert total(maps, visible * 0) == 0
 
 
+def test_loss_is_the_mse_of_maps_written_out(monkeypatch):
+    """The loss never makes its targets; here they are made, and maps and Gaussians subtracted cell by cell."""
+    monkeypatch.setattr(trainer, "CRPS_WEIGHT", 0)
+    points = torch.rand(3, 5, 2, dtype=torch.float64) * 70 - 4  # some outside, their Gaussians cut by the border
+    maps = torch.randn(3, 5, 1024, dtype=torch.float64).softmax(2).view(3, 5, 32, 32).requires_grad_()
+    fast = trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2)
+    targets = data.encode_heatmaps(points, 32, 1.2)
+    plain = (maps * 2 * math.pi * 1.44 - targets).square().sum((2, 3)) / (math.pi * 1.44)
+    torch.testing.assert_close(fast, plain)
+    gradients = [torch.autograd.grad(loss.sum(), maps)[0] for loss in (fast, plain)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_loss_is_a_proper_score_of_places(monkeypatch):
     """Beside the MSE: a certain map costs its distance in fractions of the crop, and the honest one costs least."""
     monkeypatch.setattr(trainer, "CRPS_WEIGHT", 1e8)  # the MSE does not count

@@ -97,7 +97,7 @@ def main(argv=None):
         print_several(names, runs)
     if args.plot:
         if not plot_curves(args.plot, {name: read_curves(run["path"]) for name, run in zip(names, runs)}):
-            return 2
+            raise UserError("--plot: needs matplotlib; pip install matplotlib")
         print(f"\ncurves: {args.plot}")
 
 
