@@ -2,6 +2,7 @@
 import os
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_plot_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="^--plot: needs matplotlib; pip install matplotlib$"):
+        tool.main([str(run.work_dir), "--plot", str(tmp_path / "x.png")])
 
 
 def test_runs_no_code_and_refuses_in_one_line(run, other, tmp_path):
