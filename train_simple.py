@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -187,6 +188,21 @@ def mean_metrics(points, faces, padding):
     return {k: nan_mean(nme(points, faces, v)) for k, v in normalizers(faces, padding).items()}
 
 
+def one_ahead(function, items):
+    """function(item) for every item, each result made by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        results = (thread.submit(function, item) for item in items)
+        ahead = next(results, None)
+        while ahead:
+            ready, ahead = ahead, next(results, None)
+            yield ready.result()
+
+
+def predict_batch(env):
+    """Faces at once in validation: what fits in training fits here, where nothing is kept for the gradient."""
+    return min(4 * env.micro_batch, 64 if env.device.type == "cuda" else 32)
+
+
 @torch.inference_mode()
 def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, sigma=None, rank=0, world=1):
     """Predict a process's share of a dataset: (N, K, 4) float64 of x, y in picture pixels, score, loss; 0 elsewhere."""
@@ -194,8 +210,8 @@ def predict_table(model, dataset, device, amp=None, batch_size=32, flip=True, si
     n, k = len(dataset), len(dataset.faces.scheme.names)
     flip_index = torch.tensor(dataset.flip_index, device=device) if flip and dataset.flip_index else None
     mine, found, matrices = range(rank, n, world), [], []
-    for start in range(0, len(mine), batch_size):
-        batch = dataset.__getitems__(mine[start:start + batch_size])
+    shares = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
+    for batch in one_ahead(dataset.__getitems__, shares):
         heatmaps = predict_heatmaps(model, batch["image"].to(device), flip_index, amp)
         points, score = data.decode_heatmaps(heatmaps)
         loss = torch.zeros_like(score)
@@ -566,7 +582,7 @@ def parse_args(argv=None):
     add("--work-dir", type=Path, metavar="DIR", help="(default: work_dirs/BACKBONE, or work_dirs/sample)")
     add("--resume", action="store_true", help="go on from last.pth in the work dir")
     add("--val-every", type=int, default=0, metavar="N",
-        help="epochs between validations, which cost 8 %% of one (default: 1 up to 10 epochs, then 2; at most 100 in a run)")
+        help="epochs between validations, which cost 7 %% of one (default: 2, and at most 100 in a run)")
     add("--save-every", type=int, default=10, metavar="N", help="epochs between epoch_N.pth (default: 10)")
     add("--tensorboard", action="store_true", help="also write scalars and the validation picture for TensorBoard")
     add = parser.add_argument_group("device").add_argument
@@ -582,7 +598,7 @@ def parse_args(argv=None):
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
     args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 4e-3
     args.sigma = args.sigma if args.sigma is not None else data.default_sigma(args.input_size)
-    args.val_every = args.val_every or max(1 if args.epochs <= 10 else 2, math.ceil(args.epochs / 100))
+    args.val_every = args.val_every or max(2, math.ceil(args.epochs / 100))
     world = int(os.environ.get("WORLD_SIZE", 1))
     problems = [f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}" for name, good, rule in (
         ("epochs", args.epochs > 0, "at least 1"), ("batch_size", args.batch_size > 0, "at least 1"),
@@ -807,7 +823,7 @@ def train(args):
             dist.broadcast(buffer, 0)  # every process has its own batch norm statistics; rank 0's are saved
         sigma = target_sigma(epoch, args.epochs, dataset.sigma)
         points, _, loss = predict(judged, dataset, env.device, sigma, env.world, rank=env.rank, amp=env.amp,
-                                  batch_size=min(32, 2 * env.micro_batch))  # what fits in training, fits here
+                                  batch_size=predict_batch(env))
         return points, loss, mean_metrics(points, dataset.faces, args.padding)
 
     # Train.

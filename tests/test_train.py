@@ -246,7 +246,7 @@ def test_small_crops_come_first(sample, flags, script, start, tmp_path):
     sizes = {s: trainer.crop_sizes(trainer.parse_args(["--epochs", "7", "--input-size", str(s)])) for s in (128, 192, 256, 320, 512)}
     assert {s: v[:2] for s, v in sizes.items()} == {128: [128] * 2, 192: [128] * 2, 256: [128] * 2, 320: [160] * 2, 512: [256] * 2}
     assert all(v[2:] == [s] * 5 for s, v in sizes.items())
-    options = [*flags, "--input-size", 160, "--progressive", 0.5, "--holdout", 0.2, "--save-every", 1, "--work-dir"]
+    options = [*flags, "--input-size", 160, "--progressive", 0.5, "--holdout", 0.2, "--save-every", 1, "--val-every", 1, "--work-dir"]
     script("train_simple.py", *options, tmp_path / "uncut", check=True)
     faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).split(0.2)[1]
     for epoch, size in ((1, 128), (2, 160)):

@@ -187,7 +187,7 @@ def main(argv=None):
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
     for _ in range(2):  # the second has its kernels chosen
         start = time.perf_counter()
-        trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp)
+        trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp, batch_size=trainer.predict_batch(env))
     validation = (time.perf_counter() - start) / len(some) * len(val)
     epoch_seconds = loop * args.accumulate * max(1, len(train) // args.batch_size)
     percent = 100 * validation / epoch_seconds
