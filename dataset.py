@@ -1,8 +1,8 @@
 """The data: landmark scheme, COCO file, crop and augmentation, heatmaps <-> points.
 
 One way only: COCO file -> `load_coco` -> `DogFLWDataset` -> batches of uint8 crops and points ->
-(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` makes the targets that
-the loss compares with, to look at: it needs their one-dimensional factors alone.
+(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` makes the targets as maps,
+to look at; the loss computes with their one-dimensional `gaussians`.
 
 Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and heatmaps alike. A crop is one
 2 x 3 matrix (picture -> crop) for pixels and points. Heatmap cell h and crop pixel x of stride s:
@@ -596,14 +596,15 @@ def normalize(images, colour=None):
     return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)
 
 
-def to_cells(points):
-    """Crop pixels -> heatmap cells, both counted from the centre of the first."""
-    return (points + 0.5) / STRIDE - 0.5
-
-
 def cell_offsets(points, size):
     """From every point (B, K, 2) in crop pixels to every column and row, in cells: (B, K, 2, size)."""
-    return torch.arange(size, device=points.device, dtype=points.dtype) - to_cells(points).unsqueeze(-1)
+    places = (points + 0.5) / STRIDE - 0.5  # in cells
+    return torch.arange(size, device=points.device, dtype=points.dtype) - places.unsqueeze(-1)
+
+
+def gaussians(offsets, sigma):
+    """One-dimensional Gaussians of height 1 of offsets (B, K, 2, size) in cells, sigma in cells: x and y, (B, K, size) each."""
+    return torch.exp(-0.5 * (offsets / sigma) ** 2).unbind(2)
 
 
 def encode_heatmaps(points, size, sigma):
@@ -611,7 +612,7 @@ def encode_heatmaps(points, size, sigma):
 
     sigma in cells. The Gaussian is a product of two one-dimensional ones, never cut off, never rounded.
     """
-    x, y = torch.exp(-0.5 * (cell_offsets(points, size) / sigma) ** 2).unbind(2)  # (B, K, size) each
+    x, y = gaussians(cell_offsets(points, size), sigma)
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 

@@ -124,7 +124,7 @@ def heatmap_losses(heatmaps, points, visibility, sigma):
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
-    x, y = torch.exp(-0.5 * (offsets / sigma) ** 2).unbind(2)  # the target is y * x, and never needed as a map:
+    x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map:
     # |height * map - target|^2 = height^2 |map|^2 - 2 height <map, target> + |target|^2, a third of the passes over maps.
     columns = torch.stack([y, torch.ones_like(y)], 2) @ heatmaps  # (B, K, 2, S): weighted by the target's rows, and plain
     inner = (columns[:, :, 0] * x).sum(2)
@@ -583,7 +583,7 @@ def parse_args(argv=None):
     add("--work-dir", type=Path, metavar="DIR", help="(default: work_dirs/BACKBONE, or work_dirs/sample)")
     add("--resume", action="store_true", help="go on from last.pth in the work dir")
     add("--val-every", type=int, default=0, metavar="N",
-        help="epochs between validations, which cost 7 to 10 %% of one (default: 2, and at most 100 in a run)")
+        help="epochs between validations, which cost 5 to 10 %% of one (default: 2, and at most 100 in a run)")
     add("--save-every", type=int, default=10, metavar="N", help="epochs between epoch_N.pth (default: 10)")
     add("--tensorboard", action="store_true", help="also write scalars and the validation picture for TensorBoard")
     add = parser.add_argument_group("device").add_argument
