@@ -327,7 +327,14 @@ def test_benchmark_prints_its_table(sample, capsys, monkeypatch):
     benchmark.main(list(map(str, ["--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL, "--cache", "none",
                                   "--batch-size", 8, "--accumulate", 2])))
     out = capsys.readouterr().out
-    assert all(line in out for line in ("input, 0 workers", "bare step", "  head", "full loop", "validation", "210 epochs of 40"))
+    assert all(line in out for line in ("input, 0 workers", "bare step", "  head", "full loop", "data wait", "validation",
+                                        "210 epochs of 40"))
+
+
+def test_benchmark_times_the_wait_for_faces():
+    waits = []
+    batches = benchmark.timed((time.sleep(0.05 * i) or i for i in range(3)), waits)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2] and len(waits) == 3 and waits[1] >= 0.05 and waits[2] >= 0.1
 
 
 def test_sharded_validation_is_exact(run):

@@ -36,6 +36,15 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
+def timed(batches, waits):
+    """The same batches; the seconds that each was waited for go to the list `waits`."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        waits.append(time.perf_counter() - start)
+        yield batch
+
+
 def step_seconds(model, optimizer, batch, args, env, repeat):
     """Seconds of a bare step: forward, backward and optimizer on a batch that is on the device already."""
     batch = {k: batch[k].to(env.device) for k in ("image", "keypoints", "visibility", "colour")}
@@ -171,12 +180,14 @@ def main(argv=None):
     used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
     train_set = DogFLWDataset(used, augment=Augmentation(), **options)
     sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2, args.accumulate)
-    batches = trainer.batches_of(train_set, sampler, args.num_workers, cuda)
+    waits = []
+    batches = timed(trainer.batches_of(train_set, sampler, args.num_workers, cuda), waits)
     average = copy.deepcopy(env.bare) if args.ema else None
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
     with tempfile.TemporaryDirectory() as folder:
         args.work_dir = Path(folder)
         for epoch in range(2):
+            waits.clear()
             start = time.perf_counter()
             trainer.train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, used, args, env)
             synchronize(env.device)
@@ -184,6 +195,8 @@ def main(argv=None):
     loop = epoch_seconds / sampler.steps / args.accumulate
     bare = (bare + measure(size, full)) / 2  # before and after the loop: a machine's speed drifts
     print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
+    waited = 100 * sum(waits) / epoch_seconds
+    print(f"data wait                 {1e3 * sum(waits) / len(waits):9.1f} ms a batch {waited:6.1f} % of the loop")
     some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
     for _ in range(2):  # the second has its kernels chosen
         start = time.perf_counter()
@@ -197,11 +210,12 @@ def main(argv=None):
     if os.name == "posix":
         import resource
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        print(f"peak memory               {host:9.2f} GiB host" + (f", {memory:.2f} GiB GPU" if cuda else ""))
+        print(f"peak memory               {host:9.2f} GiB host, without workers" + (f", {memory:.2f} GiB GPU" if cuda else ""))
     extra = 100 * (loop / bare - 1)
     limit = "the device's arithmetic limits"
     if extra > 5:
-        limit = f"input and loop add {extra:.0f} % to the bare step"
+        limit = "the input limits, try more --num-workers" if waited > extra / 2 else "the loop's own work limits"
+        limit += f" ({extra:.0f} % over the bare step)"
     elif share and small > 0.7 * bare:  # a quarter of the pixels
         limit = "a step's overhead limits, not arithmetic; try a larger --batch-size, or --compile"
     saved = share * (1 - small / bare)  # of the arithmetic, by epochs on smaller crops
