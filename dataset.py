@@ -116,7 +116,8 @@ def file_lock(path, busy=None):
     with open(path, "w") as handle:
         try:
             import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            # Not flock, which a killed run's data workers would hold on to until they notice.
+            fcntl.lockf(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except ImportError:
             pass  # Windows has no such lock
         except BlockingIOError:

@@ -354,7 +354,7 @@ def stop(signum, _):
 
 def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure of a worker
     sys.excepthook = lambda *_: None  # the thread that hands batches over, when the parent has ended; errors go another way
     torch.set_num_threads(1)
 

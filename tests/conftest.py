@@ -147,6 +147,11 @@ def wait_for(process, text):
         time.sleep(0.01)
 
 
+def children(pid):
+    """The process ids of a process's children."""
+    return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+
+
 def ended(process, code=2):
     """The one line of error with which a process ends."""
     try:

@@ -3,7 +3,6 @@ import errno
 import json
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import FORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -153,13 +153,20 @@ def test_a_cache_that_is_damaged_while_in_use_is_named(faces, tmp_path, damage):
         windows[3]
 
 
-def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path, monkeypatch):
+def fill_cache(faces, folder, go):
+    """In a process of its own, once all have come: build the cache. Returns the faces decoded here, and one window."""
     decoded, plain = [], data.Windows._decode
-    monkeypatch.setattr(data.Windows, "_decode", lambda self, i: decoded.append(i) or plain(self, i))
-    with ThreadPoolExecutor() as pool:  # locks are held by the open file, so threads compete as processes do
-        both = list(pool.map(lambda _: data.Windows(faces, 96, 1.25, 1.0, "disk", tmp_path), range(2)))
-    assert sorted(decoded) == list(range(len(faces)))
-    np.testing.assert_array_equal(both[0][3][0], both[1][3][0])
+    data.Windows._decode = lambda self, i: decoded.append(i) or plain(self, i)
+    go.wait()
+    return decoded, data.Windows(faces, 96, 1.25, 1.0, "disk", folder)[3][0]
+
+
+def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path):
+    with FORKS.Manager() as manager, FORKS.Pool(2) as pool:
+        go = manager.Barrier(2, timeout=60)
+        (decoded, window), (others, same) = pool.starmap(fill_cache, [(faces, tmp_path, go)] * 2, chunksize=1)
+    assert sorted(decoded + others) == list(range(len(faces)))
+    np.testing.assert_array_equal(window, same)
 
 
 def test_prediction_crop_is_the_validation_crop(faces):
@@ -284,9 +291,9 @@ def test_an_unlabelled_face_is_left_out_whatever_its_box(sample, tmp_path):
 
 @pytest.mark.parametrize("number,passes", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, number, passes):
-    def flock(*_):
+    def lockf(*_):
         raise OSError(number, "no")
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", lockf)
     with nullcontext() if passes else pytest.raises(OSError), data.file_lock(tmp_path / "a" / ".lock", busy="held"):
         assert (tmp_path / "a" / ".lock").exists()
 

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, assert_same_run, ended, wait_for
+from conftest import ROOT, SMALL, assert_same_run, children, ended, wait_for
 
 import dataset as data
 import train_simple as trainer
@@ -78,11 +77,6 @@ def test_clocks_that_go_backwards(run, start, flags, tmp_path):
     process.join()
     assert process.exitcode == 0 and "resuming after epoch 1" in process.out.read_text()
     assert_same_run(tmp_path / "run", run.work_dir)
-
-
-def children(pid):
-    """The process ids of a process's children."""
-    return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_same_run, ended, rows, wait_for, weights
+from conftest import SMALL, assert_same_run, children, ended, rows, wait_for, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,13 +268,24 @@ def test_workers_do_not_change_a_run(run, train, tmp_path):
         assert_same_run(tmp_path / str(workers), run.work_dir)
 
 
+@pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code):
+def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code, group):
     process = start("train_simple.py", *flags, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
     wait_for(process, "epoch   1")
     time.sleep(0.5)
-    os.kill(process.pid, number)
-    assert "--resume" in ended(process, code)
+    for pid in [*children(process.pid), process.pid] if group else [process.pid]:  # `timeout` and a terminal reach all of them
+        os.kill(pid, number)
+    assert "stopped" in (line := ended(process, code)) and "--resume" in line
+
+
+def test_a_killed_run_leaves_no_lock_behind(start, flags, tmp_path):
+    process = start("train_simple.py", *flags, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
+    wait_for(process, "epoch   1")
+    process.kill()
+    process.join()
+    with data.file_lock(tmp_path / "w/.lock", "its workers still hold it"):
+        pass
 
 
 RUN = """
