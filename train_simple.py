@@ -437,7 +437,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         loss, step_faces = 0, []
         for micro in range(args.accumulate):
             batch = next(batches)
-            step_faces.append(batch["index"])
+            step_faces += batch["index"].tolist()  # the tensor itself would keep a file open until the interval ends
             moved = {k: batch[k].to(env.device, non_blocking=pinned) for k in ("image", "keypoints", "visibility", "colour")}
             images = data.normalize(moved["image"], moved["colour"])
             last = micro == args.accumulate - 1
@@ -462,7 +462,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
         if len(interval) == 50 or step == sampler.steps - 1:
             first = int(bad)  # expensive device-to-host synchronisation, once an interval
             if first >= 0 or scaler.is_enabled() and scaler.get_scale() < 1:  # float16 skips steps, but not without end
-                names = [faces.files[i] for i in torch.cat(interval[first]).tolist()]
+                names = [faces.files[i] for i in interval[first]]
                 raise UserError(f"epoch {epoch + 1}: loss or gradient is not finite at the batch of {', '.join(names[:8])}"
                                 f"{', ...' if len(names) > 8 else ''}; look at these faces, or lower --lr; the "
                                 f"epochs before are in {args.work_dir / 'last.pth'}")
@@ -748,8 +748,8 @@ def train(args):
         dist.barrier()  # a node's first process fills the cache, the others read it: not every file system has locks
     train_set = DogFLWDataset(train, augment=Augmentation(), **options)
     sizes = crop_sizes(args)
-    val_sets = {size: DogFLWDataset(val, **options | at_size(args, size)) for size in dict.fromkeys(sizes)}
-
+    val_sets, test_sets = ({size: DogFLWDataset(faces, **options | at_size(args, size)) for size in dict.fromkeys(sizes if faces else ())}
+                           for faces in (val, test))  # both now: what is wrong with a picture is to show before the training
     if env.world > 1 and env.local_rank == 0:
         dist.barrier()
 
@@ -884,7 +884,7 @@ def train(args):
         f"chosen on these same {len(val)} faces ({chooser})")
     if test is not None:
         judged.load_state_dict(chosen["model"])
-        _, _, metrics = validate(DogFLWDataset(test, **options | at_size(args, chosen["args"]["input_size"])), args.epochs)
+        _, _, metrics = validate(test_sets[chosen["args"]["input_size"]], args.epochs)
         say(f"val.json ({len(test)} faces, not used for choosing): " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if env.rank == 0:
             result = {"faces": len(test), "chosen_on": chooser, **metrics}

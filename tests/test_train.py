@@ -452,6 +452,15 @@ def test_a_damaged_picture_names_itself(sample, tmp_path, refused, script):
     assert result.returncode == 2 and victim.name in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_a_missing_picture_of_the_last_scoring_shows_at_the_start(sample, tmp_path, refused):
+    shutil.copytree(sample.data_root, tmp_path / "d")
+    victim = next((tmp_path / "d/test/images").iterdir())
+    victim.unlink()
+    flags = ["--data-root", tmp_path / "d", "--ann-root", sample.ann_root, *SMALL, "--epochs", 1, "--holdout", 0.2]
+    assert victim.name in refused(*flags, "--work-dir", tmp_path / "w")
+    assert not (tmp_path / "w/metrics.csv").exists()
+
+
 def test_a_mistake_of_ours_inside_a_worker_keeps_its_traceback(monkeypatch, tmp_path):
     def train(args):
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
