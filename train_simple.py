@@ -416,7 +416,7 @@ def is_out_of_memory(error):
 
 
 def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, faces, args, env):
-    """One epoch of optimizer steps. Returns the mean loss. Nothing in the loop waits for the device.
+    """One epoch of optimizer steps. Returns the mean loss. Nothing in the loop waits for the device, --sync-bn's layers aside.
 
     Raises UserError naming the faces of the first batch whose loss or gradient is not finite.
     """
@@ -591,7 +591,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="16-bit arithmetic where the device has it")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--sync-bn", action="store_true", help="batch norm over all GPUs together")
+    add("--sync-bn", action="store_true", help="batch norm over all GPUs together, slower")
     if parser.parse_known_args(argv)[0].sample:
         sample = ROOT / "data" / "sample"
         parser.set_defaults(data_root=sample / "dogflw", ann_root=sample / "annotations", backbone="hrnet_w18_small",
