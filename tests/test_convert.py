@@ -1,6 +1,7 @@
 """The converter, on generated faces: each defect is repaired and counted, each bad file named in one line."""
 import json
 import os
+import shlex
 import struct
 import sys
 import zlib
@@ -83,6 +84,8 @@ def test_process_writes_valid_coco_twice_the_same(run, script, root, tmp_path):
     assert done.stderr == ""
     assert "train: 6 faces of 46" in done.stdout and "test: 3 faces" in done.stdout
     assert "repaired" not in done.stdout
+    hint = shlex.split(done.stdout.splitlines()[-1].split("train_simple.py")[1])
+    assert hint == ["--data-root", str(root), "--ann-root", str(tmp_path / "a")]
     assert sorted(os.listdir(tmp_path / "a")) == ["train.json", "val.json"]
     assert run("--dogflw-root", root, "--out-dir", tmp_path / "b")[0] == 0  # in another process
     for name in ("train.json", "val.json"):

@@ -169,7 +169,7 @@ def main(argv=None):
     print(f"forward pass by part      {size / forward:9.0f} faces/s, of a step {100 * forward / bare:.0f} % of the time")
     for part, (seconds, kept) in parts.items():
         print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / size / 2**20:8.1f} MiB kept a face")
-    if cuda and "--batch-size" not in argv:
+    if cuda and not any(flag.startswith("--batch") for flag in argv):
         for batch, seconds in largest_batch(lambda n: measure(n, full, 3)).items():
             print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
         optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left

@@ -10,6 +10,7 @@ annotation says so. What cannot be mended is listed, and nothing is written unle
 import json
 import math
 import os
+import shlex
 import struct
 from collections import Counter
 from itertools import pairwise
@@ -303,8 +304,9 @@ def main():
             print(f"repaired: {len(repairs[kind])} {what} ({first(repairs[kind], 3, ', ')})")
     if bad:
         print(f"left out: {lines}")
-    if root != find_dogflw():
-        print(f"train with: train_simple.py --data-root {root}")
+    hints = ("--data-root", root, root != find_dogflw()), ("--ann-root", args.out_dir, args.out_dir != parser.get_default("out_dir"))
+    if needed := [f" {flag} {shlex.quote(str(folder))}" for flag, folder, needs in hints if needs]:
+        print(f"train with: train_simple.py{''.join(needed)}")
 
 
 if __name__ == "__main__":
