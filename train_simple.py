@@ -168,13 +168,13 @@ def nme(points, faces, normalizer):
 
 
 def normalizers(faces, padding):
-    """The lengths, in picture pixels, that NME is divided by: {name: (N,)}."""
+    """The lengths, in picture pixels, that NME is divided by: {name: (N,)}, NaN where a face has none."""
     longer = faces.boxes[:, 2:].max(1)
     result = {"nme": longer * padding, "nme_box": np.linalg.norm(faces.boxes[:, 2:], axis=1)}
     if faces.scheme.interocular:
         i, j = faces.scheme.interocular
-        both = (faces.visible[:, [i, j]] > 0).all(1)
-        result["nme_iod"] = np.where(both, np.linalg.norm(faces.points[:, i] - faces.points[:, j], axis=1), np.nan)
+        length = np.linalg.norm(faces.points[:, i] - faces.points[:, j], axis=1)
+        result["nme_iod"] = np.where((faces.visible[:, [i, j]] > 0).all(1) & (length > 0), length, np.nan)
     return result
 
 
@@ -598,6 +598,8 @@ def parse_args(argv=None):
                             input_size=128, epochs=20, pretrained=False, work_dir=ROOT / "work_dirs" / "sample")
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir or ROOT / "work_dirs" / args.backbone
+    # A checkpoint stores where its data is; absolute, so that the tools find it from any folder.
+    args.ann_root, args.data_root = (folder and folder.absolute() for folder in (args.ann_root, args.data_root))
     args.lr = args.lr if args.lr is not None else 1e-3 if args.pretrained or args.weights else 4e-3
     args.sigma = args.sigma if args.sigma is not None else data.default_sigma(args.input_size)
     args.val_every = args.val_every or max(2, math.ceil(args.epochs / 100))

@@ -148,6 +148,18 @@ def test_without_interocular_the_box_is_the_measure(tmp_path):
     assert report["main"] == "nme_box" and "nme_iod" not in report["metrics"] and np.isfinite(errors).all()
 
 
+def test_a_face_whose_eyes_are_in_one_place_counts_where_it_can(tmp_path):
+    content = coco(np.random.default_rng(4), [1, 1, 1])
+    content["annotations"][2]["keypoints"][6:8] = content["annotations"][2]["keypoints"][12:14]
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    report, errors = tool.score(faces.points + 1, faces, 1.25)
+    alone, _ = tool.score(faces.points[:1] + 1, faces.take([0]), 1.25)  # the second lacks an eye
+    assert np.isnan(errors).tolist() == [False, True, True] and np.isfinite(report["metrics"]["nme"])
+    for name in ("nme_iod", "pck_0.05", "pck_0.10"):
+        assert report["metrics"][name] == alone["metrics"][name]
+
+
 def test_which_result_counts(tmp_path):
     content = coco(np.random.default_rng(2), [1, 2])
     (tmp_path / "ann.json").write_text(json.dumps(content))
@@ -162,6 +174,7 @@ def test_which_result_counts(tmp_path):
     worse, better = ({**plain, "score": s, "keypoints": [c] * 21} for s, c in ((0.4, 1.0), (0.6, 2.0)))
     other = {**plain, "image_id": 12345}
     assert np.array_equal(read([worse, plain, *rows[1:], other]), faces.points)
+    assert np.array_equal(read([{**plain, "file_name": "/elsewhere/b0_0.png"}, *rows[1:]]), faces.points)
     assert (read([better, plain, *rows[1:]])[0] == 2).all()
     crowd = {k: v for k, v in rows[1].items() if k != "annotation_id"}
     for results, message in (
@@ -169,6 +182,7 @@ def test_which_result_counts(tmp_path):
             ([plain, crowd, crowd], "result 1: its picture has 2 faces; name one by annotation_id"),
             ([{**plain, "keypoints": [1, 2, 3]}], "result 0 needs image_id, keypoints \\(7 x 3"),
             ([{**plain, "keypoints": [math.nan] * 21}], "not finite"), ([{**plain, "image_id": []}], "needs image_id"),
+            ([{**plain, "file_name": "a/c0_0.png"}], "is of a/c0_0.png, but its id is that of b0_0.png"),
             ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
         with pytest.raises(UserError, match=message):
             read(results)
@@ -224,6 +238,7 @@ def test_checkpoint(run, report):
     page = (out / "report.html").read_text()
     assert page.count("src=") == 4 == len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page))
     assert "http" not in page and "href" not in page
+    assert {p.name for p in out.iterdir()} == set(tool.WRITES)
 
 
 def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tmp_path, capsys):
@@ -260,7 +275,10 @@ def test_refuses_in_one_line(run, report, tmp_path):
     content = json.loads(ann.read_text())
     content["categories"][0]["keypoints"][0] = "another"
     (tmp_path / "other.json").write_text(json.dumps(content))
+    (tmp_path / "looks").mkdir()
+    (tmp_path / "looks/landmarks.png").touch()  # visualize_dataset.py's
     for args, message in (
+            ([best, "--out", str(tmp_path / "looks")], "landmarks.png already"),
             ([], "name a CHECKPOINT"), (["--nonsense"], "--help"), ([str(tmp_path / "no.pth")], "no such file"),
             ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the checkpoint"),
             ([best, "--batch-size", "0"], "at least 1"), ([best, "--ann", str(tmp_path / "no.json")], "no such file"),

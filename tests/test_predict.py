@@ -1,6 +1,7 @@
 """tools/predict.py: as a process on real files of every kind; the rest in this process, where torch is loaded already."""
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import cv2
@@ -52,6 +53,7 @@ def test_given_boxes_predict_what_the_trainer_validates(run, faces, tmp_path):
     amp = trainer.choose_amp(torch.device("cpu"), args["amp"])
     heatmaps = trainer.predict_heatmaps(model, batch["image"], torch.tensor(scheme.flip_index), amp)
     expected = data.apply_matrix(data.invert_matrix(batch["matrix"].numpy()), data.decode_heatmaps(heatmaps)[0].numpy())
+    assert [r["annotation_id"] for r in results] == faces.ids.tolist()
     assert [r["image_id"] for r in results] == faces.image_ids.tolist() and [r["file_name"] for r in results] == faces.files
     for result, truth, box, row in zip(results, expected, faces.boxes, rows, strict=True):
         assert np.abs(points(result) - truth).max() < 0.05
@@ -203,6 +205,28 @@ def test_video(run, picture, tmp_path, capfd):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.csv", "predictions.json"]
 
 
+def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
+    class Two:
+        """Two faces side by side, of which the left one is gone from the fourth look on."""
+        face, scheme, looks = SimpleNamespace(whole=False), trainer.load_model(run.work_dir / "best_model.pth")[1], 0
+
+        def __call__(self, image, boxes=None, min_score=0.5):
+            self.looks += boxes is not None
+            return [{"box": box, "points": box[:2] + box[2:] * np.random.default_rng(0).random((46, 2)), "scores": np.ones(46),
+                     "score": float(box[0] > 50 or self.looks < 4)} for box in ([] if boxes is None else boxes)]
+
+        def many(self, images, boxes, min_score):  # of the pictures, of which there are none
+            return []
+    monkeypatch.setattr(tool, "load_predictor", lambda *_: Two())
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (320, 160))
+    for _ in range(6):
+        writer.write(np.zeros((160, 320, 3), np.uint8))
+    writer.release()
+    predict("any.pth", tmp_path / "clip.mp4", "--box", 10, 10, 90, 90, "--box", 190, 10, 90, 90, "--out", tmp_path / "out")
+    seen = [(r["frame"], r["face"]) for r in read(tmp_path / "out")[0]]
+    assert seen == [(frame, face) for frame in range(6) for face in (0, 1) if face or frame < 3]
+
+
 def test_notebook_function(run, picture):
     predictor = tool.load_predictor(run.work_dir / "best_model.pth", device="cpu")
     (face,) = predictor(picture[0], boxes=[picture[1]])
@@ -221,6 +245,11 @@ def test_bad_input_is_refused(run, picture, tmp_path):
     (video := tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "ones").mkdir()
+    shutil.copy(photo, tmp_path / "ones")
+    dog, cat = {"id": 1, "file_name": "dog.png"}, {"id": 1, "file_name": "cat.png"}
+    for name, images in (("dog", [dog]), ("cat", [cat]), ("twice", [dog, {**dog, "id": 2}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [1, 1, 9, 9]}]}))
     out = ("--out", tmp_path / "out")
     for wanted, args in {
         "not empty": (checkpoint, photo, "--out", tmp_path / "full"),
@@ -236,6 +265,15 @@ def test_bad_input_is_refused(run, picture, tmp_path):
     }.items():
         with pytest.raises(data.UserError, match=wanted.strip()):
             predict(*args)
+    shutil.copytree(tmp_path / "ones", tmp_path / "two/ones")
+    for wanted, args in {
+        "1 of 1 files": (photo, "--box", 5000, 0, 9, 9),
+        "is the name of several": (tmp_path / "ones", tmp_path / "two", "--boxes", tmp_path / "dog.json"),
+        "image id of another picture": (tmp_path / "dog.json", tmp_path / "cat.json", "--data-root", tmp_path / "ones"),
+        "same file_name or id": (tmp_path / "twice.json", "--data-root", tmp_path / "ones"),
+    }.items():
+        with pytest.raises(data.UserError, match=wanted):
+            predict(checkpoint, *args, *out)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "out").exists()
 
 
@@ -243,7 +281,13 @@ def test_a_coco_file_needs_no_keypoints(tmp_path):
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": [{"id": 7, "file_name": "a.png"}], "annotations": [
         {"image_id": 7, "bbox": [1, 2, 3, 4]}, {"image_id": 7, "bbox": [5, 6, 7, 8]}]}))
-    ids, boxes = tool.read_coco(path)
-    assert ids == {"a.png": 7} and np.array_equal(boxes["a.png"], [[1, 2, 3, 4], [5, 6, 7, 8]])
+    ids, boxes, category = tool.read_coco(path)
+    assert (ids, category) == ({"a.png": 7}, 1) and [a for a, _ in boxes["a.png"]] == [None, None]
+    assert np.array_equal([box for _, box in boxes["a.png"]], [[1, 2, 3, 4], [5, 6, 7, 8]])
+    path.write_text(json.dumps({"images": [{"id": "x", "file_name": "./a.png"}], "categories": [{"id": 7, "keypoints": ["eye"]}],
+                                "annotations": [{"id": 5, "image_id": "x", "bbox": [0] * 4, "keypoints": [0] * 3}]}))
+    assert tool.read_coco(path, with_boxes=False) == ({"a.png": "x"}, {}, 7)
+    with pytest.raises(data.UserError, match="annotation 5: box"):
+        tool.read_coco(path)
     args = SimpleNamespace(input=[str(path)], data_root=tmp_path, out=tmp_path / "out")
-    assert tool.list_inputs(args) == ([tmp_path / "a.png"], {"a.png": 7})
+    assert tool.list_inputs(args) == ([tmp_path / "a.png"], {"a.png": "x"}, 7)

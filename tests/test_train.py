@@ -431,6 +431,13 @@ def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
     assert trainer.versions()["git"] == "unknown"
 
 
+def test_a_checkpoint_knows_its_data_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = trainer.parse_args(["--data-root", "faces", "--ann-root", "ann"])
+    assert (args.data_root, args.ann_root) == (tmp_path / "faces", tmp_path / "ann")
+    assert trainer.parse_args([]).data_root is None
+
+
 def test_two_runs_in_one_folder(start, flags, tmp_path, refused):
     flags = [*flags, "--work-dir", tmp_path / "w", "--epochs", 500]
     process = start("train_simple.py", *flags)

@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, replace
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from dataset import DogFLWDataset, Parser, UserError, atomic_write, run_script
 from train_simple import as_csv, as_png, choose_amp, choose_device, load_model, nan_mean, nme, normalizers, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
+WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png", "mean_face.png")
 SAME_FACE = 0.5  # IoU of the landmarks' hulls from which on a result is of that face
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
@@ -135,11 +136,16 @@ def read_results(path, faces, match=False):
             triples = np.array(row["keypoints"], np.float64).reshape(k, 3)
             certainty, named, image = float(row.get("score", 0)), row.get("annotation_id"), row["image_id"]
             candidates = by_image.get(image, []) if named is None else by_id.get(named, [])
+            picture = PurePosixPath(row["file_name"]).parts if "file_name" in row else ()  # ours have it
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and score") from None
         points = triples[:, :2]
         if not (np.isfinite(points).all() and math.isfinite(certainty)):
             raise UserError(f"{path}: result {number} has numbers that are not finite")
+        for theirs in (PurePosixPath(faces.files[i]).parts for i in candidates):
+            if any(a != b for a, b in zip(reversed(picture), reversed(theirs))):
+                raise UserError(f"{path}: result {number} is of {row['file_name']}, but its id is that of {'/'.join(theirs)} in the "
+                                "COCO file; predict with that file, as INPUT or with --boxes")
         if match:
             seen = [faces.visible[i] > 0 for i in candidates]
             fits = [data.overlaps(hull(points[v]), hull(faces.points[i][v])).item() for i, v in zip(candidates, seen)]
@@ -276,7 +282,8 @@ def print_report(report):
     main, metrics = report["main"], report["metrics"]
     print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()))
     if report["faces_by_main"] < report["faces"]:
-        print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an interocular landmark")
+        print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an interocular landmark, "
+              "or have both in one place")
     for name, row in report["region"].items():
         print(f"  {name:<12} {main} {show(row[main])}  ({row['labelled']} landmarks)" + (
             f"  along outlines {show(row['along'])}, across {show(row['across'])}" if row["along"] is not None else ""))
@@ -309,8 +316,9 @@ def parse_args(argv):
     if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
     args.out = args.out or (args.results or args.checkpoint).parent / "evaluation"
-    if (args.out / "report.json").exists() and not args.force:
-        raise UserError(f"{args.out}: holds a report; write over it with --force, or name another --out")
+    there = [name for name in WRITES if (args.out / name).exists()]
+    if there and not args.force:
+        raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name another folder")
     return args
 
 

@@ -24,7 +24,8 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -283,46 +284,61 @@ def check_box(box, where):
     return box
 
 
-def read_coco(path):
-    """({file_name: image id}, {file_name: [box, ...]}) of a COCO file; keypoints are not needed. Raises UserError."""
-    content = data.load_json(path)
+def read_coco(path, with_boxes=True):
+    """A COCO file, whose keypoints are not needed: {file_name: image id}, {file_name: [(annotation id, box), ...]}, category id.
+
+    The annotation id is None where it has no keypoints, so is not a face that can be scored. Raises UserError.
+    """
+    content, ids, boxes = data.load_json(path), {}, {}
     try:
-        names, boxes = {int(image["id"]): str(image["file_name"]) for image in content["images"]}, {}
-        for annotation in content.get("annotations", []):
-            boxes.setdefault(names[annotation["image_id"]], []).append(check_box(annotation["bbox"], path))
+        names = {image["id"]: PurePosixPath(image["file_name"]).as_posix() for image in content["images"]}
+        for image_id, name in names.items():
+            if name in ids or len(names) < len(content["images"]):
+                raise UserError(f"{path}: two of its images have the same file_name or id; give every picture one entry")
+            ids[name] = image_id
+        for annotation in content.get("annotations", []) if with_boxes else ():
+            where = f"{path}: annotation {annotation.get('id')}"
+            boxes.setdefault(names[annotation["image_id"]], []).append(
+                (annotation.get("id") if annotation.get("keypoints") else None, check_box(annotation["bbox"], where)))
+        category = next((c.get("id", 1) for c in content.get("categories", []) if c.get("keypoints")), 1)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         raise UserError(f"{path}: not a COCO file with images and bbox ({type(e).__name__}: {str(e)[:60]})") from None
-    return {name: i for i, name in names.items()}, boxes
+    return ids, boxes, category
 
 
 def list_inputs(args):
-    """Absolute paths of pictures and videos, without repeats, and {file_name: image id} of the COCO files among them."""
-    paths, ids = [], {}
+    """Absolute paths of pictures and videos, without repeats; {file_name: image id} and category id of COCO files among them."""
+    paths, ids, category = [], {}, 1
     for text in args.input:
         path = Path(text)
         if path.suffix.lower() == ".json" and path.is_file():
             if not args.data_root:
                 raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
-            names, _ = read_coco(path)
+            names, _, category = read_coco(path, with_boxes=False)
             found = [data.picture_path(args.data_root, name) for name in names]
+            known = set(ids.values())
+            twice = [name for name, i in names.items() if i in known and ids.get(name) != i]
+            if twice:
+                raise UserError(f"{path}: {twice[0]} has the image id of another picture in the COCO file before; predict them one by one")
             ids |= names
         else:
             found = []
             for match in [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True))):
                 found += [match] if not match.is_dir() else sorted(
-                    f for f in match.rglob("*") if f.suffix.lower() in PICTURES | VIDEOS
+                    f for f in match.rglob("*") if f.suffix.lower() in PICTURES | VIDEOS and f.name[:2] != "._"  # macOS's
                     and args.out.resolve() not in f.resolve().parents)
         if not found:
             raise UserError(f"{text}: " + ("no pictures in it" if path.exists() else "no such file"))
         paths += found
-    return [Path(p) for p in dict.fromkeys(os.path.abspath(p) for p in paths)], ids
+    return [Path(p) for p in dict.fromkeys(os.path.abspath(p) for p in paths)], ids, category
 
 
-def write_results(out, rows, scheme):
+def write_results(out, rows, scheme, category):
     """predictions.json, a plain list of COCO keypoint results, and predictions.csv with the landmarks' names."""
-    results = [{"image_id": r["image_id"], "file_name": r["file"], "category_id": 1, "bbox": r["box"].round(2).tolist(),
+    results = [{"image_id": r["image_id"], "file_name": r["file"], "category_id": category, "bbox": r["box"].round(2).tolist(),
                 "keypoints": np.column_stack([r["points"], r["scores"]]).round(3).ravel().tolist(),
-                "score": round(r["score"], 4), "face": r["face"], "frame": r["frame"]} for r in rows]
+                "score": round(r["score"], 4), "face": r["face"], "frame": r["frame"],
+                **({} if r["annotation_id"] is None else {"annotation_id": r["annotation_id"]})} for r in rows]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["file", "frame", "face", "score", "box_x", "box_y", "box_w", "box_h"]
@@ -360,8 +376,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     fixed = [check_box(b, "--box") for b in args.box] if args.box else None
-    ids, boxes = read_coco(args.boxes) if args.boxes else ({}, None)
-    paths, listed = list_inputs(args)
+    paths, listed, category = list_inputs(args)
+    ids, boxes, category = read_coco(args.boxes) if args.boxes else ({}, None, category)
     ids |= listed
     root = Path(os.path.abspath(args.data_root or os.path.commonpath([p.parent for p in paths])))
     if boxes is not None and any(p.suffix.lower() in VIDEOS for p in paths):
@@ -373,26 +389,30 @@ def main(argv=None):
     targets = {p: args.out / p.relative_to(root).with_name(p.name + (
         "" if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".mp4") else ".mp4" if p.suffix.lower() in VIDEOS else ".png"))
         for p in paths}
+    # A picture's name in --boxes is any tail of its path.
+    names = {p: t for p in paths for i in reversed(range(len(p.parts))) if (t := "/".join(p.parts[i:])) in (boxes or {})}
+    if len(set(names.values())) < len(names):
+        name, *_ = [n for n, count in Counter(names.values()).items() if count > 1]
+        raise UserError(f"--boxes {args.boxes}: {name} is the name of several of the pictures; give their folders in it, too")
     clash = {p.resolve() for p in paths} & {t.resolve() for t in targets.values()}
     if clash:
         raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
     if predictor.face.whole and (fixed or boxes is not None):
         raise UserError(f"{args.checkpoint}: sees whole pictures (trained with --crop image), so it takes no boxes")
-    rows, failed, new_ids = [], [], itertools.count(max(ids.values(), default=0) + 1)
-
-    def name_in_boxes(path):
-        """The name of a picture in --boxes, which is any tail of its path, or None."""
-        return next((t for i in range(len(path.parts)) if (t := "/".join(path.parts[i:])) in (boxes or {})), None)
+    rows, failed, new_ids = [], [], itertools.count(max((i for i in ids.values() if isinstance(i, int)), default=0) + 1)
 
     def keep(path, faces, frame=None):
         file = path.relative_to(root).as_posix()
-        name = None if frame is not None else file if file in ids else name_in_boxes(path)
+        name = None if frame is not None else file if file in ids else names.get(path)
         image_id = next(new_ids) if name is None else ids[name]
-        rows.extend({"file": file, "image_id": image_id, "frame": frame, "face": n, **f} for n, f in enumerate(faces))
+        annotations = [annotation for annotation, _ in boxes[names[path]]] if boxes else itertools.repeat(None)
+        for n, (face, annotation) in enumerate(zip(faces, annotations)):
+            rows.append({"file": file, "image_id": image_id, "annotation_id": annotation, "frame": frame,
+                         "face": face.get("id", n), **face})
 
     def boxes_of(path, image):
-        given = fixed if boxes is None else boxes.get(name_in_boxes(path))
+        given = fixed if boxes is None else [box for _, box in boxes.get(names.get(path), ())]
         if boxes is not None and not given:
             raise UserError(f"{path}: no box for it in {args.boxes}")
         if given and not data.intersections(np.stack(given), data.whole_box(image.shape[1::-1])[None]).all():
@@ -426,7 +446,8 @@ def main(argv=None):
                 finish(chunk)
         finish(chunk)
     finally:  # a run that is stopped keeps what it has
-        write_results(args.out, rows, predictor.scheme)
+        if len(failed) < len(paths):
+            write_results(args.out, rows, predictor.scheme, category)
     print(f"{len(rows)} faces in {len(paths) - len(failed)} files -> {args.out}; names are relative to {root}")
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files could not be predicted; they are named above")
