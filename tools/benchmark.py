@@ -129,7 +129,7 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    args = trainer.parse_args(["--epochs", "210", *argv])
+    args = trainer.parse_args(argv)
     env = trainer.set_up_processes(args.device)
     if env.world > 1:
         raise UserError("benchmark.py measures one process; start it without torchrun")

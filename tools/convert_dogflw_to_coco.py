@@ -274,7 +274,7 @@ def main():
     add("--dogflw_root", "--dogflw-root", type=Path, metavar="DIR",
         help="folder that holds train and test (default: kagglehub's cache)")
     add("--out_dir", "--out-dir", type=Path, metavar="DIR", default=ROOT / "data/dogflw/annotations",
-        help="where train.json and val.json go (default: data/dogflw/annotations)")
+        help="where train.json and val.json go, in place of older ones (default: data/dogflw/annotations)")
     add("--download", action="store_true", help="fetch DogFLW with kagglehub first, into its cache")
     add("--skip-bad", action="store_true", help="leave out what cannot be mended, instead of stopping")
     args = parser.parse_args()

@@ -166,7 +166,7 @@ def write_safetensors(model, scheme, args, checkpoint, folder):
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
         "metrics": [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]}]}]
     index = f"model-index: {json.dumps(index)}\n" + (f"datasets: [{hub_name}]\n" if data_name == "DogFLW" else "")
-    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if k != "train_loss")
     card = CARD.format(
         backbone=args["backbone"], k=len(scheme.names), size=args["input_size"], padding=args["padding"],
         epoch=checkpoint["epoch"], index=index, licence=identifier, terms=terms,

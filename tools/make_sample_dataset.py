@@ -11,6 +11,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -550,8 +551,10 @@ def main():
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
     check_free("--out", args.out, args.force)
-    if {p.name for p in args.out.glob("*")} - {"train", "test"} or any(args.out.glob("*/*/[!s]*")):  # such as the real DogFLW
-        raise UserError(f"--out {args.out}: holds more than a drawn sample, which --force will not delete; "
+    drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
+    others = [p for p in args.out.rglob("*") if not drawn.fullmatch(p.relative_to(args.out).as_posix())]  # such as the real DogFLW
+    if others:
+        raise UserError(f"--out {args.out}: holds more than a drawn sample ({min(others)}), which --force will not delete; "
                         "name another folder")
     start = time.perf_counter()
     make_sample(args.out, args.train, args.test, args.seed, args.workers)
