@@ -287,7 +287,7 @@ def check_box(box, where):
 def read_coco(path, with_boxes=True):
     """A COCO file, whose keypoints are not needed: {file_name: image id}, {file_name: [(annotation id, box), ...]}, category id.
 
-    The annotation id is None where it has no keypoints, so is not a face that can be scored. Raises UserError.
+    The annotation id is None where it has no keypoints: the box is a detector's then, and its id too. Raises UserError.
     """
     content, ids, boxes = data.load_json(path), {}, {}
     try:
