@@ -164,7 +164,7 @@ def nme(points, faces, normalizer):
     labelled = faces.visible > 0
     count = labelled.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(labelled, errors, 0).sum(1) / count / np.where(normalizer > 0, normalizer, np.nan)
+        return np.where(labelled, errors, 0).sum(1) / count / normalizer
 
 
 def normalizers(faces, padding):
@@ -423,7 +423,6 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
     model.train()
     total, bad = torch.zeros((), device=env.device), torch.full((), -1, device=env.device)
     interval, shown, all_steps = [], 0, args.epochs * sampler.steps
-    parameters = [*model.parameters()]  # a walk over 1,469 modules of HRNet-W32, not to be made every step
     final_sigma = at_size(args, sampler.sizes[epoch])["sigma"]
     pinned = env.device.type == "cuda"  # elsewhere (mps) memory could be freed under a copy that is still going on
     if average is not None:  # weights and batch norm's statistics
@@ -449,7 +448,7 @@ def train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, 
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
         finite = loss.isfinite() if scaler.is_enabled() else loss.isfinite() & norm.isfinite()
         bad = torch.where(finite | (bad >= 0), bad, len(interval))
         scaler.step(optimizer)

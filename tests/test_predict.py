@@ -178,16 +178,18 @@ def test_filter_steadies_a_still_face_and_does_not_lag():
     assert np.abs(out - (still + speed * 59)).max() < speed  # less than a frame
 
 
+def write_video(path, frames, codec="mp4v", rate=25):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+
+
 def test_video(run, picture, tmp_path, capfd):
     image, box = picture
     height, width = (2 * (n // 2) for n in image.shape[:2])
-    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (width, height))
-    for shift in range(12):
-        writer.write(np.ascontiguousarray(np.roll(image, shift, 1)[:height, :width, ::-1]))
-    writer.release()
-    odd = cv2.VideoWriter(str(tmp_path / "slow.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 119.8371, (width, height))
-    odd.write(np.ascontiguousarray(image[:height, :width, ::-1]))
-    odd.release()
+    write_video(tmp_path / "clip.mp4", [np.roll(image, shift, 1)[:height, :width] for shift in range(12)])
+    write_video(tmp_path / "slow.avi", [image[:height, :width]], "MJPG", 119.8371)
     predict(run.work_dir / "best_model.pth", tmp_path / "slow.avi", "--box", *box, "--out", tmp_path / "slow")
     assert cv2.VideoCapture(str(tmp_path / "slow" / "slow.avi.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(119.84)
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
@@ -218,10 +220,7 @@ def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
         def many(self, images, boxes, min_score):  # of the pictures, of which there are none
             return []
     monkeypatch.setattr(tool, "load_predictor", lambda *_: Two())
-    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (320, 160))
-    for _ in range(6):
-        writer.write(np.zeros((160, 320, 3), np.uint8))
-    writer.release()
+    write_video(tmp_path / "clip.mp4", [np.zeros((160, 320, 3), np.uint8)] * 6)
     predict("any.pth", tmp_path / "clip.mp4", "--box", 10, 10, 90, 90, "--box", 190, 10, 90, 90, "--out", tmp_path / "out")
     seen = [(r["frame"], r["face"]) for r in read(tmp_path / "out")[0]]
     assert seen == [(frame, face) for frame in range(6) for face in (0, 1) if face or frame < 3]
