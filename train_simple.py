@@ -367,8 +367,10 @@ def batches_of(dataset, sampler, workers, pin_memory=False):
 
 
 def build_optimizer(model, args, device):
-    return torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
-                            fused=device.type in ("cuda", "cpu"))
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, AdamW), of the convolutions' weights alone."""
+    weights, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.99),
+                             weight_decay=args.weight_decay, fused=device.type in ("cuda", "cpu"))
 
 
 def lr_factor(step, total, warmup):
@@ -573,7 +575,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=16, help="faces an optimizer step, over all GPUs and micro-batches (default: 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step: the same training in less memory (default: 1)")
     add("--lr", type=float, help="Adam's rate at this batch size; scale it by the batch's root (default: 1e-3, 4e-3 with --no-pretrained)")
-    add("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    add("--weight-decay", type=float, default=0.1, help="AdamW's, of the convolutions' weights (default: 0.1)")
     add("--warmup-epochs", type=float, default=1.0, help="linear warm-up before the cosine (default: 1)")
     add("--ema", type=float, default=0.998, metavar="DECAY", help="average of the weights; 0 switches it off (default: 0.998)")
     add("--progressive", type=float, default=0.3, metavar="F",
@@ -784,7 +786,11 @@ def train(args):
         bare.load_state_dict(resumed["raw"])
         if average is not None:
             average.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+        except ValueError:
+            raise UserError(f"--resume {last}: was begun by an earlier version, with another optimizer; go on with that one, or "
+                            "start from it with --weights and another --work-dir") from None
         if resumed["scaler"]:  # empty from a run without float16
             scaler.load_state_dict(resumed["scaler"])
         first, best, rows = resumed["epoch"], resumed["best"], resumed["rows"]

@@ -297,7 +297,7 @@ FROZEN_BN = """
 import torch
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
 # Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
-torch.optim.Adam = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
+torch.optim.AdamW = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
 """ + RUN
 
 
