@@ -425,6 +425,24 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
                                      "--work-dir", run.work_dir, "--resume")
 
 
+def test_a_run_of_another_optimizer_is_not_resumed(run, refused, flags, tmp_path):
+    """One optimizer's moments have no place in another of other parameter groups; the weights have."""
+    last = torch.load(run.work_dir / "last.pth", weights_only=True)
+    first, second = last["optimizer"]["param_groups"]
+    last["optimizer"]["param_groups"] = [{**first, "params": first["params"] + second["params"]}]
+    torch.save(last, tmp_path / "last.pth")
+    line = refused(*flags, "--work-dir", tmp_path, "--resume")
+    assert "last.pth" in line and "another optimizer" in line and "--weights" in line
+
+
+def test_decay_is_of_the_convolutions_alone(model):
+    args = trainer.parse_args(["--weight-decay", "0.2"])
+    decay = {p: g["weight_decay"] for g in trainer.build_optimizer(model, args, torch.device("cpu")).param_groups for p in g["params"]}
+    expected = {p: 0.2 if isinstance(m, torch.nn.Conv2d) and p is m.weight else 0.0
+                for m in model.modules() for p in m.parameters(recurse=False)}
+    assert decay == expected and {*decay.values()} == {0.0, 0.2}
+
+
 def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
     assert trainer.versions()["git"] != ""
     monkeypatch.setenv("PATH", str(tmp_path))
