@@ -38,6 +38,7 @@ import dataset as data
 from dataset import PADDING, ROOT, SIGMA, SIZE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
 CRPS_WEIGHT = 1.0  # of the forecast's error in fractions of the crop, beside the relative MSE
+KL_WEIGHT = 0.3  # of the divergence in nats, beside it
 WIDE = 2.0  # the targets' deviation at the start of a run, in those at its end
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
@@ -111,28 +112,34 @@ def build_model(backbone, num_landmarks, pretrained=False, weights=None):
 # ---------------------------------------------------------------- loss, prediction, metric
 
 def heatmap_losses(heatmaps, points, visibility, sigma):
-    """MSE weighted by visibility between maps and Gaussians, plus the maps' error as forecasts of a place: (B, K).
+    """MSE weighted by visibility between maps and Gaussians, plus the maps' errors as forecasts of a place: (B, K).
 
     heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells. For the MSE
-    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. The second term is the
-    continuous ranked probability score of x and of y in fractions of the crop (Gneiting & Raftery 2007, "Strictly proper
-    scoring rules", eq. 20): how far the map's distribution function is from the step at the truth, squared. MSE alone is
-    cheapest at "nothing" where a place is uncertain, and learns the ears last; this is least for the honest distribution.
+    a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. MSE alone is cheapest at
+    "nothing" where a place is uncertain, and learns the ears last; the two other terms are least for the honest
+    distribution. They are the Kullback-Leibler divergence of the map from the Gaussian of sum 1, whose pull to the truth
+    does not fade where a map is broad or wrong, and the continuous ranked probability score of x and of y in fractions of
+    the crop (Gneiting & Raftery 2007, "Strictly proper scoring rules", eq. 20), which knows how far away a wrong map is:
+    how far its distribution function is from the step at the truth, squared.
 
     Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches and over
     GPUs exactly the gradient of the whole batch.
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
-    x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map:
+    x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map
     # |height * map - target|^2 = height^2 |map|^2 - 2 height <map, target> + |target|^2, a third of the passes over maps.
     columns = torch.stack([y, torch.ones_like(y)], 2) @ heatmaps  # (B, K, 2, S): weighted by the target's rows, and plain
     inner = (columns[:, :, 0] * x).sum(2)
     mse = (height**2 * torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square() - 2 * height * inner
            + x.square().sum(2) * y.square().sum(2)) / (math.pi * sigma**2)
+    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9) for v in (x, y))  # of a point outside the crop it may be no sum at all
+    cross_entropy = -((y.unsqueeze(2) @ (heatmaps + 1e-9).log()).squeeze(2) * x).sum(2)
+    divergence = cross_entropy - torch.special.entr(x).sum(2) - torch.special.entr(y).sum(2)
     below = torch.stack([columns[:, :, 1], heatmaps.sum(3)], 2).cumsum(3)
     steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
-    return (mse + CRPS_WEIGHT * (below - steps).square().sum((2, 3)) / size) * visibility
+    crps = (below - steps).square().sum((2, 3)) / size
+    return (mse + KL_WEIGHT * divergence + CRPS_WEIGHT * crps) * visibility
 
 
 def autocast(device, amp):

@@ -72,6 +72,7 @@ def test_loss_counts_labelled_landmarks_alone():
 def test_loss_is_the_mse_of_maps_written_out(monkeypatch):
     """The loss never makes its targets; here they are made, and maps and Gaussians subtracted cell by cell."""
     monkeypatch.setattr(trainer, "CRPS_WEIGHT", 0)
+    monkeypatch.setattr(trainer, "KL_WEIGHT", 0)
     points = torch.rand(3, 5, 2, dtype=torch.float64) * 70 - 4  # some outside, their Gaussians cut by the border
     maps = torch.randn(3, 5, 1024, dtype=torch.float64).softmax(2).view(3, 5, 32, 32).requires_grad_()
     fast = trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2)
@@ -80,6 +81,25 @@ def test_loss_is_the_mse_of_maps_written_out(monkeypatch):
     torch.testing.assert_close(fast, plain)
     gradients = [torch.autograd.grad(loss.sum(), maps)[0] for loss in (fast, plain)]
     torch.testing.assert_close(*gradients)
+
+
+def test_loss_has_the_divergence_from_the_target(monkeypatch):
+    """PyTorch's own, of the target made as a map; some are cut by the border. A map that is the target has none."""
+    def divergence(maps):
+        def loss(weight):
+            monkeypatch.setattr(trainer, "KL_WEIGHT", weight)
+            return trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2)
+        return loss(1) - loss(0)
+
+    points = torch.rand(3, 5, 2, dtype=torch.float64) * 64 - 0.5
+    maps = (4 * torch.randn(3, 5, 1024, dtype=torch.float64)).softmax(2).view(3, 5, 32, 32).requires_grad_()
+    targets = data.encode_heatmaps(points, 32, 1.2)
+    targets = targets / targets.sum((2, 3), keepdim=True)
+    plain = torch.nn.functional.kl_div((maps + 1e-9).log(), targets, reduction="none").sum((2, 3))
+    torch.testing.assert_close(divergence(maps), plain)
+    gradients = [torch.autograd.grad(loss.sum(), maps)[0] for loss in (divergence(maps), plain)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(divergence(targets), torch.zeros(3, 5, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_loss_is_a_proper_score_of_places(monkeypatch):
