@@ -133,8 +133,15 @@ def heatmap_losses(heatmaps, points, visibility, sigma):
     inner = (columns[:, :, 0] * x).sum(2)
     mse = (height**2 * torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square() - 2 * height * inner
            + x.square().sum(2) * y.square().sum(2)) / (math.pi * sigma**2)
-    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9) for v in (x, y))  # of a point outside the crop it may be no sum at all
-    cross_entropy = -((y.unsqueeze(2) @ (heatmaps + 1e-9).log()).squeeze(2) * x).sum(2)
+    # The divergence needs the maps within 5 sigma alone, beyond them the Gaussian is nothing: a window of columns and rows.
+    width = min(size, 2 * math.ceil(5 * sigma) + 1)
+    first = (offsets.abs().argmin(3, keepdim=True) - width // 2).clamp(0, size - width)
+    window = first + torch.arange(width, device=first.device)  # (B, K, 2, width)
+    column, row = window.unbind(2)
+    near = heatmaps.flatten(2).gather(2, (row.unsqueeze(3) * size + column.unsqueeze(2)).flatten(2)).unflatten(2, (width, width))
+    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # of a point outside the crop it may be no sum at all
+            for v in data.gaussians(offsets.gather(3, window), sigma))
+    cross_entropy = -((y.unsqueeze(2) @ (near + 1e-9).log()).squeeze(2) * x).sum(2)
     divergence = cross_entropy - torch.special.entr(x).sum(2) - torch.special.entr(y).sum(2)
     below = torch.stack([columns[:, :, 1], heatmaps.sum(3)], 2).cumsum(3)
     steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
