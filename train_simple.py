@@ -38,7 +38,7 @@ import dataset as data
 from dataset import PADDING, ROOT, SIGMA, SIZE, Augmentation, DogFLWDataset, Parser, Scheme, UserError, atomic_write, run_script
 
 CRPS_WEIGHT = 1.0  # of the forecast's error in fractions of the crop, beside the relative MSE
-KL_WEIGHT = 0.3  # of the divergence in nats, beside it
+KL_WEIGHT = 0.3  # of the divergence in nats, beside the same
 WIDE = 2.0  # the targets' deviation at the start of a run, in those at its end
 # What a resumed run must share with the run it goes on with, to end where the uncut run ends.
 RESUME_MUST_MATCH = ("sample", "holdout", "crop", "backbone", "input_size", "sigma", "padding", "epochs", "batch_size",
@@ -111,16 +111,33 @@ def build_model(backbone, num_landmarks, pretrained=False, weights=None):
 
 # ---------------------------------------------------------------- loss, prediction, metric
 
+def divergence(heatmaps, offsets, sigma):
+    """The Kullback-Leibler divergence KL(Gaussian of sum 1 || map) in nats: (B, K, S, S), (B, K, 2, S), cells -> (B, K).
+
+    From a window of 5 sigma around the point, beyond which the Gaussian is nothing: few passes over whole maps.
+    """
+    size = heatmaps.shape[-1]
+    width = min(size, 2 * math.ceil(5 * sigma) + 1)
+    first = (offsets.abs().argmin(3, keepdim=True) - width // 2).clamp(0, size - width)
+    window = first + torch.arange(width, device=first.device)  # (B, K, 2, width): columns and rows
+    column, row = window.unbind(2)
+    near = heatmaps.flatten(2).gather(2, (row.unsqueeze(3) * size + column.unsqueeze(2)).flatten(2)).unflatten(2, (width, width))
+    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # of a point outside the crop it may be no sum at all
+            for v in data.gaussians(offsets.gather(3, window), sigma))
+    cross_entropy = -((y.unsqueeze(2) @ (near + 1e-9).log()).squeeze(2) * x).sum(2)
+    return cross_entropy - torch.special.entr(x).sum(2) - torch.special.entr(y).sum(2)
+
+
 def heatmap_losses(heatmaps, points, visibility, sigma):
     """MSE weighted by visibility between maps and Gaussians, plus the maps' errors as forecasts of a place: (B, K).
 
     heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells. For the MSE
     a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. MSE alone is cheapest at
     "nothing" where a place is uncertain, and learns the ears last; the two other terms are least for the honest
-    distribution. They are the Kullback-Leibler divergence of the map from the Gaussian of sum 1, whose pull to the truth
-    does not fade where a map is broad or wrong, and the continuous ranked probability score of x and of y in fractions of
-    the crop (Gneiting & Raftery 2007, "Strictly proper scoring rules", eq. 20), which knows how far away a wrong map is:
-    how far its distribution function is from the step at the truth, squared.
+    distribution. They are the `divergence`, whose pull to the truth does not fade where a map is broad or wrong, and the
+    continuous ranked probability score of x and of y in fractions of the crop (Gneiting & Raftery 2007, "Strictly proper
+    scoring rules", eq. 20), which knows how far away a wrong map is: how far its distribution function is from the step
+    at the truth, squared.
 
     Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches and over
     GPUs exactly the gradient of the whole batch.
@@ -133,20 +150,10 @@ def heatmap_losses(heatmaps, points, visibility, sigma):
     inner = (columns[:, :, 0] * x).sum(2)
     mse = (height**2 * torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square() - 2 * height * inner
            + x.square().sum(2) * y.square().sum(2)) / (math.pi * sigma**2)
-    # The divergence needs the maps within 5 sigma alone, beyond them the Gaussian is nothing: a window of columns and rows.
-    width = min(size, 2 * math.ceil(5 * sigma) + 1)
-    first = (offsets.abs().argmin(3, keepdim=True) - width // 2).clamp(0, size - width)
-    window = first + torch.arange(width, device=first.device)  # (B, K, 2, width)
-    column, row = window.unbind(2)
-    near = heatmaps.flatten(2).gather(2, (row.unsqueeze(3) * size + column.unsqueeze(2)).flatten(2)).unflatten(2, (width, width))
-    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # of a point outside the crop it may be no sum at all
-            for v in data.gaussians(offsets.gather(3, window), sigma))
-    cross_entropy = -((y.unsqueeze(2) @ (near + 1e-9).log()).squeeze(2) * x).sum(2)
-    divergence = cross_entropy - torch.special.entr(x).sum(2) - torch.special.entr(y).sum(2)
     below = torch.stack([columns[:, :, 1], heatmaps.sum(3)], 2).cumsum(3)
     steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
     crps = (below - steps).square().sum((2, 3)) / size
-    return (mse + KL_WEIGHT * divergence + CRPS_WEIGHT * crps) * visibility
+    return (mse + KL_WEIGHT * divergence(heatmaps, offsets, sigma) + CRPS_WEIGHT * crps) * visibility
 
 
 def autocast(device, amp):
