@@ -11,6 +11,7 @@ import argparse
 import copy
 import csv
 import ctypes
+import gc
 import io
 import json
 import math
@@ -918,6 +919,10 @@ def train(args):
             result = {"faces": len(test), "chosen_on": chooser, **metrics}
             atomic_write(args.work_dir / "test.json", [json.dumps(result, indent=1).encode()])
     if env.world > 1:
+        # DistributedDataParallel refers to itself and to the group. Were it left to the interpreter's last collection, a thread
+        # of gloo that then drops the last broadcast's tensor would abort the process.
+        del model
+        gc.collect()
         dist.destroy_process_group()
     return 0
 

@@ -317,6 +317,9 @@ if __name__ == "__main__":
 FROZEN_BN = """
 import torch
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # batch statistics aside
+import atexit, os, pathlib
+# What is left of the group when the interpreter ends may abort the process.
+atexit.register(lambda: any("gloo" in f.read_text() for f in pathlib.Path("/proc/self/task").glob("*/comm")) and os._exit(70))
 # Adam's first steps are the signs of the gradients, which rounding may turn; plain steps show the gradients themselves.
 torch.optim.AdamW = lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr)
 """ + RUN
