@@ -116,7 +116,7 @@ def divergence(heatmaps, offsets, sigma):
     """The Kullback-Leibler divergence KL(Gaussian of sum 1 || map) in nats: (B, K, S, S), (B, K, 2, S), cells -> (B, K).
 
     Kullback & Leibler 1951, "On information and sufficiency". Taken from a window of 5 sigma around the point, beyond
-    which the Gaussian is nothing: no pass over whole maps.
+    which the Gaussian is nothing: few passes over whole maps.
     """
     size = heatmaps.shape[-1]
     width = min(size, 2 * math.ceil(5 * sigma) + 1)
