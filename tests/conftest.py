@@ -3,6 +3,7 @@ import csv
 import gc
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import sys
@@ -13,23 +14,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dataset as data
 import train_simple as trainer
+from tools.lib.checkpoints import load_checkpoint
+from tools.lib.cli import run_script
+from tools.lib.files import atomic_write, file_lock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the tests start
 torch.set_num_threads(1)  # they need the other cores
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--no-pretrained", "--backbone", "hrnet_w18_small", "--input-size", 64, "--num-workers", 0, "--device", "cpu", "--no-amp")
-# Processes are forked from one that has imported the slow libraries: a cold start takes longer than most of them run.
+SMALL = ("--no-pretrained", "--backbone", "hrnet_w18_small", "--input-size", 64, "--num-workers", 0,
+         "--device", "cpu", "--no-amp")
+LIGHT = ("--backbone", "mobilenetv3_small_050")  # beside SMALL, where the network does not matter: a fifth of the time
+# Processes are forked from one that has imported the slow libraries: a cold start takes longer than most run.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "train_simple", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
-def as_script(name, argv, out, err, cache):
-    """In the forked process: what `python NAME ARGV >out 2>err` does, with another folder for the face cache."""
+def as_script(name, argv, out, err):
+    """In the forked process: what `python NAME ARGV >out 2>err` does."""
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    data.Windows.__init__.__defaults__ = ("none", cache)
     multiprocessing.set_start_method(None, force=True)  # the platform's own for workers, as in a fresh process
     sys.argv = [name, *argv]
     runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -38,14 +42,12 @@ def as_script(name, argv, out, err, cache):
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """Start a script of the project as a process of its own, with its output in the files .out and .err."""
-    shared = tmp_path_factory.mktemp("cache")
-
-    def start(name, *args, cache=shared):
+    def start(name, *args):
         log = tmp_path_factory.mktemp("log")
         files = [log / "out", log / "err"]
         for path in files:
             path.touch()
-        process = FORKS.Process(target=as_script, args=(name, list(map(str, args)), *files, cache))
+        process = FORKS.Process(target=as_script, args=(name, list(map(str, args)), *files))
         process.start()
         process.out, process.err = files
         return process
@@ -55,8 +57,8 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="session")
 def script(start):
     """Run a script of the project to its end; its exit code and output as text."""
-    def run(name, *args, check=False, **options):
-        process = start(name, *args, **options)
+    def run(name, *args, check=False):
+        process = start(name, *args)
         process.join(300)
         process.kill()
         process.join()
@@ -67,6 +69,15 @@ def script(start):
     return run
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run in this process leaves its answers to signals behind; here they go."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """Run train_simple.py, which must end with one line of error and exit code 2; returns the line.
@@ -74,14 +85,11 @@ def refused(capsys, monkeypatch):
     In this process: importing torch and timm anew would cost several seconds a mistake.
     """
     def check(*args, **environment):
-        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            data.run_script(lambda: trainer.main(list(map(str, args))))
-        for number, handler in handlers:
-            signal.signal(number, handler)
+            run_script(lambda: trainer.main(list(map(str, args))))
         code, lines = end.value.code, capsys.readouterr().err.strip().splitlines()
         del end
         gc.collect()  # the traceback holds the run's lock
@@ -91,35 +99,54 @@ def refused(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def sample(script, tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make): what make(folder) returns, made by the first of pytest-xdist's workers for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        folder = base / f"shared_{name}"
+        with file_lock(base / f"{name}.lock"):
+            if not (folder / "made").exists():
+                folder.mkdir()
+                atomic_write(folder / "made", [pickle.dumps(make(folder))])
+        return pickle.loads((folder / "made").read_bytes())
+    return once
+
+
+@pytest.fixture(scope="session")
+def sample(script, once):
     """40 + 12 drawn faces, converted: .data_root, .ann_root."""
-    folder = tmp_path_factory.mktemp("sample")
-    script("tools/make_sample_dataset.py", "--out", folder / "dogflw", "--train", 40, "--test", 12, check=True)
-    script("tools/convert_dogflw_to_coco.py", "--dogflw_root", folder / "dogflw", "--out_dir", folder / "ann", check=True)
-    return SimpleNamespace(data_root=folder / "dogflw", ann_root=folder / "ann")
+    def make(folder):
+        script("tools/make_sample_dataset.py", "--out", folder / "dogflw", "--train", 40, "--test", 12, check=True)
+        script("tools/convert_dogflw_to_coco.py", "--dogflw_root", folder / "dogflw", "--out_dir", folder / "ann", check=True)
+        return SimpleNamespace(data_root=folder / "dogflw", ann_root=folder / "ann")
+    return once("sample", make)
 
 
 @pytest.fixture(scope="session")
 def flags(sample):
     """train_simple.py's arguments for a small run on the sample, the work dir aside; more may follow."""
-    return ["--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL, "--cache", "ram", "--epochs", 2,
-            "--batch-size", 8]
+    return ["--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL,
+            "--cache", sample.data_root.parent / "cache", "--epochs", 2, "--batch-size", 8]
 
 
 @pytest.fixture(scope="session")
 def train(script, flags):
     """Run train_simple.py with small settings; more flags may follow."""
-    def run(work_dir, *args, **options):
-        return script("train_simple.py", *flags, "--work-dir", work_dir, *args, **options)
+    def run(work_dir, *args, check=False):
+        return script("train_simple.py", *flags, "--work-dir", work_dir, *args, check=check)
     return run
 
 
 @pytest.fixture(scope="session")
-def run(sample, train, tmp_path_factory):
+def run(sample, train, once):
     """A finished two-epoch run: .work_dir with best_model.pth, .data_root, .ann_root, .seconds it took."""
-    work_dir, begin = tmp_path_factory.mktemp("runs") / "small", time.perf_counter()
-    train(work_dir, check=True)
-    return SimpleNamespace(work_dir=work_dir, seconds=time.perf_counter() - begin, **vars(sample))
+    def make(folder):
+        begin = time.perf_counter()
+        train(folder / "small", check=True)
+        return SimpleNamespace(work_dir=folder / "small", seconds=time.perf_counter() - begin, **vars(sample))
+    return once("run", make)
 
 
 def rows(work_dir):
@@ -129,11 +156,15 @@ def rows(work_dir):
 
 
 def weights(path):
-    checkpoint = trainer.load_checkpoint(path)
-    return {**checkpoint["model"], **checkpoint.get("raw", {})}
+    """The tensors of a checkpoint: the model's, and, in last.pth, the raw ones and the optimizer's."""
+    checkpoint = load_checkpoint(path)
+    moments = checkpoint.get("optimizer", {"state": {}})["state"]
+    return {**checkpoint["model"], **{f"raw.{k}": v for k, v in checkpoint.get("raw", {}).items()},
+            **{f"{name}.{i}": v for i, state in moments.items() for name, v in state.items() if v is not None}}
 
 
 def assert_same_run(a, b):
+    """Two runs ended with the same weights, moments and metrics, bit for bit."""
     assert rows(a) == rows(b)
     for name in ("last.pth", "best_model.pth"):
         ours, theirs = weights(a / name), weights(b / name)

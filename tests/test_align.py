@@ -6,6 +6,8 @@ import pytest
 
 import dataset as data
 from tools import align_faces as tool
+from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
 
 TOOL = "tools/align_faces.py"
 
@@ -18,7 +20,8 @@ def align(*args):
 @pytest.fixture(scope="module")
 def aligned(run, script, tmp_path_factory):
     out = tmp_path_factory.mktemp("align") / "out"
-    result = script(TOOL, "--ann", run.ann_root / "val.json", "--data-root", run.data_root, "--out", out, "--size", 96,
+    result = script(TOOL, "--ann", run.ann_root / "val.json", "--data-root", run.data_root, "--out", out,
+                    "--size", 96,
                     check=True)
     return out, json.loads((out / "transforms.json").read_bytes()), result.stdout
 
@@ -32,14 +35,15 @@ def test_faces_are_upright_and_of_one_size(run, aligned):
     for face in report["faces"]:
         n, matrix = row[face["face"]], np.array(face["matrix"])
         a, b = matrix[:, 0], matrix[:, 1]
-        assert np.isclose(a @ b, 0, atol=1e-9) and np.isclose(a @ a, b @ b) and np.linalg.det(matrix[:, :2]) > 0
+        assert np.isclose(a @ b, 0, atol=1e-9) and np.isclose(a @ a,
+                                                              b @ b) and np.linalg.det(matrix[:, :2]) > 0
         landmarks = np.array([[np.nan] * 2 if p is None else p for p in face["landmarks"]], float)
         seen = faces.visible[n] > 0
         assert np.array_equal(np.isfinite(landmarks[:, 0]), seen) and face["file"] == faces.files[n]
         assert np.abs(landmarks[seen] - data.apply_matrix(matrix, faces.points[n])[seen]).max() < 0.01
         middle = [np.nanmean(landmarks[i], axis=0) for i in (left, right, nose)]
         assert np.abs(np.mean(middle, 0) - np.mean(report["template"], 0)).max() < 1e-2
-        assert data.read_image(out / face["picture"]).shape == (96, 96, 3)
+        assert read_image(out / face["picture"]).shape == (96, 96, 3)
     assert len({face["picture"] for face in report["faces"]}) == len(report["faces"])
 
 
@@ -54,7 +58,7 @@ def test_the_aligned_picture_shows_what_the_matrix_says(angle, scale):
     pixels = tool.align(image, matrix, 80)
     at = np.array([[40.0, 40.0], [50.0, 30.0], [28.0, 47.0]])
     source = data.apply_matrix(data.invert_matrix(matrix), at)
-    for (u, v), want in zip(at.astype(int), source * 0.8, strict=True):
+    for (u, v), want in zip(at.astype(int), source * 0.8):
         assert np.abs(pixels[v, u, :2] - want).max() < 2
 
 
@@ -75,10 +79,10 @@ def test_faces_without_eyes_are_named(run, tmp_path, capsys):
 def test_predictions_align_too(run, tmp_path, capsys):
     faces = data.load_coco(run.ann_root / "val.json", run.data_root)
     entries = [{"file_name": name, "keypoints": np.column_stack([p, np.ones(len(p))]).ravel().tolist()}
-               for name, p in list(zip(faces.files, faces.points, strict=True))[:3]]
+               for name, p in list(zip(faces.files, faces.points))[:3]]
     entries += [entries[0], {**entries[1], "file_name": "gone.png"}]
     (tmp_path / "predictions.json").write_text(json.dumps(entries))
-    with pytest.raises(data.UserError, match="1 of 4 pictures"):
+    with pytest.raises(UserError, match="1 of 4 pictures"):
         align("--predictions", tmp_path / "predictions.json", "--checkpoint", run.work_dir / "best_model.pth",
               "--data-root", run.data_root, "--out", tmp_path / "out")
     assert "gone.png: no such picture" in capsys.readouterr().err
@@ -87,23 +91,25 @@ def test_predictions_align_too(run, tmp_path, capsys):
         [(faces.files[0], 0), (faces.files[0], 1), (faces.files[1], 0), (faces.files[2], 0)])
 
 
-def test_bad_input_is_refused(run, aligned, tmp_path):
+def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "no.pth")
     ann, root = ("--ann", run.ann_root / "val.json"), ("--data-root", run.data_root)
     checkpoint = ("--checkpoint", run.work_dir / "best_model.pth")
     (tmp_path / "wrong.json").write_text('[{"file_name": "a.png", "keypoints": [1, 2, 3]}]')
     for wanted, args in {
         "--force": (*ann, *root, "--out", aligned[0]),
         "no such folder": (*ann, "--data-root", tmp_path / "none", "--out", tmp_path / "out"),
-        "--checkpoint": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
-        "no predictions of 46": ("--predictions", tmp_path / "wrong.json", *checkpoint, *root, "--out", tmp_path / "out"),
+        "no model in the box": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
+        "no predictions of 46": ("--predictions", tmp_path / "wrong.json", *checkpoint, *root, "--out",
+                                 tmp_path / "out"),
         "--size": (*ann, *root, "--size", 3),
         "is the folder of the pictures": (*ann, *root, "--out", run.data_root, "--force"),
     }.items():
-        with pytest.raises(data.UserError, match=wanted):
+        with pytest.raises(UserError, match=wanted):
             align(*args)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_scheme_without_eyes_is_refused():
-    with pytest.raises(data.UserError, match="eye"):
+    with pytest.raises(UserError, match="eye"):
         tool.parts(data.Scheme(["a", "b"], [[0, 1]], {}, [], []))

@@ -2,6 +2,7 @@
 import json
 import os
 import shlex
+import shutil
 import struct
 import sys
 import zlib
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dataset import load_coco, run_script
+from dataset import load_coco
 from tools import convert_dogflw_to_coco as convert
+from tools.lib.cli import run_script
 
 WIDTH, HEIGHT, FACES = 120, 90, {"train": 6, "test": 3}
 
@@ -72,7 +74,7 @@ def converted(run, root, tmp_path):
             coco = json.loads((tmp_path / "out" / name).read_text())
             pairs = zip(coco["images"], coco["annotations"], strict=True)
             faces |= {Path(i["file_name"]).stem: (i, a) for i, a in pairs}
-            load_coco(tmp_path / "out" / name, root)  # what the converter writes, training accepts
+            assert load_coco(tmp_path / "out" / name, root).notes == []  # training takes it as it is
         return faces, coco["categories"][0], out
     return converted
 
@@ -135,6 +137,28 @@ def test_other_landmark_counts(run, tmp_path, k):
     assert code == 0 and f"6 faces of {k} landmarks" in out and "repaired" not in out
     assert faces.scheme.names[0] == "point_0" and faces.scheme.flip_pairs == [] and faces.scheme.regions == {}
     assert faces.points.shape == (6, k, 2) and faces.boxes[2].tolist() == [0, 0, 120, 90]
+
+
+def test_catflws_flat_folders_become_train_alone(run, tmp_path):
+    root = make(tmp_path / "CatFLW", 48)
+    for kind in ("images", "labels"):
+        (root / "train" / kind).rename(root / kind)
+    shutil.rmtree(root / "test")
+    (root / "train").rmdir()
+    for path in (root / "labels").iterdir():
+        label = json.loads(path.read_text())
+        path.write_text(json.dumps({"labels": label["landmarks"], "bounding_boxes": label["bounding_boxes"]}))
+    code, out, err = run("--dogflw_root", root, "--out_dir", tmp_path / "out")
+    assert code == 0 and err == "" and "train: 6 faces of 48 landmarks" in out and "--holdout 0.1" in out.splitlines()[-1]
+    assert os.listdir(tmp_path / "out") == ["train.json"]
+    faces = load_coco(tmp_path / "out/train.json", root)
+    assert faces.files[0] == "images/n0_0.png" and faces.breeds == [""] * 6 and faces.points.shape == (6, 48, 2)
+    (tmp_path / "out/val.json").write_text("{}")
+    one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "out"), "val.json", "--out_dir")
+    (root / "images/n0_0.png").rename(tmp_path / "outside.png")
+    (root / "images/n0_0.png").symlink_to(tmp_path / "outside.png")
+    code, out, err = run("--dogflw_root", root, "--out_dir", tmp_path / "other")
+    assert code == 2 and "is a link that leaves the data set" in err
 
 
 # ---------------------------------------------------------------- defects that are mended

@@ -1,10 +1,6 @@
-"""dataset.py: crops, mirroring, heatmaps, the cache, and COCO files written by others."""
-import errno
-import json
+"""dataset.py: crops, mirroring, augmentation, heatmaps, the face cache, splits."""
 import pickle
-import shutil
-from contextlib import nullcontext
-from types import SimpleNamespace
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,10 +9,14 @@ import torch
 from conftest import FORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import dataset as data
-from dataset import Augmentation, DogFLWDataset, UserError
+from dataset import Augmentation, DogFLWDataset
+from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
+from tools.lib.windows import Windows, apply_matrix, cut_window, face_window, invert_matrix
+from train_simple import parse_args
+
 
 numbers = st.floats(-300, 300)
 boxes = st.tuples(numbers, numbers, st.floats(5, 400), st.floats(5, 400))
@@ -28,7 +28,7 @@ settings.load_profile("ours")
 def test_crop_inverse_and_aspect(box, rotation, scale, shift, mirror):
     matrix = data.crop_matrix(box, 256, 1.25, rotation, scale, (shift, -shift), mirror)
     points = np.random.default_rng(0).uniform(-200, 200, (46, 2))
-    back = data.apply_matrix(data.invert_matrix(matrix), data.apply_matrix(matrix, points))
+    back = apply_matrix(invert_matrix(matrix), apply_matrix(matrix, points))
     np.testing.assert_allclose(back, points, atol=1e-8)
     a = matrix[:, :2]  # a similarity: never a stretch
     np.testing.assert_allclose(a @ a.T, np.eye(2) * abs(np.linalg.det(a)), atol=1e-9)
@@ -38,7 +38,7 @@ def test_crop_inverse_and_aspect(box, rotation, scale, shift, mirror):
 @given(boxes)
 def test_the_mirrored_crop_is_the_crop_mirrored(box):
     points = np.random.default_rng(1).uniform(-200, 200, (46, 2))
-    plain, mirrored = (data.apply_matrix(data.crop_matrix(box, 256, 1.25, mirror=m), points) for m in (False, True))
+    plain, mirrored = (apply_matrix(data.crop_matrix(box, 256, 1.25, mirror=m), points) for m in (False, True))
     np.testing.assert_allclose(mirrored, [255, 0] + plain * [-1, 1], atol=1e-8)
 
 
@@ -78,7 +78,7 @@ def test_a_sample_in_full(faces):
     item = DogFLWDataset(faces, 64, sigma=1.5)[3]
     assert item["image"].shape == (3, 64, 64) and item["heatmaps"].shape == (46, 32, 32)
     assert item["keypoints"].shape == (46, 2) and item["visibility"].shape == (46,)
-    back = data.apply_matrix(data.invert_matrix(item["matrix"].numpy()), item["keypoints"].double().numpy())
+    back = apply_matrix(invert_matrix(item["matrix"].numpy()), item["keypoints"].double().numpy())
     np.testing.assert_allclose(back, faces.points[3], atol=1e-4)
     peak = item["heatmaps"].flatten(1).argmax(1)
     cells = (item["keypoints"] + 0.5) / 2 - 0.5
@@ -97,7 +97,7 @@ def test_augmentation_moves_pixels_and_points_alike(faces):
             painted = np.zeros((size[1], size[0], 3), np.uint8)
             x, y = faces.points[i, k]
             cv2.circle(painted, (round(x * 16), round(y * 16)), 40, (255, 255, 255), -1, cv2.LINE_AA, 4)
-            one.windows._decode = lambda j, p=painted, w=one.windows: data.cut_window(p, *w.geometry[j])
+            one.windows._decode = lambda j, p=painted, w=one.windows: cut_window(p, *w.geometry[j])
             batch = one.__getitems__([(epoch, i)])
             mirrored = np.linalg.det(batch["matrix"][0, :, :2].numpy()) < 0
             flips += mirrored
@@ -120,6 +120,43 @@ def test_augmentation_is_a_function_of_seed_epoch_index(faces):
     assert not torch.equal(batch["image"][0], batch["image"][2])
 
 
+def test_augmentation_is_what_the_flags_say(faces):
+    """Nothing at 0, and each range alone changes what it names: points, colours or pixels."""
+    off = [text for name in ("flip", "rotation", "scale", "shift", "colour", "occlusion") for text in (f"--{name}", "0")]
+
+    def batch(*flags):
+        return DogFLWDataset(faces, 64, augment=parse_args([*off, *flags])).__getitems__([(1, i) for i in range(12)])
+    plain = DogFLWDataset(faces, 64).__getitems__([(1, i) for i in range(12)])
+    for key, value in batch().items():
+        assert torch.equal(value, plain[key]), key
+    for flag, value, changed in (("flip", 1, "points"), ("rotation", 30, "points"), ("scale", 0.5, "points"), ("shift", 0.1, "points"),
+                                 ("colour", 0.3, "colour"), ("occlusion", 1, "image")):
+        got = batch(f"--{flag}", str(value))
+        linear, still = got["matrix"][:, :, :2].numpy(), plain["matrix"][:, :, :2].numpy()
+        zoom = np.sqrt(np.abs(np.linalg.det(linear) / np.linalg.det(still)))
+        angle = np.degrees(np.arctan2(linear[:, 1, 0], linear[:, 1, 1]))
+        assert torch.equal(got["keypoints"], plain["keypoints"]) == (changed != "points"), flag
+        assert torch.equal(got["colour"], plain["colour"]) == (changed != "colour"), flag
+        assert torch.equal(got["image"], plain["image"]) == (changed == "colour"), flag  # the device applies the colours
+        assert (np.linalg.det(linear) < 0).all() == (flag == "flip")
+        assert (1 < np.abs(angle).max() <= 30) if flag == "rotation" else np.allclose(angle, 0)
+        assert (1.1 < max(zoom.max(), 1 / zoom.min()) <= 1.5) if flag == "scale" else np.allclose(zoom, 1)
+
+
+@given(st.floats(0, 180), st.floats(0, 1), st.floats(0, 0.3), st.integers(0, 10**6))
+def test_an_augmented_crop_stays_in_its_window(rotation, scale, shift, seed):
+    """The middles of its sides lie in the part of the picture that is kept; the corners of rotated ones may not."""
+    augment = Augmentation(0.5, rotation, scale, shift)
+    box, size = (400, 300, 200, 120), (1000, 800)
+    (x, y, w, h), _ = face_window(box, size, 128, 1.25, augment.reach)
+    geometry = augment.draw(np.random.default_rng(seed), True)[0]
+    middles = np.array([[63.5, -0.5], [63.5, 127.5], [-0.5, 63.5], [127.5, 63.5]])
+    seen = apply_matrix(invert_matrix(data.crop_matrix(box, 128, 1.25, **geometry)), middles)
+    inside = (seen >= [x - 1, y - 1]) & (seen <= [x + w, y + h])
+    at_edge = np.array([[x == 0, y == 0]]) | np.array([[x + w == size[0], y + h == size[1]]])
+    assert (inside | at_edge).all()
+
+
 def test_smaller_crops_show_the_same(faces):
     """An item of half the size is the whole item shrunk: picture, landmarks, colour and occlusion."""
     ds, items = DogFLWDataset(faces, 128, augment=Augmentation(occlusion=1)), range(len(faces))
@@ -130,35 +167,46 @@ def test_smaller_crops_show_the_same(faces):
     assert (half["image"] - shrunk).abs().mean() < 4  # grey levels
 
 
-@pytest.mark.parametrize("cache", ["disk", "ram"])
-def test_the_cache_gives_the_plain_crops(faces, cache, tmp_path, monkeypatch):
-    plain = DogFLWDataset(faces, 96, augment=Augmentation())
-    windows = data.Windows(faces, 96, 1.25, Augmentation().reach, cache, tmp_path)
-    items = [(4, i) for i in range(len(faces))]
-    expected = plain.__getitems__(items)
-    plain.windows = pickle.loads(pickle.dumps(windows))  # as a spawned worker gets it
-    for key, value in plain.__getitems__(items).items():
+def test_the_cache_gives_the_plain_crops(faces, tmp_path, monkeypatch):
+    items, options = [(4, i) for i in range(len(faces))], {"input_size": 96, "augment": Augmentation()}
+    expected = DogFLWDataset(faces, **options).__getitems__(items)
+    DogFLWDataset(faces, cache=tmp_path / "new" / "cache", **options)
+    monkeypatch.setattr(Windows, "_decode", None)  # the second time nothing is decoded, nor by a spawned worker
+    cached = pickle.loads(pickle.dumps(DogFLWDataset(faces, cache=tmp_path / "new" / "cache", **options)))
+    for key, value in cached.__getitems__(items).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
-    if cache == "disk":
-        monkeypatch.setattr(data.Windows, "_decode", None)  # the second time nothing is decoded
-        data.Windows(faces, 96, 1.25, Augmentation().reach, cache, tmp_path)
-        assert len(list(tmp_path.glob("*.bin"))) == 1
+    assert [p.suffix for p in (tmp_path / "new/cache").iterdir() if p.name != ".lock"] == [".bin"]
+
+
+def test_a_cache_of_other_faces_or_crops_is_never_read(faces, tmp_path):
+    """Every change makes a file of its own: crop size, padding, reach, faces, a picture that was written again."""
+    def files(faces, *geometry):
+        Windows(faces, *geometry, tmp_path / "cache")
+        return len(list((tmp_path / "cache").glob("*.bin")))
+    path = tmp_path / faces.files[0]
+    path.parent.mkdir(parents=True)
+    one = replace(faces.take([0]), root=tmp_path)
+    path.write_bytes((faces.root / faces.files[0]).read_bytes())
+    assert [files(one, 96, 1.25, 1.0), files(one, 96, 1.25, 1.0), files(one, 64, 1.25, 1.0), files(one, 96, 1.5, 1.0),
+            files(one, 96, 1.25, 1.3), files(faces.take([0, 1]), 96, 1.25, 1.0)] == [1, 1, 2, 3, 4, 5]
+    path.write_bytes((faces.root / faces.files[0]).read_bytes())
+    assert files(one, 96, 1.25, 1.0) == 6
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
 def test_a_cache_that_is_damaged_while_in_use_is_named(faces, tmp_path, damage):
-    windows = data.Windows(faces, 96, 1.25, 1.0, "disk", tmp_path)
-    damage(windows.file)
+    windows = Windows(faces, 96, 1.25, 1.0, tmp_path)
+    damage(windows.records.path)
     with pytest.raises(UserError, match="face cache"):
         windows[3]
 
 
 def fill_cache(faces, folder, go):
     """In a process of its own, once all have come: build the cache. Returns the faces decoded here, and one window."""
-    decoded, plain = [], data.Windows._decode
-    data.Windows._decode = lambda self, i: decoded.append(i) or plain(self, i)
+    decoded, plain = [], Windows._decode
+    Windows._decode = lambda self, i: decoded.append(i) or plain(self, i)
     go.wait()
-    return decoded, data.Windows(faces, 96, 1.25, 1.0, "disk", folder)[3][0]
+    return decoded, Windows(faces, 96, 1.25, 1.0, folder)[3][0]
 
 
 def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path):
@@ -169,11 +217,17 @@ def test_two_runs_at_once_fill_the_cache_once(faces, tmp_path):
     np.testing.assert_array_equal(window, same)
 
 
+def test_a_picture_of_another_size_than_the_file_says_is_named(faces, tmp_path):
+    wrong = replace(faces.take([0]), sizes=faces.sizes[:1] + 1)
+    with pytest.raises(UserError, match=f"{faces.files[0]}: is .* pixels, the COCO file says"):
+        DogFLWDataset(wrong, 64, cache=tmp_path)
+
+
 def test_prediction_crop_is_the_validation_crop(faces):
     ds = DogFLWDataset(faces, 96)
     batch = ds.__getitems__(list(range(8)))
     for i in range(8):
-        crop, matrix = data.predict_crop(data.read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
+        crop, matrix = data.predict_crop(read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
         np.testing.assert_array_equal(crop, batch["image"][i].numpy())
         np.testing.assert_array_equal(matrix, batch["matrix"][i].numpy())
 
@@ -186,176 +240,49 @@ def test_a_large_face_is_shrunk_without_aliasing():
 
 def test_normalize_folds_the_colour_matrix():
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-    colour = torch.rand(2, 3, 4)
+    colour, mean, std = torch.rand(2, 3, 4), torch.rand(3), torch.rand(3) + 0.5
     moved = torch.einsum("bij,bhwj->bhwi", colour[..., :3], images.float()) + colour[:, None, None, :, 3]
-    expected = ((moved / 255 - torch.tensor(data.MEAN)) / torch.tensor(data.STD)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(data.normalize(images, colour), expected, rtol=1e-4, atol=1e-4)
-    assert data.normalize(images).is_contiguous(memory_format=torch.channels_last)
+    expected = ((moved / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(data.normalize(images, mean, std, colour), expected, rtol=1e-4, atol=1e-4)
+    plain = data.normalize(images, mean, std)
+    torch.testing.assert_close(plain, ((images / 255 - mean) / std).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+    assert plain.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_split_is_stratified_and_disjoint(faces):
-    rest, held = faces.split(0.25)
-    assert sorted(rest.files + held.files) == sorted(faces.files) and not set(rest.files) & set(held.files)
-    assert abs(len(held) - 0.25 * len(faces)) <= 6
-    assert faces.split(0.25)[1].files == held.files
+# ---------------------------------------------------------------- splits
+
+def pictures(faces, counts, breeds):
+    """Faces in pictures of so many faces each; the pictures' breeds."""
+    picture = np.repeat(np.arange(len(counts)), counts)
+    rng = np.random.default_rng(len(picture))
+    picture = rng.permutation(picture)
+    many = faces.take(np.arange(len(picture)) % len(faces))
+    return replace(many, files=[f"{i}.png" for i in picture], breeds=[breeds[i] for i in picture], ids=np.arange(len(picture)))
 
 
-def kinds(folder):
-    """One picture in many kinds of file; (path, tolerance against the RGB original)."""
-    rng = np.random.default_rng(0)
-    rgb = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC)
-    image = Image.fromarray(rgb)
-    grey = np.asarray(image.convert("L"))
-    image.save(folder / "a.png")
-    image.save(folder / "a.jpg", quality=95)
-    image.convert("RGBA").save(folder / "rgba.png")
-    image.convert("L").save(folder / "grey.png")
-    image.quantize(256).save(folder / "palette.png")
-    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
-    image.save(folder / "a.webp", quality=95)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "grey16.png")
-    cv2.imwrite(str(folder / "rgb16.png"), rgb[..., ::-1].astype(np.uint16) * 257)
-    image.save(folder / "moving.gif", save_all=True, append_images=[image.rotate(180)])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: stored a quarter anticlockwise
-    image.transpose(Image.Transpose.ROTATE_90).save(folder / "exif.jpg", quality=95, exif=exif)
-    return rgb, np.repeat(grey[..., None], 3, 2)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=60), st.integers(1, 4), st.floats(0, 0.9), st.integers(0, 99))
+def test_split_holds_out_whole_pictures_of_every_breed(faces, counts, kinds, fraction, seed):
+    """Of one breed, or where no breeds are known, so many pictures as were asked for, to within one."""
+    breeds = [f"b{i * 7 % kinds}" if kinds > 1 else "" for i in range(len(counts))]
+    many = pictures(faces, counts, breeds)
+    rest, held = many.split(fraction, seed)
+    assert sorted([*rest.ids, *held.ids]) == list(range(len(many))) and not set(rest.files) & set(held.files)
+    for breed in set(breeds):
+        of_breed = breeds.count(breed)
+        held_out = len({file for file, b in zip(held.files, held.breeds) if b == breed})
+        assert abs(held_out - fraction * of_breed) < 1, breed
+    assert [*many.split(fraction, seed)[1].ids] == [*held.ids]
 
 
-def test_every_kind_of_picture(tmp_path):
-    rgb, grey = kinds(tmp_path)
-    for path in sorted(tmp_path.iterdir()):
-        read = data.read_image(path)
-        assert read.dtype == np.uint8 and read.shape == rgb.shape, path
-        assert np.abs(read.astype(int) - (grey if "grey" in path.name else rgb)).mean() < 12, path
+def test_split_differs_by_seed_and_is_fair_to_small_breeds(faces):
+    """Of breeds of two pictures, at a quarter, half give one: neither all nor none."""
+    many = pictures(faces, [1] * 200, [f"b{i // 2}" for i in range(200)])
+    held = [many.split(0.25, seed)[1] for seed in range(2)]
+    assert held[0].files != held[1].files and all(30 < len(h) < 70 for h in held)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", None, "bomb"])
-def test_a_bad_picture_is_named(tmp_path, content):
-    path = tmp_path / "bad.png"
-    if content is None:
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)).save(path)
-        content = path.read_bytes()[:-2000]
-    elif content == "bomb":
-        Image.new("1", (30000, 30000)).save(path)
-        content = path.read_bytes()
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="bad.png"):
-        data.read_image(path)
-
-
-def breakages():
-    def change(**kwargs):
-        return lambda d: d["annotations"][0].update(kwargs)
-    yield "no annotations", lambda d: d.update(annotations=[])
-    yield "not a COCO file", lambda d: d.pop("images")
-    yield "categories", lambda d: d.update(categories=[])
-    yield "keypoints", change(keypoints=[1, 2, 2])
-    yield "bbox", change(bbox=None)
-    yield "cannot be", change(bbox=[0, 0, 0, 5])
-    yield "cannot be", change(keypoints=[1e9] * 138)
-    yield "cannot be", change(keypoints=[float("nan")] * 138)
-    yield "not in the file", change(image_id=10**9)
-    yield "leaves the data root", lambda d: d["images"][0].update(file_name="../../etc/passwd")
-    yield "leaves the data root", lambda d: d["images"][0].update(file_name="/etc/passwd")
-    yield "file_name", lambda d: d["images"][0].update(file_name=7)
-    yield "width and height", lambda d: d["images"][0].update(width=-1)
-    yield "id", lambda d: d["images"][1].update(id=d["images"][0]["id"])
-    yield "id", lambda d: d["images"][1].update(id=[1])
-    yield "id", lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"])
-    yield "id", change(id=[1])
-    yield "not in the file", change(image_id=[1])
-    yield "printable", lambda d: d["categories"][0]["keypoints"].__setitem__(3, "\x1b[2J")
-    yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 1], [1, 2]])
-    yield "flip_pairs", lambda d: d["categories"][0].update(flip_pairs=[[0, 99]])
-    yield "regions", lambda d: d["categories"][0].update(regions={"ear": ["x"]})
-    yield "interocular", lambda d: d["categories"][0].update(interocular=[1])
-    yield "labelled", lambda d: [a.update(keypoints=[0] * 138) for a in d["annotations"]]
-
-
-@pytest.mark.parametrize("message,breakage", list(breakages()))
-def test_a_broken_coco_file_is_named(sample, tmp_path, message, breakage):
-    coco = json.loads((sample.ann_root / "train.json").read_text())
-    breakage(coco)
-    (tmp_path / "broken.json").write_text(json.dumps(coco))
-    with pytest.raises(UserError, match=f"broken.json.*{message}"):
-        data.load_coco(tmp_path / "broken.json", sample.data_root)
-
-
-def test_an_unlabelled_face_is_left_out_whatever_its_box(sample, tmp_path):
-    coco = json.loads((sample.ann_root / "train.json").read_text())
-    coco["annotations"][3].update(keypoints=[0] * 138, bbox=[0, 0, 0, 0])
-    (tmp_path / "ann.json").write_text(json.dumps(coco))
-    assert len(data.load_coco(tmp_path / "ann.json", sample.data_root)) == len(coco["annotations"]) - 1
-
-
-@pytest.mark.parametrize("number,passes", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, number, passes):
-    def lockf(*_):
-        raise OSError(number, "no")
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", lockf)
-    with nullcontext() if passes else pytest.raises(OSError), data.file_lock(tmp_path / "a" / ".lock", busy="held"):
-        assert (tmp_path / "a" / ".lock").exists()
-
-
-@pytest.fixture
-def hostile(sample, tmp_path):
-    """A data root with links in it, and a COCO file of one picture with the given name: hostile(name) -> its path."""
-    root = tmp_path / "root"
-    root.mkdir()
-    picture = next((sample.data_root / "test/images").iterdir())
-    shutil.copy(picture, root / "good.png")
-    (root / "inside.png").symlink_to("good.png")
-    (root / "out").symlink_to(sample.data_root)
-    (root / "out.png").symlink_to(picture)
-    (root / "loop.png").symlink_to("loop.png")
-    coco = json.loads((sample.ann_root / "val.json").read_text())
-    coco["images"] = [next(i for i in coco["images"] if i["file_name"].endswith(picture.name))]
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] == coco["images"][0]["id"]]
-
-    def make(name):
-        coco["images"][0]["file_name"] = name
-        (tmp_path / "hostile.json").write_text(json.dumps(coco))
-        return tmp_path / "hostile.json"
-    make.root, make.picture = root, picture
-    return make
-
-
-def readers(path, root, tmp_path):
-    """Every way in which a picture that a file names is read."""
-    from tools import align_faces, evaluate, predict, visualize_dataset
-    results = tmp_path / "results.json"
-    coco = json.loads(path.read_text())
-    results.write_text(json.dumps([{"image_id": a["image_id"], "keypoints": a["keypoints"], "score": 1, "file_name": i["file_name"]}
-                                   for i, a in zip(coco["images"], coco["annotations"])]))
-    yield lambda: DogFLWDataset(data.load_coco(path, root), 64).__getitems__([0])
-    for main, *args in ((evaluate.main, "--results", results, "--ann", path), (visualize_dataset.main, path, "--number", 1),
-                        (align_faces.main, "--ann", path)):
-        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        yield lambda main=main, args=args, out=out: main(list(map(str, [*args, "--data-root", root, "--out", out])))
-    yield lambda: [data.read_image(p) for p in predict.list_inputs(SimpleNamespace(input=[str(path)], data_root=root, out=tmp_path))[0]]
-
-
-@pytest.mark.parametrize("name", [
-    "../secret.png", "a/../../secret.png", "/etc/passwd", "out/{}", "out.png", "C:\\x.png", "\\\\host\\x.png", "a\\..\\..\\x.png",
-    "x\0.png", "x\n.png", "\x1b[31m.png", "\ud800.png", "loop.png", "good.png", "inside.png"])
-def test_no_name_leads_out_of_the_data_root(hostile, tmp_path, name, capsys):
-    """In training, evaluation, contact sheets, alignment and prediction alike; links that stay inside are followed."""
-    path = hostile(name.format(f"test/images/{hostile.picture.name}"))
-    for read in readers(path, hostile.root, tmp_path):
-        if name in ("good.png", "inside.png"):
-            read()
-            continue
-        with pytest.raises(UserError) as e:
-            read()
-        message = str(e.value) + capsys.readouterr().err  # alignment names the pictures as it goes
-        assert data.printable(message.replace("\n", "")) == message.replace("\n", "")
-        assert any(word in message for word in ("leaves the data root", "no text", "loop.png")), message
-
-
-def test_errors_show_no_control_codes(capsys):
-    def main():
-        raise UserError("name\x1b[2J.png\r\n  second line")
-    with pytest.raises(SystemExit) as end:
-        data.run_script(main)
-    assert end.value.code == 2 and capsys.readouterr().err == "error: name?[2J.png?\n  second line\n"
+def test_a_picture_can_teach_one_face_only_as_a_whole(faces):
+    whole = faces.whole_pictures()
+    np.testing.assert_array_equal(whole.boxes, np.column_stack([np.zeros((len(faces), 2)), faces.sizes - 1]))
+    with pytest.raises(UserError, match="--crop image"):
+        replace(faces, files=[faces.files[0]] * len(faces)).whole_pictures()

@@ -8,23 +8,30 @@ import pytest
 import torch
 
 import dataset as data
-from dataset import UserError
+from dataset import Scheme
 from tools import evaluate as tool
+from tools.lib.cli import UserError
+from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
+from tools.lib.pictures import read_image
+from tools.lib.report import as_html
 
 
 def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
     """A COCO file with random faces; some landmarks are not labelled, once an interocular one."""
     images, annotations = [], []
     for number, count in enumerate(faces_of_pictures):
-        images.append({"id": 100 + number, "file_name": f"b{number % 3}_{number}.png", "width": 300, "height": 200})
+        images.append({"id": 100 + number, "file_name": f"b{number % 3}_{number}.png", "width": 300,
+                       "height": 200})
         for _ in range(count):
             v = np.where(rng.random(k) < 0.2, 0, 2)
             v[[0, 2, 4]] = 2, 2, 0 if len(annotations) == 1 else 2
             triples = np.column_stack([rng.uniform(20, 180, (k, 2)), v]) * (v > 0)[:, None]
+            seen = triples[v > 0, :2]
+            box = [*seen.min(0) - rng.uniform(0, 9, 2), *np.ptp(seen, axis=0) + rng.uniform(10, 30, 2)]
             annotations.append({"id": 7 + 3 * len(annotations), "image_id": 100 + number, "category_id": 1,
-                                "bbox": [*rng.uniform(0, 20, 2), *rng.uniform(100, 170, 2)],
-                                "keypoints": triples.ravel().tolist()})
-    category = {"id": 1, "name": "x", "keypoints": [f"p{i}" for i in range(k)], "regions": {"low": [0, 1, 2], "high": [5, 6]},
+                                "bbox": box, "keypoints": triples.ravel().tolist()})
+    category = {"id": 1, "name": "x", "keypoints": [f"p{i}" for i in range(k)],
+                "regions": {"low": [0, 1, 2], "high": [5, 6]},
                 "interocular": list(interocular)}
     return {"images": images, "annotations": annotations, "categories": [category]}
 
@@ -46,11 +53,13 @@ def reference(content, points, padding, landmarks, select=lambda annotation: Tru
         values, (_, _, w, h) = annotation["keypoints"], annotation["bbox"]
         lengths = {"nme": max(w, h) * padding, "nme_box": math.sqrt(w * w + h * h)}
         if values[3 * a + 2] > 0 and values[3 * b + 2] > 0:
-            lengths["nme_iod"] = math.hypot(values[3 * a] - values[3 * b], values[3 * a + 1] - values[3 * b + 1])
+            lengths["nme_iod"] = math.hypot(values[3 * a] - values[3 * b],
+                                            values[3 * a + 1] - values[3 * b + 1])
         errors = []
         for i in landmarks:
             if values[3 * i + 2] > 0:
-                errors.append(math.hypot(predicted[i][0] - values[3 * i], predicted[i][1] - values[3 * i + 1]))
+                errors.append(math.hypot(predicted[i][0] - values[3 * i],
+                                         predicted[i][1] - values[3 * i + 1]))
         for name, length in lengths.items():
             if errors:
                 faces[name].append(sum(errors) / len(errors) / length)
@@ -63,7 +72,8 @@ def reference(content, points, padding, landmarks, select=lambda annotation: Tru
         following = curve[n + 1] if n + 1 < len(curve) else 0.1
         area += (n + 1) * (min(following, 0.1) - min(error, 0.1))
     extra = {f"pck_{t:.2f}": sum(hits) / len(hits) for t, hits in near.items() if hits}
-    extra |= {"failure_rate": sum(e > 0.1 for e in curve) / len(curve), "auc": area / len(curve) / 0.1} if curve else {}
+    extra |= {"failure_rate": sum(e > 0.1 for e in curve) / len(curve),
+              "auc": area / len(curve) / 0.1} if curve else {}
     return scores, extra
 
 
@@ -76,8 +86,8 @@ def test_scores_equal_an_independent_implementation(tmp_path, seed):
     points = faces.points + rng.normal(0, rng.choice([1, 5, 12], (len(faces), 1, 1)), faces.points.shape)
     (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)))
     found = tool.read_results(tmp_path / "theirs.json", faces)
-    read = np.stack([found[i] for i in range(len(faces))])
-    assert np.array_equal(read, points)
+    read = np.stack([found[i][:, :2] for i in range(len(faces))])
+    assert np.array_equal(read, points) and all((triples[:, 2] == 1).all() for triples in found.values())
     report, _ = tool.score(read, faces, 1.4)
     scores, extra = reference(content, points, 1.4, range(7))
     assert report["metrics"] == pytest.approx({**scores, **extra}, rel=1e-12) and report["main"] == "nme_iod"
@@ -91,7 +101,8 @@ def test_scores_equal_an_independent_implementation(tmp_path, seed):
     for i in range(7):
         same(report["landmark"][f"{i} p{i}"], reference(content, points, 1.4, [i])[0])
     for b in range(3):
-        ours = reference(content, points, 1.4, range(7), lambda annotation, b=b: annotation["image_id"] % 100 % 3 == b)
+        ours = reference(content, points, 1.4, range(7), lambda annotation,
+                         b=b: annotation["image_id"] % 100 % 3 == b)
         same(report["breed"][f"b{b}"], ours[0])
 
 
@@ -105,8 +116,11 @@ def test_curve_by_hand():
 
 def test_pck_by_hand(tmp_path):
     content = coco(np.random.default_rng(0), [1], k=5)
-    content["annotations"][0]["keypoints"] = [10, 10, 2, 20, 10, 2, 50, 50, 2, 0, 0, 0, 150, 50, 2]  # interocular: 100
-    (tmp_path / "ann.json").write_text(json.dumps({**content, "categories": [{**content["categories"][0], "regions": {}}]}))
+    content["annotations"][0]["keypoints"] = [10, 10, 2, 20, 10, 2, 50, 50, 2, 0, 0, 0, 150, 50,
+                                              2]  # interocular: 100
+    (tmp_path / "ann.json").write_text(json.dumps({**content,
+                                                   "categories": [{**content["categories"][0],
+                                                                   "regions": {}}]}))
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
     points = faces.points + np.array([[5, 0], [0, 5.01], [0, 10], [900, 900], [8, 6.01]])
     assert tool.pck(points, faces, np.array([100.0]), 0.05) == 1 / 4
@@ -118,11 +132,13 @@ def test_pck_by_hand(tmp_path):
 def test_errors_along_and_across_an_outline_by_hand(tmp_path, degrees):
     a = math.radians(degrees)
     turn = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
-    line = np.array([[-40, 0], [0, 0], [60, 0], [90, 30], [90, 60]]) @ turn.T + 200  # 0 - 1 - 2 - 3, and 4 apart
+    line = np.array([[-40, 0], [0, 0], [60, 0], [90, 30],
+                     [90, 60]]) @ turn.T + 200  # 0 - 1 - 2 - 3, and 4 apart
     content = coco(np.random.default_rng(0), [1, 1, 1], k=5)
     for annotation, v in zip(content["annotations"], ([2] * 5, [2] * 5, [2, 2, 0, 2, 2]), strict=True):
         annotation["keypoints"] = np.column_stack([line, v]).ravel().tolist()
-    content["categories"][0] |= {"skeleton": [[1, 2], [2, 3], [4, 3]], "regions": {"line": [0, 1, 2], "rest": [3, 4]}}
+    content["categories"][0] |= {"skeleton": [[1, 2], [2, 3], [4, 3]],
+                                 "regions": {"line": [0, 1, 2], "rest": [3, 4]}}
     (tmp_path / "ann.json").write_text(json.dumps(content))
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
     points = faces.points.copy()
@@ -138,6 +154,87 @@ def test_errors_along_and_across_an_outline_by_hand(tmp_path, degrees):
     assert two["along"] == pytest.approx(two["nme_iod"]) and two["across"] == pytest.approx(0, abs=1e-12)
     assert report["region"]["line"]["along"] == pytest.approx((one["along"] + two["along"]) / 2)
     assert math.isnan(report["region"]["rest"]["along"])
+
+
+def drawn_face(ears, nose=(0, 60)):
+    """A face with eyes at (-50, 0) and (50, 0): faces of one picture, ears [(base, edge, tip) each], y up."""
+    parts = "ear_base", "ear_edge", "ear_tip", "eye"
+    names = [f"{side}_{part}" for part in parts for side in ("left", "right")]
+    names.append("nose")
+    points = [p for pair in zip(*ears) for p in pair] + [(-50, 0), (50, 0), (nose[0], -nose[1])]
+    pairs = [[i, i + 1] for i in range(0, 8, 2)]
+    scheme = Scheme(names, pairs, {"ear": list(range(6)), "eye": [6, 7], "nose": [8]}, [6, 7], [])
+    points = np.array(points, float)[None] * (1, -1) + 300
+    return data.Faces(scheme, None, ["a.png"], np.array([[600, 600]]), np.array([[200, 200, 200, 200.0]]),
+                      points,
+                      np.full((1, 9), 2), np.array([1]), np.array([1]), ["a"])
+
+
+LEFT, RIGHT = (-60, 60), (60, 60)  # where the ears begin
+UP, DOWN = [(-15, 45), (0, 90)], [(5, -30), (-10, -95)]
+BENT, OUT = [(0, 50), (-20, 10)], [(-40, 10), (-80, 10)]
+
+
+@pytest.mark.parametrize("left,right,kinds", [
+    (UP, UP, ("erect", "erect")), (DOWN, DOWN, ("hanging", "hanging")), (BENT, OUT, ("folded", "folded")),
+    (UP, DOWN, ("erect", "hanging")), (BENT, UP, ("folded", "erect"))])
+@pytest.mark.parametrize("degrees,scale", [(0, 1), (50, 0.1), (-170, 3)])
+def test_kinds_of_ears_by_hand(left, right, kinds, degrees, scale):
+    ears = [[np.add(LEFT, d) for d in [(0, 0), *left]],
+            [np.add(RIGHT, np.multiply(d, (-1, 1))) for d in [(0, 0), *right]]]
+    faces = drawn_face(ears)
+    a = math.radians(degrees)
+    turn = scale * np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+    faces.points[:] = (faces.points - 300) @ turn.T + 40
+    masks = ear_kinds(faces)
+    assert set(masks) == set(kinds)
+    for side, kind in enumerate(kinds):
+        assert masks[kind][0, side:6:2].all() and not masks[kind][0, 6:].any()
+    assert sum(mask.sum() for mask in masks.values()) == 6
+
+
+def test_an_ear_that_cannot_be_judged_is_of_no_kind():
+    ears = [[np.add(LEFT, d) for d in [(0, 0), *UP]], [np.add(RIGHT, d) for d in [(0, 0), *UP]]]
+    faces = drawn_face(ears)
+    faces.visible[0, 4] = 0  # the left tip
+    faces.points[0, 4] = 0
+    assert {kind: mask[0].nonzero()[0].tolist() for kind,
+            mask in ear_kinds(faces).items()} == {"erect": [1, 3, 5]}
+    faces.visible[0, 6] = 0  # an eye: no frame
+    assert not ear_kinds(faces) and not poses(faces)
+
+
+@pytest.mark.parametrize("offset,pose", [(0, "frontal"), (24, "frontal"), (-26, "turned"), (60, "turned")])
+def test_poses_by_hand(offset, pose):
+    faces = drawn_face([[LEFT] * 3, [RIGHT] * 3], nose=(offset, 70))
+    assert {name: rows.tolist() for name, rows in poses(faces).items()} == {pose: [True]}
+    up, nose = face_frame(faces)
+    np.testing.assert_allclose(np.abs(nose), abs(offset) / 100, atol=1e-9)
+    np.testing.assert_allclose(up, [[0, -1]], atol=1e-9)
+
+
+def test_schemes_without_ears_or_eyes_have_no_such_groups(tmp_path):
+    (tmp_path / "ann.json").write_text(json.dumps(coco(np.random.default_rng(2), [1, 2])))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    report, _ = tool.score(faces.points + 1, faces, 1.25)
+    assert report["ear"] == report["pose"] == report["reliability"] == {} and not ears_of(faces.scheme)
+
+
+def test_reliability_by_hand(tmp_path):
+    content = coco(np.random.default_rng(0), [1], k=5, interocular=())
+    content["categories"][0]["regions"] = {}
+    content["annotations"][0] |= {"bbox": [0, 0, 100, 80], "keypoints": [
+        50, 50, 2, 50, 50, 2, 50, 50, 1, 0, 0, 0, 50, 50, 2]}
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", tmp_path)
+    points = faces.points + np.array([[6, -6], [6.3, 0], [0, 6], [0, 0], [0, 7]])  # the crop's side is 125
+    scores = np.array([[0.31, 0.39, 0.9, 0.5, 1.0]])
+    result = tool.reliability(points, scores, faces, 1.25, 0.05)
+    low, high = result["bins"]
+    assert (low["from"], low["to"], low["landmarks"], low["within"]) == (0.3, 0.4, 2, 0.5)
+    assert (high["from"], high["to"], high["landmarks"], high["within"]) == (0.9, 1.0, 2, 0.5)
+    assert low["score"] == pytest.approx(0.35) and high["score"] == pytest.approx(0.95)
+    assert result["calibration_error"] == pytest.approx((0.15 + 0.45) / 2) and result["landmarks"] == 4
 
 
 def test_without_interocular_the_box_is_the_measure(tmp_path):
@@ -169,7 +266,7 @@ def test_which_result_counts(tmp_path):
     def read(results):
         path.write_text(json.dumps(results))
         found = tool.read_results(path, faces)
-        return np.stack([found[i] for i in range(len(faces))])
+        return np.stack([found[i][:, :2] for i in range(len(faces))])
     plain = {k: v for k, v in rows[0].items() if k != "annotation_id"}  # alone in its picture: needs no id
     worse, better = ({**plain, "score": s, "keypoints": [c] * 21} for s, c in ((0.4, 1.0), (0.6, 2.0)))
     other = {**plain, "image_id": 12345}
@@ -181,7 +278,8 @@ def test_which_result_counts(tmp_path):
             ([plain, rows[2]], "no result for 1 of 3 faces, the first is annotation 10 of b1_1.png"),
             ([plain, crowd, crowd], "result 1: its picture has 2 faces; name one by annotation_id"),
             ([{**plain, "keypoints": [1, 2, 3]}], "result 0 needs image_id, keypoints \\(7 x 3"),
-            ([{**plain, "keypoints": [math.nan] * 21}], "not finite"), ([{**plain, "image_id": []}], "needs image_id"),
+            ([{**plain, "keypoints": [math.nan] * 21}], "not finite"),
+        ([{**plain, "image_id": []}], "needs image_id"),
             ([{**plain, "file_name": "a/c0_0.png"}], "is of a/c0_0.png, but its id is that of b0_0.png"),
             ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
         with pytest.raises(UserError, match=message):
@@ -191,14 +289,18 @@ def test_which_result_counts(tmp_path):
 def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     content = coco(np.random.default_rng(4), [1, 2, 1])
     for annotation in content["annotations"][2:3]:  # the second of its picture stands elsewhere
-        annotation["keypoints"] = (np.reshape(annotation["keypoints"], (-1, 3)) + (500, 0, 0)).ravel().tolist()
+        annotation["keypoints"] = (np.reshape(annotation["keypoints"], (-1, 3)) + (500, 0,
+                                                                                   0)).ravel().tolist()
     (tmp_path / "ann.json").write_text(json.dumps(content))
     faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
-    shifts = [(0, 0), (0, 9), (2, 1), (1, 2), (2, 3), (3, 900)]  # (face, pixels): 0 has a worse second, 3 is missed
-    path.write_text(json.dumps([{"image_id": faces.image_ids[i].item(), "score": 0.1 * n, "keypoints": np.column_stack(
+    shifts = [(0, 0), (0, 9), (2, 1), (1, 2), (2, 3),
+              (3, 900)]  # (face, pixels): 0 has a worse second, 3 is missed
+    path.write_text(json.dumps([{"image_id": faces.image_ids[i].item(), "score": 0.1 * n,
+                                 "keypoints": np.column_stack(
         [faces.points[i] + d, np.ones(7)]).ravel().tolist()} for n, (i, d) in enumerate(shifts)]))
     found = tool.read_results(path, faces, match=True)
-    assert {i: np.unique(p - faces.points[i]).round(6).tolist() for i, p in found.items()} == {0: [0], 1: [2], 2: [1]}
+    away = {i: np.unique(p[:, :2] - faces.points[i]).round(6).tolist() for i, p in found.items()}
+    assert away == {0: [0], 1: [2], 2: [1]}
 
 
 def test_page_escapes_what_comes_from_outside(tmp_path):
@@ -209,7 +311,7 @@ def test_page_escapes_what_comes_from_outside(tmp_path):
     (tmp_path / "ann.json").write_text(json.dumps(content))
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
     report, _ = tool.score(faces.points + 1, faces, 1.25)
-    page = tool.as_html({**report, "ann": evil, "source": evil, "definitions": {"nme": evil}}, {}).decode()
+    page = as_html({**report, "ann": evil, "source": evil, "definitions": {"nme": evil}}, {}).decode()
     assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") > 10
 
 
@@ -228,14 +330,24 @@ def test_checkpoint(run, report):
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
     for name in ("nme", "nme_iod"):  # the trainer's own validation, of the same faces
         assert content["metrics"][name] == pytest.approx(checkpoint["metrics"][name], rel=1e-4)
-    assert f"nme {content['metrics']['nme']:.4f}" in text and "chosen on val.json" in text and "flatter" in text
+    assert f"nme {content['metrics']['nme']:.4f}" in text and "chosen on val.json" in text
+    assert "flatter" in text and "stretched" in content["definitions"]["beware"]
     rows = (out / "report.csv").read_text().splitlines()
-    faces, breeds = len(content["face"]), len(content["breed"])
-    assert faces == 12 and len(rows) == 2 + len(content["region"]) + 46 + breeds + faces
-    pictures = {"error_curve.png": None, "landmarks.png": None, "mean_face.png": None, "worst.jpg": (5 * 240, 3 * 262)}
+    assert len(content["face"]) == 12
+    assert len(rows) == 2 + sum(len(content[k]) for k in ("region", "ear", "pose", "landmark", "breed",
+                                                          "face"))
+    assert sum(row["labelled"] for row in content["ear"].values()) == content["region"]["ear"]["labelled"]
+    total = sum(row["labelled"] for row in content["face"])
+    assert sum(row["labelled"] for row in content["pose"].values()) == total
+    certain = content["reliability"]
+    assert certain["landmarks"] == total == sum(row["landmarks"] for row in certain["bins"])
+    assert f"calibration error {certain['calibration_error']:.4f}" in text
+    pictures = {"error_curve.png": None, "landmarks.png": None, "mean_face.png": None,
+                "worst.jpg": (5 * 240, 3 * 262)}
     for name, size in pictures.items():
-        assert size in (None, data.read_image(out / name).shape[1::-1])
+        assert size in (None, read_image(out / name).shape[1::-1])
     page = (out / "report.html").read_text()
+    assert all(title in page for title in ("By ear", "By pose", "Scores, expected calibration error"))
     assert page.count("src=") == 4 == len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page))
     assert "http" not in page and "href" not in page
     assert {p.name for p in out.iterdir()} == set(tool.WRITES)
@@ -260,14 +372,36 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
     where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root)]
     tool.main(["--results", str(tmp_path / "theirs.json"), *where, "--padding", "1.5"])
     scored = json.loads((tmp_path / "evaluation/report.json").read_text())
-    assert scored["metrics"]["nme"] == pytest.approx(np.mean(2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.5))
+    assert [row["score"]
+                for row in scored["reliability"]["bins"]] == [1.0]  # what the file says of each landmark
+    assert scored["metrics"]["nme"] == pytest.approx(np.mean(2.5
+                                                             * math.sqrt(2) / faces.boxes[:,
+                                                                                          2:].max(1) / 1.5))
     assert "results of" in capsys.readouterr().out
     (tmp_path / "theirs.json").write_text(json.dumps([r for r in results_of(content, points)[2:]]))
-    tool.main([str(run.work_dir / "best_model.pth"), "--results", str(tmp_path / "theirs.json"), "--match", "--force"])
+    best = str(run.work_dir / "best_model.pth")
+    tool.main(["--checkpoint", best, "--results", str(tmp_path / "theirs.json"), "--match", "--force"])
     finding = json.loads((tmp_path / "evaluation/report.json").read_text())["finding"]
     assert (finding["faces"], finding["found"]) == (12, 10)
     assert finding["error_ratio"] * finding["nme_true_boxes"] == pytest.approx(
         np.mean((2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.25)[2:]))
+
+
+def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):
+    where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root), "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "no.pth")
+    with pytest.raises(UserError, match="no.pth: no such file.*--checkpoint"):
+        tool.main(where)
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", run.work_dir / "best_model.pth")
+    with pytest.raises(UserError, match="--ann: name the COCO file to score on.*--data-root"):
+        tool.main([])
+    tool.main([*where, "--no-flip"])
+    capsys.readouterr()
+    ours, theirs = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "evaluation",
+                                                                              report[0]))
+    assert "not mirrored" in ours["source"] and ours["metrics"] != theirs["metrics"]
+    assert ours["metrics"]["nme"] == pytest.approx(theirs["metrics"]["nme"], rel=0.3)
 
 
 def test_refuses_in_one_line(run, report, tmp_path):
@@ -279,10 +413,15 @@ def test_refuses_in_one_line(run, report, tmp_path):
     (tmp_path / "looks/landmarks.png").touch()  # visualize_dataset.py's
     for args, message in (
             ([best, "--out", str(tmp_path / "looks")], "landmarks.png already"),
-            ([], "name a CHECKPOINT"), (["--nonsense"], "--help"), ([str(tmp_path / "no.pth")], "no such file"),
-            ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the checkpoint"),
-            ([best, "--batch-size", "0"], "at least 1"), ([best, "--ann", str(tmp_path / "no.json")], "no such file"),
-            ([best, "--data-root", str(tmp_path / "no")], "no such folder"), ([best, "--device", "nonsense"], "--device"),
+            (["--nonsense"], "--help"), (["--checkpoint", str(tmp_path / "no.pth")], "no such file"),
+            ([best, "--checkpoint", best], "give one checkpoint"),
+        ([best, "--category", "cat"], "--category cat"),
+            ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the "
+                                                                                     "checkpoint"),
+            ([best, "--batch-size", "0"], "at least 1"),
+            ([best, "--ann", str(tmp_path / "no.json")], "no such file"),
+            ([best, "--data-root", str(tmp_path / "no")], "no such folder"),
+        ([best, "--device", "nonsense"], "--device"),
             ([best, "--ann", str(tmp_path / "other.json")], "landmarks"), (["--results", str(ann)], "--ann")):
         with pytest.raises(UserError, match=message) as e:
             tool.main([*args, *([] if "--out" in args else ["--out", str(tmp_path / "out")])])

@@ -1,6 +1,7 @@
 """tools/export_onnx.py: the file as another program uses it, and the safetensors folder."""
-import dataclasses
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import dataset as data
 import train_simple as trainer
 from tools import export_onnx as tool
+from tools.lib.cli import UserError
 
 onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 TOOL = "tools/export_onnx.py"
@@ -17,7 +19,8 @@ TOOL = "tools/export_onnx.py"
 @pytest.fixture(scope="module")
 def exported(run, script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    result = script(TOOL, run.work_dir / "best_model.pth", "--out", folder / "dog.onnx", "--safetensors", folder / "hub",
+    result = script(TOOL, run.work_dir / "best_model.pth", "--out", folder / "dog.onnx", "--safetensors",
+                    folder / "hub",
                     check=True)
     assert result.stderr == ""
     return folder, result.stdout
@@ -30,11 +33,13 @@ def crops(run):
 
 
 def test_any_batch_of_real_crops_equals_pytorch(run, exported, crops):
-    model, scheme, _, _ = trainer.load_model(run.work_dir / "best_model.pth")
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    index, config = torch.tensor(trained.scheme.flip_index), trained.config
     session = runtime.InferenceSession(exported[0] / "dog.onnx", providers=["CPUExecutionProvider"])
     for n in (1, 2, 7):
         points, scores = session.run(["landmarks", "scores"], {"image": crops[:n].numpy()})
-        expected = data.decode_heatmaps(trainer.predict_heatmaps(model, crops[:n], torch.tensor(scheme.flip_index)))
+        heatmaps = trainer.predict_heatmaps(trained.model, crops[:n], index)
+        expected = data.decode_heatmaps(heatmaps, config.decode_power, config.score_radius)
         assert points.shape == (n, 46, 2) and np.abs(points - expected[0].numpy()).max() < 0.05
         assert scores.shape == (n, 46) and np.abs(scores - expected[1].numpy()).max() < 1e-3
 
@@ -51,13 +56,20 @@ def test_metadata_and_the_report(exported):
 def test_safetensors_folder_loads_back(run, exported):
     hub = exported[0] / "hub"
     assert sorted(p.name for p in hub.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    state = trainer.load_model(run.work_dir / "best_model.pth")[0].state_dict()
-    back = trainer.build_model("hrnet_w18_small", 46, weights=hub / "model.safetensors").state_dict()
-    assert all(torch.equal(back[k], v) for k, v in state.items())
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    card = (hub / "README.md").read_text()
+    loads = re.search(r"\n\n((?:    .*\n)+)$", card).group(1).replace("\n    ", "\n").strip()
+    space = {}
+    exec(loads.replace("model.safetensors", str(hub / "model.safetensors")), space)  # as the card says
+    back, state = space["model"].state_dict(), trained.model.state_dict()
+    assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
     config = json.loads((hub / "config.json").read_text())
-    assert config["backbone"] == "hrnet_w18_small" and config["num_landmarks"] == len(config["names"]) == 46
+    assert config["backbone"] == trained.config.backbone
+    assert config["num_landmarks"] == len(config["names"]) == 46
+    np.testing.assert_allclose(config["mean"], trained.model.mean)
+    np.testing.assert_allclose(config["std"], trained.model.std)
     yaml = pytest.importorskip("yaml")
-    _, header, body = (hub / "README.md").read_text().split("---\n", 2)
+    _, header, body = card.split("---\n", 2)
     card = yaml.safe_load(header)
     assert card["license"] == "cc-by-nc-4.0" and card["library_name"] and card["tags"]
     assert "nme" in [m["type"] for m in card["model-index"][0]["results"][0]["metrics"]]
@@ -65,20 +77,62 @@ def test_safetensors_folder_loads_back(run, exported):
 
 
 @pytest.mark.parametrize("changes, known, wanted, absent", [
-    ({"interocular": []}, {}, "license: unknown", "DogFLW"), ({}, {"sample": True}, "drawn sample", "DogFLW")])
+    ({"interocular": []}, {}, "license: unknown", "DogFLW"),
+    ({}, {"sample": True}, "drawn sample", "DogFLW")])
 def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, absent):
-    model, scheme, args, checkpoint = trainer.load_model(run.work_dir / "best_model.pth")
-    tool.write_safetensors(model, dataclasses.replace(scheme, **changes), {**args, **known}, checkpoint, tmp_path)
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    trained.scheme, trained.config = replace(trained.scheme, **changes), replace(trained.config, **known)
+    tool.write_safetensors(trained, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
 
 
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
-    loaded = trainer.load_model(run.work_dir / "best_model.pth")
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
     monkeypatch.setattr(tool, "predict_heatmaps", lambda *a: trainer.predict_heatmaps(*a).flip(3))
-    with pytest.raises(data.UserError, match="not written"):
-        tool.export_onnx(*loaded[:3], True, tmp_path / "dog.onnx")
+    with pytest.raises(UserError, match="not written"):
+        tool.export_onnx(trained, True, tmp_path / "dog.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_normalisation_and_decoding_are_the_checkpoints_own(run, crops, tmp_path, monkeypatch):
+    """A model of other colours, power and radius, exported as the model in the box."""
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    checkpoint["model"]["mean"], checkpoint["model"]["std"] = torch.tensor([0.5, 0.4,
+                                                                            0.6]), torch.tensor([0.3, 0.5,
+                                                                                                 0.2])
+    checkpoint["args"] |= {"decode_power": 2.5, "score_radius": 0.2}
+    torch.save(checkpoint, tmp_path / "best_model.pth")
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "best_model.pth")
+    monkeypatch.chdir(tmp_path)
+    tool.main(["--no-flip"])
+    session = runtime.InferenceSession(tmp_path / "dog_face.onnx", providers=["CPUExecutionProvider"])
+    points, scores = session.run(None, {"image": crops[:3].numpy()})
+    model = trainer.Trained(run.work_dir / "best_model.pth").model
+    images = (crops[:3].permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.6])[:, None, None])
+    with torch.no_grad():
+        heatmaps = model(images / torch.tensor([0.3, 0.5, 0.2])[:, None, None])
+    expected, expected_scores = data.decode_heatmaps(heatmaps, 2.5, 0.2)
+    assert np.abs(points - expected.numpy()).max() < 0.05 and np.abs(scores
+                                                                     - expected_scores.numpy()).max() < 1e-3
+
+
+def test_the_readmes_lines_find_the_same_landmarks(run, exported, tmp_path, monkeypatch, capsys):
+    """A photo in onnxruntime, without this project."""
+    monkeypatch.chdir(tmp_path)
+    text = (trainer.ROOT / "tools/README.md").read_text()
+    code = re.search(r"```python\n(import json\n.*?)```", text, re.S).group(1)
+    faces = data.load_coco(run.ann_root / "val.json", run.data_root)
+    (tmp_path / "dog_face.onnx").write_bytes((exported[0] / "dog.onnx").read_bytes())
+    (tmp_path / "photo.jpg").write_bytes((run.data_root / faces.files[0]).read_bytes())
+    box = ", ".join(f"{v:.1f}" for v in faces.boxes[0])
+    code, found = re.subn(r"(x, y, w, h) = .*", rf"\1 = {box}", code)
+    space = {}
+    exec(code, space)
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    image = data.read_image(run.data_root / faces.files[0])
+    points, _ = trained.look([(image, faces.boxes[0].round(1))])
+    assert found == 1 and np.abs(space["landmarks"] - points[0]).max() < 0.05 * faces.boxes[0, 2:].max()
 
 
 def test_bad_input_is_refused(run, exported, tmp_path):
@@ -87,8 +141,9 @@ def test_bad_input_is_refused(run, exported, tmp_path):
     for wanted, args in {
         "--force": (checkpoint, "--out", folder / "dog.onnx"),
         "not empty": (checkpoint, "--out", tmp_path / "a.onnx", "--safetensors", folder / "hub"),
-        "no such file": (tmp_path / "no.pth",),
+        "no such file": ("--checkpoint", tmp_path / "no.pth"),
+        "give one": (checkpoint, "--checkpoint", checkpoint),
     }.items():
-        with pytest.raises(data.UserError, match=wanted):
+        with pytest.raises(UserError, match=wanted):
             tool.main([*map(str, args)])
     assert (folder / "dog.onnx").read_bytes() == before and not list(tmp_path.iterdir())

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from dataset import UserError, read_image
 from tools import inspect_checkpoint as tool
+from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +33,41 @@ def test_one(run, script):
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
     assert facts["nme"] == f"{checkpoint['metrics']['nme']:.4g}" and facts["chosen_on"] == "val.json"
     assert facts["landmarks"] == "46" or "46" in result.stdout
-    parameters = sum(v.numel() for k, v in checkpoint["model"].items() if not k.endswith(("_mean", "_var", "_tracked")))
+    buffers = ("_mean", "_var", "_tracked")
+    parameters = sum(v.numel() for k, v in checkpoint["model"].items() if k not in ("mean", "std") and
+                     not k.endswith(buffers))
     assert facts["parameters"] == f"{parameters / 1e6:.2f} M"
     assert facts["batch_size"] == "8" and facts["input_size"] == "64"
-    assert facts["torch"] == checkpoint["versions"]["torch"] and facts["eye"].split() == [str(i) for i in range(16, 24)]
+    assert facts["torch"] == checkpoint["versions"]["torch"]
+    assert facts["eye"].split() == [str(i) for i in range(16, 24)]
 
 
 def test_several_and_their_curves(run, other, tmp_path, capsys):
     plot = tmp_path / "curves.png"
-    tool.main([str(run.work_dir), str(other), str(run.work_dir / "last.pth"), "--plot", str(plot)])
+    several = [str(run.work_dir), str(other), str(run.work_dir / "last.pth")]
+    tool.main(["--checkpoint", *several, "--plot", str(plot)])
     text = capsys.readouterr().out
     table, differing = text.split("what differs")
     assert "0.0123" in table and "small/last.pth" in table and "_second $run" in table
     lines = [line.split() for line in differing.splitlines()]
     assert ["seed", "0", "41", "0"] in lines and sum(line[:1] == ["lr"] for line in lines) == 0
     assert next(line for line in lines if line[:1] == ["torch"])[2] == "0.0.1"
-    assert next(line for line in lines if line[:1] == ["note"]) == ["note", "-", "line??[31mred", "-"]  # no control codes
+    note = next(line for line in lines if line[:1] == ["note"])
+    assert note == ["note", "-", "line??[31mred", "-"]  # no control codes
     assert read_image(plot).shape[1] > 1000
     with pytest.raises(UserError, match="--force"):
         tool.main([str(run.work_dir), "--plot", str(plot)])
     tool.main([str(run.work_dir), str(run.work_dir), "--plot", str(plot), "--force"])
     assert "are the same" in capsys.readouterr().out
+
+
+def test_without_arguments_the_model_in_the_box(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", run.work_dir / "best_model.pth")
+    tool.main([])
+    assert capsys.readouterr().out.startswith(str(run.work_dir / "best_model.pth"))
+    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "no.pth")
+    with pytest.raises(UserError, match="no model in the box"):
+        tool.main([])
 
 
 class Payload:
@@ -79,8 +94,10 @@ def test_runs_no_code_and_refuses_in_one_line(run, other, tmp_path):
     shutil.copy(other / "best_model.pth", alone)
     for args, message in (
             ([hostile], "Nothing in it was run"), ([tmp_path / "plain.pth"], "Nothing in it was run"),
-            ([broken], "broken.pth: not loaded"), ([empty], "no best_model.pth in it"), ([tmp_path / "no"], "no such file"),
-            ([run.work_dir / "metrics.csv"], "not loaded"), ([run.work_dir, hostile], "Nothing"), ([], "--help"),
+            ([broken], "broken.pth: not loaded"), ([empty], "no best_model.pth in it"),
+            ([tmp_path / "no"], "no such file"),
+            ([run.work_dir / "metrics.csv"], "not loaded"), ([run.work_dir, hostile], "Nothing"),
+            (["--bogus"], "--help"),
             ([run.work_dir, "--plot", tmp_path / "x.txt"], "must end in .png"),
             ([alone, "--plot", tmp_path / "x.png"], "metrics.csv: no such file")):
         with pytest.raises(UserError, match=message) as e:

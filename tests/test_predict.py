@@ -1,18 +1,28 @@
 """tools/predict.py: as a process on real files of every kind; the rest in this process, where torch is loaded already."""
 import csv
+import http.server
 import json
+import os
 import shutil
+import signal
+import subprocess
+import threading
+import time
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import dataset as data
 import train_simple as trainer
 from tools import predict as tool
+from tools.lib import find, video
+from tools.lib.cli import UserError
+from tools.lib.draw import encode_picture
+from tools.lib.pictures import read_image
+from tools.lib.runtime import Processes
 
 TOOL = "tools/predict.py"
 
@@ -25,7 +35,7 @@ def faces(run):
 @pytest.fixture(scope="module")
 def picture(faces):
     """A sample picture and its face's box."""
-    return data.read_image(faces.root / faces.files[0]), faces.boxes[0]
+    return read_image(faces.root / faces.files[0]), faces.boxes[0]
 
 
 def predict(*args):
@@ -48,11 +58,10 @@ def test_given_boxes_predict_what_the_trainer_validates(run, faces, tmp_path):
     predict(checkpoint, run.ann_root / "val.json", "--data-root", run.data_root, "--boxes", run.ann_root / "val.json",
             "--out", tmp_path / "out", "--batch-size", 5)
     results, rows = read(tmp_path / "out")
-    model, scheme, args, _ = trainer.load_model(checkpoint)
-    batch = data.DogFLWDataset(faces, args["input_size"], args["padding"]).__getitems__(list(range(len(faces))))
-    amp = trainer.choose_amp(torch.device("cpu"), args["amp"])
-    heatmaps = trainer.predict_heatmaps(model, batch["image"], torch.tensor(scheme.flip_index), amp)
-    expected = data.apply_matrix(data.invert_matrix(batch["matrix"].numpy()), data.decode_heatmaps(heatmaps)[0].numpy())
+    trained = trainer.Trained(checkpoint)
+    scheme, config = trained.scheme, trained.config
+    dataset = data.DogFLWDataset(faces, trained.size, config.padding)
+    expected, _, _ = trainer.predict(trained.model, dataset, config, Processes("cpu"), trained.amp)
     assert [r["annotation_id"] for r in results] == faces.ids.tolist()
     assert [r["image_id"] for r in results] == faces.image_ids.tolist() and [r["file_name"] for r in results] == faces.files
     for result, truth, box, row in zip(results, expected, faces.boxes, rows, strict=True):
@@ -61,19 +70,19 @@ def test_given_boxes_predict_what_the_trainer_validates(run, faces, tmp_path):
         assert np.allclose(result["bbox"], box, atol=0.01)
         assert float(row[f"{scheme.names[3]}_y"]) == result["keypoints"][10] and row["file"] == result["file_name"]
     for name, size in zip(faces.files, faces.sizes, strict=True):
-        assert data.read_image(tmp_path / "out" / name).shape[1::-1] == tuple(size)
+        assert read_image(tmp_path / "out" / name).shape[1::-1] == tuple(size)
 
 
 def test_a_folder_with_boxes_keeps_the_files_ids_and_what_is_done_when_stopped(run, faces, tmp_path, monkeypatch):
     folder = (faces.root / faces.files[0]).parent  # the file names its pictures from two folders above
-    calls, many = [], tool.Predictor.many
+    calls, many = [], find.Predictor.many
 
     def stopped(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return many(*args)
-    monkeypatch.setattr(tool.Predictor, "many", stopped)
+    monkeypatch.setattr(find.Predictor, "many", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(run.work_dir / "best_model.pth", folder, "--boxes", run.ann_root / "val.json", "--out", tmp_path / "out",
                 "--batch-size", 2)
@@ -100,19 +109,26 @@ def test_every_kind_of_file(run, picture, script, tmp_path):
     (folder / "truncated.jpg").write_bytes((folder / "exif.jpg").read_bytes()[:2000])
     (folder / "empty.png").write_bytes(b"")
     Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    (folder / "IMG_0001.HEIC").write_bytes(bytes.fromhex("0000001866747970686569630000000068656963") + bytes(99))
+    upright.save(folder / "download.jfif", format="JPEG", quality=95)
+    upright.save(folder / "no_suffix", format="PNG")
+    for name in ("notes.txt", "boxes.json", ".hidden.jpg", "list.TXT"):
+        (folder / name).write_text("no picture")
+    os.mkfifo(folder / "pipe.jpg")  # which would make a reader wait for ever
     result = script(TOOL, run.work_dir / "best_model.pth", folder, folder / "*.png", "--box", *box, "--out", tmp_path / "out")
     lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2 and len([line for line in lines if line.startswith("error: ")]) == 4, result.stderr
-    for name in ("truncated.jpg", "empty.png", "tiny.png", "3 of 12 files"):
-        assert name in result.stderr
+    assert result.returncode == 2 and len([line for line in lines if line.startswith("error: ")]) == 5, result.stderr
+    for text in ("truncated.jpg", "empty.png", "tiny.png", "IMG_0001.HEIC: HEIC is not", "4 of 15 files",
+                 "4 files in it are no pictures or videos (2 .txt, 1 .jpg, 1 .json)"):
+        assert text in result.stderr, text
     found = {r["file_name"]: points(r) for r in read(tmp_path / "out")[0]}
-    assert len(found) == 9
-    for name in ("plain.tif", "rgba.png", "rgb16.png"):
+    assert len(found) == 11
+    for name in ("plain.tif", "rgba.png", "rgb16.png", "no_suffix"):
         assert np.allclose(found[name], found["plain.png"], atol=0.01), name  # written with 3 digits, from another place in a batch
     assert np.allclose(found["grey16.png"], found["grey.png"], atol=0.01)
-    for name in ("exif.jpg", "cmyk.jpg", "palette.png"):
+    for name in ("exif.jpg", "cmyk.jpg", "palette.png", "download.jfif"):
         assert np.abs(found[name] - found["plain.png"]).max() < 0.1 * box[2:].max(), name
-    assert data.read_image(tmp_path / "out" / "exif.jpg").shape == image.shape
+    assert read_image(tmp_path / "out" / "exif.jpg").shape == image.shape
     assert (tmp_path / "out" / "plain.tif.png").is_file() and (tmp_path / "out" / "plain.png").is_file()
 
 
@@ -131,9 +147,9 @@ class Eye:
         self.truth, self.whole, self.scheme = truth, whole, None
 
     def look(self, jobs, flip=True):
-        boxes, true = np.reshape([box for _, box in jobs], (-1, 4)), tool.hull_boxes(self.truth)
+        boxes, true = np.reshape([box for _, box in jobs], (-1, 4)), find.hull_boxes(self.truth)
         distance = np.linalg.norm((boxes[:, None, :2] + boxes[:, None, 2:] / 2) - (true[:, :2] + true[:, 2:] / 2), axis=-1)
-        fit = np.diagonal(data.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
+        fit = np.diagonal(find.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
         scores = np.clip(fit + 0.15, 0, 1)[:, None]
         return self.truth[distance.argmin(1)] + (1 - scores[..., None]) * 4, np.repeat(scores, self.truth.shape[1], 1)
 
@@ -142,7 +158,7 @@ class Eye:
 def test_several_dogs_are_found_once_each(locator):
     shape = np.random.default_rng(0).uniform(0, 1, (20, 2))
     truth = np.stack([shape * size + corner for size, corner in ((150, (30, 60)), (120, (300, 40)), (90, (480, 260)))])
-    predictor = tool.Predictor(Eye(truth), Eye(truth, whole=True) if locator else None)
+    predictor = find.Predictor(Eye(truth), Eye(truth, whole=True) if locator else None)
     faces = predictor(np.zeros((400, 640, 3), np.uint8))
     assert len(faces) == 3
     for one in truth:
@@ -153,7 +169,7 @@ def test_several_dogs_are_found_once_each(locator):
 def test_windows_cover_every_shape_of_picture():
     for height, width in ((300, 500), (500, 300), (1, 1), (40, 4000), (256, 256)):
         seen = np.zeros((height, width), bool)
-        boxes = tool.windows(np.zeros((height, width, 3), np.uint8), tool.FACE_SIDES)
+        boxes = find.windows(np.zeros((height, width, 3), np.uint8), find.FACE_SIDES)
         assert (boxes[:, 2:] > 0).all()
         for x, y, w, h in boxes[1:]:
             seen[max(0, int(y)):int(np.ceil(y + h)) + 1, max(0, int(x)):int(np.ceil(x + w)) + 1] = True
@@ -162,19 +178,19 @@ def test_windows_cover_every_shape_of_picture():
 
 def test_suppression_keeps_the_best_of_nested_boxes():
     boxes = np.array([[0, 0, 100, 100], [30, 30, 20, 20], [5, 5, 100, 100], [200, 0, 50, 50]], float)
-    assert tool.suppress(boxes, np.array([0.8, 0.7, 0.9, 0.1])).tolist() == [2, 3]
+    assert find.suppress(boxes, np.array([0.8, 0.7, 0.9, 0.1])).tolist() == [2, 3]
 
 
 def test_filter_steadies_a_still_face_and_does_not_lag():
     rng, rate, size = np.random.default_rng(0), 30, 200.0
     still = np.full((46, 2), 100.0)
-    steady = tool.OneEuroFilter(rate)
+    steady = video.OneEuroFilter()
     noisy = [still + rng.normal(0, 1, still.shape) for _ in range(120)]
-    steadied = [steady(frame, size) for frame in noisy]
+    steadied = [steady(frame, size, 1 / rate) for frame in noisy]
     assert np.std(np.diff(steadied[30:], axis=0)) < np.std(np.diff(noisy[30:], axis=0)) / 3
-    moving, speed = tool.OneEuroFilter(rate), size / rate  # a face's width a second
+    moving, speed = video.OneEuroFilter(), size / rate  # a face's width a second
     for t in range(60):
-        out = moving(still + speed * t, size)
+        out = moving(still + speed * t, size, 1 / rate)
     assert np.abs(out - (still + speed * 59)).max() < speed  # less than a frame
 
 
@@ -185,32 +201,242 @@ def write_video(path, frames, codec="mp4v", rate=25):
     writer.release()
 
 
-def test_video(run, picture, tmp_path, capfd):
+def probe(path, entry, of="v:0"):
+    """What ffprobe says of a stream, as text."""
+    return subprocess.run(["ffprobe", "-v", "error", "-select_streams", of, "-show_entries", f"stream={entry}", "-of", "csv=p=0",
+                           str(path)], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(params=["ffmpeg", "opencv"])
+def writer(request, monkeypatch):
+    """Both ways to write a video; ffmpeg's where it is installed."""
+    if request.param == "ffmpeg" and not video.has_h264():
+        pytest.skip("needs an ffmpeg with libx264")
+    monkeypatch.setattr(video, "has_h264", lambda: request.param == "ffmpeg")
+    return request.param
+
+
+def test_video(run, picture, tmp_path, capfd, writer):
     image, box = picture
     height, width = (2 * (n // 2) for n in image.shape[:2])
     write_video(tmp_path / "clip.mp4", [np.roll(image, shift, 1)[:height, :width] for shift in range(12)])
     write_video(tmp_path / "slow.avi", [image[:height, :width]], "MJPG", 119.8371)
     predict(run.work_dir / "best_model.pth", tmp_path / "slow.avi", "--box", *box, "--out", tmp_path / "slow")
-    assert cv2.VideoCapture(str(tmp_path / "slow" / "slow.avi.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(119.84)
+    assert cv2.VideoCapture(str(tmp_path / "slow" / "slow.avi.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(119.84, abs=0.01)
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
-    with pytest.raises(data.UserError, match="1 of 2 files"):
+    capfd.readouterr()
+    with pytest.raises(UserError, match="1 of 2 files"):
         predict(run.work_dir / "best_model.pth", tmp_path / "clip.mp4", tmp_path / "broken.mp4", "--box", *box,
                 "--min-score", 0, "--out", tmp_path / "out")
-    errors = [line for line in capfd.readouterr().err.splitlines() if "file/s" not in line and "it/s" not in line]
-    assert [line for line in errors if line.strip()] == [f"error: {tmp_path / 'broken.mp4'}: cannot be read as a video"]
+    errors = [line.strip() for line in capfd.readouterr().err.splitlines() if "file/s" not in line and "it/s" not in line]
+    word = f"{tmp_path / 'out/clip.mp4'}: written without sound, and as MPEG-4 part 2, which browsers do not play; for H.264 "
+    word = [word + video.INSTALL] if writer == "opencv" else []
+    assert [line for line in errors if line] == [*word, f"error: {tmp_path / 'broken.mp4'}: cannot be read as a video"]
     results, rows = read(tmp_path / "out")
     first = [r for r in results if r["face"] == 0]
     assert [r["frame"] for r in first] == list(range(12)) == [int(r["frame"]) for r in rows if r["face"] == "0"]
+    assert np.allclose([r["time"] for r in first], np.arange(12) / 25, atol=1e-3)
+    assert np.allclose([float(r["time"]) for r in rows if r["face"] == "0"], np.arange(12) / 25, atol=1e-3)
     assert len({r["image_id"] for r in first}) == 12
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)) == (12, width)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.csv", "predictions.json"]
 
 
+def test_frames_last_as_long_as_their_times_say(tmp_path, writer):
+    """Four frames in 0.15 s, then one a second: written at a rate that keeps them all, in time."""
+    frames = [np.full((48, 64, 3), 40 * n, np.uint8) for n in range(6)]
+    with video.VideoWriter(tmp_path / "out.mp4", 20.0, (64, 48)) as out:
+        for frame, seconds in zip(frames, (0, 0.05, 0.1, 0.15, 1.15, 2.15), strict=True):
+            out.write(frame, seconds)
+        out.finish()
+    capture, seen = cv2.VideoCapture(str(tmp_path / "out.mp4")), []
+    while (read := capture.read())[0]:
+        seen.append(round(read[1].mean() / 40))
+    assert seen == [0, 1, 2] + [3] * 20 + [4] * 20 + [5]
+    with pytest.raises(ZeroDivisionError), video.VideoWriter(tmp_path / "cut.mp4", 20.0, (64, 48)) as out:
+        out.write(frames[0], 0.0)
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
+def test_videos_of_a_phone(tmp_path):
+    """Turned by a flag, with sound, at a variable rate, of an odd size."""
+    def make(name, *options):
+        source = ["-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=1", "-f", "lavfi", "-i", "sine=duration=1"]
+        subprocess.run(["ffmpeg", "-v", "error", "-y", *source, *options, str(tmp_path / name)], check=True)
+        return tmp_path / name
+
+    def through(path):
+        """Read and written again."""
+        source, stop, times = video.Video(path), threading.Event(), []
+        for seconds, frame in source.frames(stop):
+            if not times:
+                out = video.VideoWriter(tmp_path / f"{path.name}.out.mp4", source.rate, frame.shape[1::-1])
+            out.write(frame, seconds)
+            times.append(seconds)
+        with out:
+            return frame, times, out.finish(path), tmp_path / f"{path.name}.out.mp4"
+    straight = make("plain.mp4", "-c:v", "mpeg4", "-c:a", "aac")
+    turned = tmp_path / "turned.mov"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(straight), "-c", "copy", "-metadata:s:v:0", "rotate=90", str(turned)], check=True)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(turned), "-frames:v", "1", str(tmp_path / "upright.png")], check=True)
+    first = next(iter(video.Video(turned).frames(threading.Event())))[1]
+    assert first.shape == read_image(tmp_path / "upright.png").shape
+    assert np.abs(first.astype(int) - read_image(tmp_path / "upright.png")).mean() < 3
+    pcm = make("odd.avi", "-vf", "scale=63:47", "-c:v", "mjpeg", "-c:a", "pcm_s16le")
+    wmv = make("old.wmv", "-c:v", "wmv2", "-c:a", "wmav2")
+    varying = make("vary.mp4", "-vf", "select='lt(n,4)+eq(n,9)'", "-fps_mode", "vfr", "-c:v", "mpeg4", "-an")
+    for path in (straight, turned, pcm, wmv):
+        frame, times, word, out = through(path)
+        assert np.allclose(times, np.arange(10) / 10, atol=2e-3), path.name
+        if video.has_h264():
+            assert (probe(out, "codec_name"), probe(out, "codec_name", "a:0"), word) == ("h264", "aac", ""), path.name
+            assert float(probe(out, "duration", "a:0")) == pytest.approx(1, abs=0.1)
+    _, times, _, out = through(varying)
+    assert np.allclose(times, [0, 0.1, 0.2, 0.3, 0.9], atol=2e-3)
+    assert cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) == 10
+
+
+def test_a_video_whose_sound_cannot_be_copied_is_written_without(tmp_path, monkeypatch):
+    if not video.has_h264():
+        pytest.skip("needs an ffmpeg with libx264")
+    real = subprocess.run
+
+    def failing(command, **options):
+        if command[0] == "ffprobe":
+            return SimpleNamespace(stdout="aac")
+        return real(["false"], **options)
+    monkeypatch.setattr(video.subprocess, "run", failing)
+    with video.VideoWriter(tmp_path / "out.mp4", 10.0, (64, 48)) as out:
+        out.write(np.zeros((48, 64, 3), np.uint8), 0.0)
+        assert out.finish(tmp_path / "any.mp4") == "without its sound, which ffmpeg could not copy"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_a_video_that_does_not_fit_the_disk_is_named(tmp_path, writer):
+    with video.VideoWriter(tmp_path / "out.mp4", 10.0, (64, 48)) as out:
+        if out.process:
+            out.process.kill()
+        else:
+            out.count = 5  # of which OpenCV wrote none
+        with pytest.raises(UserError, match="out.mp4: could not be written whole; is the disk full"):
+            for _ in range(100):
+                out.write(np.zeros((48, 64, 3), np.uint8), 0.0)
+            out.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_clocks_that_stand_or_jump(monkeypatch):
+    class Capture:
+        def __init__(self, *_):
+            self.times = iter([5000, 5040, 5040, 0, 9e9, 9e9 + 40])
+
+        def read(self):
+            self.now = next(self.times, None)
+            return self.now is not None, np.zeros((4, 4, 3), np.uint8)
+
+        def get(self, what):
+            return {cv2.CAP_PROP_FPS: 25.0, cv2.CAP_PROP_FRAME_COUNT: 6}.get(what) or self.now
+        set, isOpened, release, grab = (lambda *_: True for _ in range(4))
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    monkeypatch.setattr(video, "writing_rate", lambda path, rate: rate)
+    times = [seconds for seconds, _ in video.Video("http://example.org/clip.mp4").frames(threading.Event())]
+    assert np.allclose(times, np.arange(6) / 25)
+
+
+class Stream(http.server.BaseHTTPRequestHandler):
+    """A network camera: JPEGs without an end."""
+    jpeg = b""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
+                                 % (len(self.jpeg), self.jpeg))
+                time.sleep(0.01)
+        except OSError:
+            pass  # who looked has gone
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_stream_is_followed_until_ctrl_c(run, picture, start, tmp_path, monkeypatch):
+    image, box = picture
+    monkeypatch.setattr(Stream, "jpeg", encode_picture(image, ".jpg"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stream)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://me:secret@127.0.0.1:{server.server_port}/live?key=secret"
+    process = start(TOOL, address, "--checkpoint", run.work_dir / "best_model.pth", "--box", *box, "--min-score", 0,
+                    "--out", tmp_path / "out", "--device", "cpu")
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/.*.tmp.mp4")):
+            assert process.is_alive() and time.monotonic() < deadline, process.err.read_text()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == 0, process.err.read_text()
+    finally:
+        process.kill()
+        server.shutdown()
+        server.server_close()
+    name = f"http_127_0_0_1_{server.server_port}_live"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{name}.mp4", "predictions.csv", "predictions.json"]
+    results, _ = read(tmp_path / "out")
+    capture = cv2.VideoCapture(str(tmp_path / "out" / f"{name}.mp4"))
+    seconds = capture.get(cv2.CAP_PROP_FRAME_COUNT) / capture.get(cv2.CAP_PROP_FPS)
+    assert results[-1]["frame"] > 0 and results[-1]["time"] == pytest.approx(seconds, abs=0.1)
+    written = process.err.read_text() + process.out.read_text() + (tmp_path / "out" / "predictions.csv").read_text()
+    assert "following it until Ctrl-C" in written and "secret" not in written
+
+
+def test_a_stopped_video_is_kept_up_to_there(run, picture, tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]] * 12)
+    real, calls = video.Tracker.__call__, []
+
+    def slow(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args)
+    monkeypatch.setattr(video.Tracker, "__call__", slow)
+    with pytest.raises(KeyboardInterrupt):
+        predict(run.work_dir / "best_model.pth", tmp_path / "clip.mp4", "--box", 5, 5, 50, 50, "--min-score", 0,
+                "--out", tmp_path / "out")
+    assert {r["frame"] for r in read(tmp_path / "out")[0]} == set(range(5))
+    assert cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
+
+
+def test_the_newest_frame_of_a_camera_comes_next(monkeypatch):
+    class Camera:
+        number = 0
+
+        def read(self):
+            time.sleep(0.005)
+            self.number += 1
+            return self.number < 60, np.full((4, 4, 3), self.number, np.uint8)
+        get, set, isOpened, release = (lambda *_: -1 for _ in range(4))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda place: Camera())
+    seen, source = [], video.Video(0)
+    for seconds, frame in source.frames(threading.Event()):
+        seen.append((seconds, int(frame[0, 0, 0])))
+        time.sleep(0.05)
+    numbers = [n for _, n in seen]
+    assert source.live and numbers == sorted(set(numbers)) and 3 <= len(numbers) < 30 and seen[-1][0] > 0.2
+
+
 def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
     class Two:
         """Two faces side by side, of which the left one is gone from the fourth look on."""
-        face, scheme, looks = SimpleNamespace(whole=False), trainer.load_model(run.work_dir / "best_model.pth")[1], 0
+        face, scheme, looks = SimpleNamespace(whole=False), trainer.Trained(run.work_dir / "best_model.pth").scheme, 0
 
         def __call__(self, image, boxes=None, min_score=0.5):
             self.looks += boxes is not None
@@ -221,7 +447,7 @@ def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
             return []
     monkeypatch.setattr(tool, "load_predictor", lambda *_: Two())
     write_video(tmp_path / "clip.mp4", [np.zeros((160, 320, 3), np.uint8)] * 6)
-    predict("any.pth", tmp_path / "clip.mp4", "--box", 10, 10, 90, 90, "--box", 190, 10, 90, 90, "--out", tmp_path / "out")
+    predict(tmp_path / "clip.mp4", "--box", 10, 10, 90, 90, "--box", 190, 10, 90, 90, "--out", tmp_path / "out")
     seen = [(r["frame"], r["face"]) for r in read(tmp_path / "out")[0]]
     assert seen == [(frame, face) for frame in range(6) for face in (0, 1) if face or frame < 3]
 
@@ -262,7 +488,7 @@ def test_bad_input_is_refused(run, picture, tmp_path):
         "would be overwritten": (checkpoint, photo, "--out", tmp_path, "--force"),
         "no such file ": (tmp_path / "no.pth", photo, *out),
     }.items():
-        with pytest.raises(data.UserError, match=wanted.strip()):
+        with pytest.raises(UserError, match=wanted.strip()):
             predict(*args)
     shutil.copytree(tmp_path / "ones", tmp_path / "two/ones")
     for wanted, args in {
@@ -271,7 +497,7 @@ def test_bad_input_is_refused(run, picture, tmp_path):
         "image id of another picture": (tmp_path / "dog.json", tmp_path / "cat.json", "--data-root", tmp_path / "ones"),
         "same file_name or id": (tmp_path / "twice.json", "--data-root", tmp_path / "ones"),
     }.items():
-        with pytest.raises(data.UserError, match=wanted):
+        with pytest.raises(UserError, match=wanted):
             predict(checkpoint, *args, *out)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "out").exists()
 
@@ -280,13 +506,100 @@ def test_a_coco_file_needs_no_keypoints(tmp_path):
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": [{"id": 7, "file_name": "a.png"}], "annotations": [
         {"image_id": 7, "bbox": [1, 2, 3, 4]}, {"image_id": 7, "bbox": [5, 6, 7, 8]}]}))
-    ids, boxes, category = tool.read_coco(path)
-    assert (ids, category) == ({"a.png": 7}, 1) and [a for a, _ in boxes["a.png"]] == [None, None]
-    assert np.array_equal([box for _, box in boxes["a.png"]], [[1, 2, 3, 4], [5, 6, 7, 8]])
-    path.write_text(json.dumps({"images": [{"id": "x", "file_name": "./a.png"}], "categories": [{"id": 7, "keypoints": ["eye"]}],
-                                "annotations": [{"id": 5, "image_id": "x", "bbox": [0] * 4, "keypoints": [0] * 3}]}))
-    assert tool.read_coco(path, with_boxes=False) == ({"a.png": "x"}, {}, 7)
-    with pytest.raises(data.UserError, match="annotation 5: box"):
-        tool.read_coco(path)
-    args = SimpleNamespace(input=[str(path)], data_root=tmp_path, out=tmp_path / "out")
-    assert tool.list_inputs(args) == ([tmp_path / "a.png"], {"a.png": "x"}, 7)
+    listing = tool.read_listing(path)
+    assert (listing.ids, listing.category) == ({"a.png": 7}, tool.FACE) and [a for a, _ in listing.boxes["a.png"]] == [None, None]
+    assert np.array_equal([box for _, box in listing.boxes["a.png"]], [[1, 2, 3, 4], [5, 6, 7, 8]])
+    path.write_text(json.dumps({"images": [{"id": "x", "file_name": "./a.png"}], "categories": [
+        {"id": 7, "name": "dog", "keypoints": ["eye"]}],
+        "annotations": [{"id": 5, "image_id": "x", "bbox": [0] * 4, "keypoints": [0] * 3}]}))
+    listing = tool.read_listing(path, with_boxes=False)
+    assert (listing.ids, listing.boxes, listing.category) == ({"a.png": "x"}, {}, {"id": 7, "name": "dog"})
+    with pytest.raises(UserError, match="annotation 5: box"):
+        tool.read_listing(path)
+    (source,), category = tool.list_inputs([str(path)], tmp_path, tmp_path / "out")
+    assert (source.place, source.kind, source.image_id, category) == (tmp_path / "a.png", "picture", "x", listing.category)
+
+
+def test_the_checkpoint_may_come_first_or_by_its_flag():
+    args = tool.parse_args(["best.pth", "a.jpg"])
+    assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])
+    args = tool.parse_args(["a.jpg", "--checkpoint", "best.pth"])
+    assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])
+    assert tool.parse_args(["a.jpg"]).checkpoint is None  # the one in the box
+    for wanted, argv in {"one.pth and two.pth: give one checkpoint": ["two.pth", "a.jpg", "--checkpoint", "one.pth"],
+                         "name what it is to look at": ["two.pth"], "arguments are required": []}.items():
+        with pytest.raises(UserError, match=wanted):
+            tool.parse_args(argv)
+
+
+def test_cameras_and_streams_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "7").write_bytes(b"a file of that name")
+    for text, place in (("0", 0), ("/dev/video12", 12), ("rtsp://a/b", "rtsp://a/b"), ("7", tool.Path("7"))):
+        (source,) = tool.expand(text, tmp_path / "out")
+        assert source.place == place and source.kind == ("picture" if text == "7" else "video")
+    assert video.name_of("rtsp://me:pass@host:554/live?token=1") == "rtsp://host:554/live" and video.name_of(1) == "camera 1"
+    for place, wanted in ((99, "camera 99: cannot be opened"), ("http://u:p@127.0.0.1:9/x", "http://127.0.0.1:9/x: cannot be opened")):
+        with pytest.raises(UserError, match=wanted):
+            video.Video(place)
+
+
+def test_predict_correct_train(run, faces, picture, tmp_path, train):
+    """--coco writes a data set that the trainer, pycocotools and our own reader take as it is."""
+    folder = tmp_path / "pics"
+    (folder / "more").mkdir(parents=True)
+    names = ["0.png", "1.png", "more/2.png", "more/turned.jpg"]
+    for name, file in zip(names, faces.files):
+        shutil.copy(faces.root / file, folder / name)
+    upright, exif = Image.open(folder / names[3]).convert("RGB"), Image.Exif()
+    exif[0x112] = 6
+    upright.rotate(90, expand=True).save(folder / names[3], exif=exif, quality=95)
+    width, height = upright.size
+    coco = tmp_path / "mine.json"
+    predict(folder, "--checkpoint", run.work_dir / "best_model.pth", "--box", width / 4, height / 4, width, height,
+            "--coco", coco, "--out", tmp_path / "out")
+    content = json.loads(coco.read_bytes())
+    assert [i["file_name"] for i in content["images"]] == names
+    assert (content["images"][3]["width"], content["images"][3]["height"]) == (width, height)
+    results, scheme, again = read(tmp_path / "out")[0], faces.scheme, data.load_coco(coco, folder)
+    assert again.scheme == scheme and again.files == names and not getattr(again, "notes", None)
+    for n, (annotation, result) in enumerate(zip(content["annotations"], results, strict=True)):
+        assert np.abs(again.points[n] - points(result)).max() < 0.006
+        x, y, w, h = annotation["bbox"]
+        size = np.array([content["images"][n]["width"], content["images"][n]["height"]])
+        assert np.allclose([x, y], [width / 4, height / 4], atol=0.01)  # the box, cut to the picture
+        assert np.allclose([x + w, y + h], np.minimum(size, [width * 5 / 4, height * 5 / 4]), atol=0.02)
+        assert annotation["area"] == pytest.approx(w * h, abs=0.1) and annotation["num_keypoints"] == len(scheme.names)
+        inside = ((points(result) > -0.5) & (points(result) < size - 0.5)).all(1)
+        assert again.visible[n].tolist() == np.where(inside, 2, 1).tolist()
+    coco_tool = pytest.importorskip("pycocotools.coco")
+    theirs = coco_tool.COCO(coco)
+    assert len(theirs.loadRes(str(tmp_path / "out" / "predictions.json")).anns) == len(theirs.anns) == 4
+    (tmp_path / "ann").mkdir()
+    for name in ("train.json", "val.json"):
+        shutil.copy(coco, tmp_path / "ann" / name)
+    train(tmp_path / "work", "--data-root", folder, "--ann-root", tmp_path / "ann", "--batch-size", 4, check=True)
+    out = ("--checkpoint", run.work_dir / "best_model.pth", "--out", tmp_path / "out2")
+    write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]])
+    for wanted, args in {"exists; name another": (folder, "--coco", coco), "is the file of --boxes": (
+            folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
+            tmp_path / "clip.mp4", "--coco", tmp_path / "new.json")}.items():
+        with pytest.raises(UserError, match=wanted):
+            predict(*args, *out)
+
+
+def test_a_large_picture_has_coordinates_of_its_own(run, picture, tmp_path, monkeypatch, capfd):
+    image, box = picture
+    for scale, name in ((1, "small"), (4, "large")):
+        larger = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+        Image.fromarray(larger).save(tmp_path / f"{name}.jpg", quality=98, subsampling=0)
+        monkeypatch.setattr(tool, "MOST_PIXELS", image.shape[0] * image.shape[1])
+        corner, side = (box[:2] + 0.5) * scale - 0.5, box[2:] * scale
+        predict(tmp_path / f"{name}.jpg", "--checkpoint", run.work_dir / "best_model.pth", "--box", *corner, *side,
+                "--out", tmp_path / name)
+    said = capfd.readouterr().err
+    assert f"large.jpg: its {image.shape[1] * 4} x {image.shape[0] * 4} pixels are looked at" in said and "small.jpg" not in said
+    (small,), (large,) = (read(tmp_path / name)[0] for name in ("small", "large"))
+    assert np.allclose(large["bbox"], [*((box[:2] + 0.5) * 4 - 0.5), *box[2:] * 4], atol=0.1)
+    assert np.abs((points(large) + 0.5) / 4 - 0.5 - points(small)).max() < 0.05 * box[2:].max()
+    assert read_image(tmp_path / "large" / "large.jpg").shape == image.shape

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import dataset as data
-from dataset import UserError
 from tools import visualize_dataset as tool
+from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
 
 
 def has(picture, colour, tolerance=25):
@@ -17,15 +18,18 @@ def has(picture, colour, tolerance=25):
 def test_sheets(sample, script, tmp_path):
     ann = sample.ann_root / "train.json"
     out = tmp_path / "looks"
-    result = script("tools/visualize_dataset.py", ann, "--data-root", sample.data_root, "--out", out, "--number", 5)
+    result = script("tools/visualize_dataset.py", ann, "--data-root", sample.data_root, "--out", out,
+                    "--number", 5)
     assert result.returncode == 0, result.stderr
     repaired = [a for a in json.loads(ann.read_text())["annotations"] if "box" in a.get("repaired", [])]
     assert repaired and "40 faces in 40 pictures, 46 landmarks" in result.stdout
     assert f"{len(repaired)} boxes repaired" in result.stdout
-    sheets = {path.name: data.read_image(path) for path in out.iterdir()}
+    sheets = {path.name: read_image(path) for path in out.iterdir()}
     assert sorted(sheets) == ["landmarks.png", "raw.jpg", "repaired.jpg", "trainer.jpg"]
-    assert sheets["raw.jpg"].shape == (2 * 342, 4 * 320, 3) and sheets["trainer.jpg"].shape == (5 * 342, 4 * 320, 3)
-    assert sheets["repaired.jpg"].shape == (342 * -(-min(5, len(repaired)) // 4), 320 * min(4, len(repaired)), 3)
+    assert sheets["raw.jpg"].shape == (2 * 342, 4 * 320, 3) and sheets["trainer.jpg"].shape == (5 * 342,
+                                                                                                4 * 320, 3)
+    assert sheets["repaired.jpg"].shape == (342 * -(-min(5, len(repaired)) // 4), 320 * min(4, len(repaired)),
+                                            3)
     assert has(sheets["repaired.jpg"], (60, 200, 60))
 
 
@@ -33,11 +37,13 @@ def test_original_boxes_red_and_new_ones_green(sample, tmp_path):
     content = json.loads((sample.ann_root / "val.json").read_text())
     for annotation in content["annotations"]:
         annotation.pop("repaired", None)
-    for annotation, box in zip(content["annotations"][:4], (["5", "5", "60", "70"], [""] * 4, None, [0, 0, 1e9, 9]), strict=True):
+    for annotation, box in zip(content["annotations"][:4],
+                               (["5", "5", "60", "70"], [""] * 4, None, [0, 0, 1e9, 9]), strict=True):
         annotation |= {"repaired": ["box", "landmarks"], "original_bbox": box}
     content["annotations"][5]["repaired"] = ["landmarks"]
     (tmp_path / "ann.json").write_text(json.dumps(content))
-    faces, boxes = data.load_coco(tmp_path / "ann.json", sample.data_root), tool.original_boxes(tmp_path / "ann.json")
+    path = tmp_path / "ann.json"
+    faces, boxes = data.load_coco(path, sample.data_root), tool.original_boxes(path)
     ids = [a["id"] for a in content["annotations"][:4]]
     assert list(boxes) == ids and [b is None for b in boxes.values()] == [False, True, True, False]
     some = faces.take(range(4))
@@ -53,11 +59,13 @@ def test_the_map_takes_any_number_of_landmarks(tmp_path, k):
     triples = np.column_stack([rng.uniform(20, 180, (k, 2)), np.full(k, 2)]).ravel().tolist()
     (tmp_path / "ann.json").write_text(json.dumps({
         "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 180, 180], "keypoints": triples}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 180, 180],
+                         "keypoints": triples}],
         "categories": [{"id": 1, "keypoints": [f"{i:03}" + "M" * 8 for i in range(k)]}]}))
     picture = tool.landmark_map(data.load_coco(tmp_path / "ann.json", tmp_path))
     dark = (picture < 60).all(-1)
-    margin = int(np.flatnonzero(dark.any(0))[0]) + 100  # inside the left column's names, away from the dots on the face
+    # inside the left column's names, away from the dots on the face
+    margin = int(np.flatnonzero(dark.any(0))[0]) + 100
     for side in (dark[:, :margin], dark[:, -margin:]):
         rows = side.any(1)
         assert (rows[1:] & ~rows[:-1]).sum() in (k // 2, -(-k // 2))
@@ -73,12 +81,15 @@ def test_refuses_in_one_line(sample, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/raw.jpg").write_bytes(b"mine")
     for args, message in (
-            ([], "--help"), ([ann, *root], "--out"), ([str(tmp_path / "no.json"), *root, *out], "no such file"),
+            ([], "--help"), ([ann, *root], "--out"),
+        ([str(tmp_path / "no.json"), *root, *out], "no such file"),
             ([ann, "--data-root", str(tmp_path / "no"), *out], "no such folder"),
-            ([ann, *root, *out, "--number", "0"], "--number"), ([ann, *root, *out, "--padding", "9"], "--padding"),
+            ([ann, *root, *out, "--number", "0"], "--number"),
+        ([ann, *root, *out, "--padding", "9"], "--padding"),
             ([ann, "--data-root", str(moved), *out], "cannot be read as a picture"),
             ([ann, *root, "--out", str(tmp_path / "full")], "raw.jpg: exists.*--force"),
-            ([str(moved / "test/labels" / next((moved / "test/labels").iterdir()).name), *root, *out], "not a COCO file")):
+            ([str(moved / "test/labels" / next((moved / "test/labels").iterdir()).name), *root, *out],
+             "not a COCO file")):
         with pytest.raises(UserError, match=message) as e:
             tool.main(args)
         assert "\n" not in str(e.value)

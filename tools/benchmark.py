@@ -3,37 +3,71 @@
     uv run python tools/benchmark.py --sample
     uv run python tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
 
-Takes the flags of train_simple.py. Without --batch-size it also looks for the largest batch that fits on a GPU.
+Takes the flags of train_simple.py and trains nothing that is kept. Without --batch-size it also looks for the
+largest batch that fits on a GPU. All of it uses the trainer's own step and loop.
 """
-import copy
+import itertools
 import os
 import sys
-import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
-import dataset as data
 import train_simple as trainer
-from dataset import Augmentation, DogFLWDataset, UserError, run_script
+from dataset import DogFLWDataset, Faces, normalize
+from tools.lib import runtime
+from tools.lib.batches import EpochBatches, batches_of
+from tools.lib.cli import UserError, run_script
+
+PRICE = ("--batch-size 64 --lr {lr:g}; its price, measured for 64 instead of 16 at twice the rate from "
+         "scratch at 128 px: nme_iod 0.1082 instead of 0.1040 after 20 epochs, 0.0896, not 0.0866, after 60")
+LAUNCH_BOUND = 0.8  # of a step's time in enqueueing it: above this the device waits for its kernels
+ENDLESS = 10**6  # epochs
 
 
-def samples_per_second(dataset, args, workers, seconds=4.0):
-    """Faces a second that `workers` processes deliver (0: this process), augmentation on, start-up left out."""
-    sampler = trainer.EpochBatches(len(dataset), args.batch_size, 0, 0, [dataset.size] * 10**5)
-    batches = trainer.batches_of(dataset, sampler, workers)
+@dataclass
+class Bench:
+    """What is measured: a run that is never saved, and its faces."""
+    run: trainer.Run
+    faces: Faces
+    val: Faces
+    dataset: DogFLWDataset
+
+    def __post_init__(self):
+        self.config, self.device = self.run.config, self.run.processes.device
+        self.crops = self.run.plan.sizes
+        self.micro_batch = self.run.plan.batch_size // self.config.accumulate
+        self.repeat = 20 if self.device.type == "cuda" else 8
+
+    def plan(self, faces):
+        """A plan without end for as many faces, at full size."""
+        return trainer.Plan(replace(self.config, progressive=0.0, epochs=ENDLESS), faces)
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def print_rate(what, faces, seconds, more=""):
+    """One line of the table: faces in so many seconds."""
+    print(f"{what:26s}{faces / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms{more}")
+
+
+# ---------------------------------------------------------------- input
+
+def samples_per_second(bench, workers, seconds=4.0):
+    """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
+    sampler = EpochBatches(len(bench.dataset), bench.plan(len(bench.dataset)))
+    batches = batches_of(bench.dataset, sampler, workers)
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
         next(batches)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         count += len(next(batches)["index"])
     return count / (time.perf_counter() - start)
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def timed(batches, waits):
@@ -45,83 +79,275 @@ def timed(batches, waits):
         yield batch
 
 
-def step_seconds(model, optimizer, batch, args, env, repeat):
-    """Seconds of a bare step: forward, backward and optimizer on a batch that is on the device already."""
-    batch = {k: batch[k].to(env.device) for k in ("image", "keypoints", "visibility", "colour")}
-    for step in range(repeat + 2):
+# ---------------------------------------------------------------- a step
+
+def resident(bench, faces, size):
+    """A batch of so many faces, cut to `size` pixels, that is on the device already."""
+    batch = bench.dataset.__getitems__([(0, i % len(bench.dataset), size) for i in range(faces)])
+    return {k: v if k in ("index", "matrix") else v.to(bench.device) for k, v in batch.items()}
+
+
+def step_seconds(bench, batch, repeat=None):
+    """Seconds to finish a bare step (a micro-batch of it): the trainer's own, on a batch on the device."""
+    repeat = repeat or bench.repeat
+    bench.run.model.train()
+    batches = itertools.repeat(batch)
+    for step in range(repeat + 2):  # the first two choose kernels
         if step == 2:
-            synchronize(env.device)
+            synchronize(bench.device)
             start = time.perf_counter()
-        images = data.normalize(batch["image"], batch["colour"])
-        with trainer.autocast(env.device, env.amp):
-            heatmaps = model(images)
-        trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], args.sigma).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    synchronize(env.device)
-    return (time.perf_counter() - start) / repeat
+        trainer.train_step(bench.run, batches, step)
+    synchronize(bench.device)
+    return (time.perf_counter() - start) / repeat / bench.config.accumulate
 
 
-def profile_parts(model, batch, args, env):
-    """Where a forward pass's time and a training step's memory go: {part: (seconds, bytes kept for backward)}."""
-    parts, open_parts = {}, []
+def enqueue_seconds(bench, repeat=5):
+    """Seconds of this process's own work for a step: until all its kernels are enqueued on an idle device.
 
-    def enter(part):
-        synchronize(env.device)
-        open_parts.append((part, time.perf_counter()))
-
-    def leave():
-        synchronize(env.device)
-        part, start = open_parts.pop()
-        spent = time.perf_counter() - start
-        parts.setdefault(part, [0.0, 0])[0] += spent
-        if open_parts:  # an outer part's time is without its inner parts'
-            parts.setdefault(open_parts[-1][0], [0.0, 0])[0] -= spent
-
-    def keep(tensor):
-        own = tensor.untyped_storage().data_ptr() not in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        parts.setdefault(open_parts[-1][0], [0.0, 0])[1] += own * tensor.untyped_storage().nbytes()
-        return tensor.detach()  # itself would be a cycle, which holds the whole graph beyond the pass
-
-    seen, hooks = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
-    for owner, prefix in ((model.backbone, "backbone."), (model, "")):
-        for name, child in owner.named_children():
-            part = "backbone.stem" if prefix and name[:-1] in ("conv", "bn", "act") else prefix + name
-            for module in child if isinstance(child, torch.nn.ModuleList) else [child]:
-                if module is not model.backbone:
-                    hooks += [module.register_forward_pre_hook(lambda *_, part=part: enter(part)),
-                              module.register_forward_hook(lambda *_: leave())]
-    images = data.normalize(batch["image"].to(env.device))
-
-    def forward():
-        parts.clear(), enter("fusion, softmax")
-        with trainer.autocast(env.device, env.amp):
-            model(images)
-        leave()
-        return {part: tuple(numbers) for part, numbers in parts.items()}
-
-    forward()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):  # called for every tensor: not in the pass that is timed
-        kept = forward()
-    timed = forward()
-    for hook in hooks:
-        hook.remove()
-    return {part: (timed[part][0], kept[part][1]) for part in timed}
+    With graphs the step itself. Else one of two small faces: the same kernels with little to compute, because
+    a device that falls behind by about a thousand kernels makes the process wait for it.
+    """
+    graphs = isinstance(bench.run.model, runtime.Graphed)
+    batch = resident(bench, *(bench.micro_batch, bench.config.input_size) if graphs else (2, 64))
+    found = []
+    step_seconds(bench, batch, 2)
+    for step in range(repeat):
+        start = time.perf_counter()
+        trainer.train_step(bench.run, itertools.repeat(batch), step)
+        found.append(time.perf_counter() - start)
+        synchronize(bench.device)
+    return min(found) / bench.config.accumulate
 
 
 def largest_batch(measure):
-    """Double the batch until the device's memory is full: {batch size: seconds}; measure(batch size) -> seconds a step."""
+    """Double the batch until the memory is full: {size: seconds a step}; measure(size) -> seconds."""
     found, size = {}, 16
     while size <= 2048:
         try:
             found[size] = measure(size)
         except RuntimeError as e:
-            if not trainer.is_out_of_memory(e):
+            if not runtime.is_out_of_memory(e):
                 raise
             break
         size *= 2
     return found
+
+
+# ---------------------------------------------------------------- by part
+
+class Parts:
+    """Where a forward pass's time and a step's memory go: {part: [seconds, bytes kept for backward]}."""
+
+    def __init__(self, model, device):
+        self.device, self.parts, self.open, self.hooks = device, {}, [], []
+        self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        for owner, prefix in ((model.backbone, "backbone."), (model, "")):
+            for name, child in owner.named_children():
+                part = "backbone.stem" if prefix and name[:-1] in ("conv", "bn", "act") else prefix + name
+                several = isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential))  # may be called one by one
+                for module in child if several else [child]:
+                    if module is not model.backbone:
+                        enter, leave = (lambda *_, part=part: self.enter(part)), (lambda *_: self.leave())
+                        self.hooks.append(module.register_forward_pre_hook(enter))
+                        self.hooks.append(module.register_forward_hook(leave))
+
+    def of(self, part):
+        return self.parts.setdefault(part, [0.0, 0])
+
+    def enter(self, part):
+        synchronize(self.device)
+        self.open.append((part, time.perf_counter()))
+
+    def leave(self):
+        synchronize(self.device)
+        part, start = self.open.pop()
+        spent = time.perf_counter() - start
+        self.of(part)[0] += spent
+        if self.open:  # an outer part's time is without its inner parts'
+            self.of(self.open[-1][0])[0] -= spent
+
+    def keep(self, tensor):
+        """A tensor that the backward pass will need."""
+        storage = tensor.untyped_storage()
+        self.of(self.open[-1][0])[1] += (storage.data_ptr() not in self.seen) * storage.nbytes()
+        self.seen.add(storage.data_ptr())
+        return tensor.detach()  # itself would be a cycle, which holds the whole graph beyond the pass
+
+    def forward(self, bench, images):
+        """One pass by part."""
+        self.parts = {}
+        self.enter("fusion, softmax")
+        with runtime.autocast(self.device, bench.run.amp):
+            bench.run.bare(images)
+        self.leave()
+        return self.parts
+
+
+def profile_parts(bench, batch):
+    """{part: (seconds of a forward pass, bytes kept for backward)} of the bare model."""
+    model = bench.run.bare
+    images, parts = normalize(batch["image"], model.mean, model.std), Parts(model, bench.device)
+    parts.forward(bench, images)
+    with torch.autograd.graph.saved_tensors_hooks(parts.keep, lambda t: t):  # slow: this pass is not timed
+        kept = parts.forward(bench, images)
+    seconds = parts.forward(bench, images)
+    for hook in parts.hooks:
+        hook.remove()
+    return {part: (seconds[part][0], kept[part][1]) for part in seconds}
+
+
+# ---------------------------------------------------------------- the loop
+
+def measure_loop(bench, bare):
+    """Two epochs of the real loop; of the second: seconds a micro-batch, share of them waiting for faces.
+
+    On the CPU of as many faces as take some ten seconds; bare: seconds of a bare step.
+    """
+    used, workers = bench.faces, bench.config.num_workers
+    if bench.device.type == "cpu":
+        used = used.take(range(min(len(used), bench.run.plan.batch_size * max(2, int(10 / bare)))))
+    dataset, waits = dataset_of(used, bench.config, augment=bench.config), []
+    bench.run.plan = plan = bench.plan(len(used))
+    sampler = EpochBatches(len(used), plan, bench.run.progress["epoch"])
+    batches = timed(batches_of(dataset, sampler, workers, pin_memory=bench.device.type == "cuda"), waits)
+    for _ in range(2):  # the second has its workers started
+        waits.clear()
+        start = time.perf_counter()
+        trainer.train_one_epoch(bench.run, batches, used.files)
+        synchronize(bench.device)
+        seconds = time.perf_counter() - start
+    waited = sum(waits)
+    each = 1e3 * waited / len(waits)
+    print(f"data wait                 {each:9.1f} ms a batch, {100 * waited / seconds:.1f} % of the loop")
+    return seconds / plan.steps / bench.config.accumulate, waited / seconds
+
+
+def measure_validation(bench):
+    """Seconds of a validation at full size."""
+    some = bench.val.take(range(len(bench.val) if bench.device.type != "cpu" else min(len(bench.val), 64)))
+    dataset = dataset_of(some, bench.config)
+    for _ in range(2):  # the second has its kernels chosen
+        start = time.perf_counter()
+        trainer.validate(bench.run, dataset)
+        seconds = time.perf_counter() - start
+    return seconds / len(some) * len(bench.val)
+
+
+def print_memory(device):
+    """The most that this process has used."""
+    if os.name == "posix":
+        import resource
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        print(f"peak memory               {host:9.2f} GiB host, without workers")
+    if device.type == "cuda":  # what graphs hold is reserved, not allocated
+        used, held = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        print(f"  of the GPU              {used / 2**30:9.2f} GiB in tensors, {held / 2**30:.2f} GiB taken")
+
+
+# ---------------------------------------------------------------- what it means
+
+def verdict(bare, loop, waited, enqueue, config):
+    """What limits a run, in words, and what to try.
+
+    Seconds of a bare step, of one in the loop, and to enqueue one (None: the device is the CPU); waited: the
+    share of the loop spent waiting for faces.
+    """
+    extra = loop / bare - 1
+    if extra > 0.05:
+        input_limits = waited > extra / 2
+        what = "the input limits, try more --num-workers" if input_limits else "the loop's own work limits"
+        return f"{what} ({100 * extra:.0f} % over the bare step)"
+    if enqueue is None or enqueue < LAUNCH_BOUND * bare:
+        return "the device's arithmetic limits"
+    ways = ["--graphs"] if not (config.graphs or config.compile or config.accumulate > 1) else []
+    if config.batch_size < 64:
+        ways.append(PRICE.format(lr=config.lr * (64 / config.batch_size) ** 0.5))
+    what = f"launches limit, the device waits for them ({100 * enqueue / bare:.0f} % of a step)"
+    return f"{what}; try {', or '.join(ways)}" if ways else what
+
+
+def projected_hours(bench, loop, small, validation):
+    """Hours of the whole run, from seconds of a micro-batch in the loop and of a validation at full size.
+
+    small: how long a step on small crops takes, as a fraction of a full one.
+    """
+    config, plan = bench.config, trainer.Plan(bench.config, len(bench.faces))
+    epoch_seconds, total = loop * config.accumulate * plan.steps, 0
+    for epoch in range(config.epochs):
+        scale = small if plan.size(epoch) < config.input_size else 1
+        total += scale * (epoch_seconds + plan.validates(epoch) * validation)
+    return total / 3600
+
+
+def dataset_of(faces, config, **more):
+    """Faces as the trainer cuts them."""
+    options = {name: getattr(config, name) for name in ("padding", "sigma", "seed", "cache")}
+    return DogFLWDataset(faces, config.input_size, **options, **more)
+
+
+def set_up(config, processes):
+    """The run to measure, as the trainer sets it up."""
+    if processes.world > 1:
+        raise UserError("benchmark.py measures one process; start it without torchrun")
+    faces, val, _, _ = trainer.load_sets(config, processes)
+    run = trainer.Run(config, faces.scheme, trainer.Plan(config, len(faces)), processes)
+    device = processes.device
+    cuda, threads = device.type == "cuda", f"{device.type}, {torch.get_num_threads()} threads"
+    print(f"{torch.cuda.get_device_name(device) if cuda else threads}; torch {torch.__version__}; "
+          f"{config.backbone}, {config.input_size} px, batch {config.batch_size}, "
+          f"{runtime.precision_name(run.amp)}; {len(faces)} + {len(val)} faces")
+    return Bench(run, faces, val, dataset_of(faces, config, augment=config))
+
+
+def print_parts(bench, batch, bare):
+    """The forward pass, part by part."""
+    parts, faces = profile_parts(bench, batch), len(batch["index"])
+    forward = sum(seconds for seconds, _ in parts.values())
+    print_rate("forward pass by part", faces, forward, f", {100 * forward / bare:.0f} % of a step")
+    for part, (seconds, kept) in parts.items():
+        print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / faces / 2**20:8.1f} MiB kept a face")
+
+
+def print_batches(bench):
+    """The rate at every batch that fits; graphs are of one batch alone, so these run without."""
+    size = bench.config.input_size
+    for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
+        print_rate(f"bare step, batch {batch}", batch, seconds, ", without graphs" * bench.config.graphs)
+    bench.run.optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left
+
+
+def measure(bench, search):
+    """Print the table, from the input to the verdict."""
+    config, n, small = bench.config, bench.micro_batch, 1.0
+    for workers in sorted({0, 1, 2, 4, config.num_workers}):
+        if workers <= (os.cpu_count() or 1):
+            print(f"input, {workers} workers          {samples_per_second(bench, workers):9.0f} faces/s")
+    batch = resident(bench, n, config.input_size)
+    bare, enqueue = step_seconds(bench, batch), None
+    print_rate("bare step", n, bare)
+    if bench.device.type != "cpu":
+        enqueue = enqueue_seconds(bench)
+        share = 100 * enqueue / bare
+        print(f"  to enqueue it           {1e3 * enqueue:9.1f} ms, {share:.0f} % of the time to finish it")
+    if bench.crops[0] < config.input_size:
+        seconds = step_seconds(bench, resident(bench, n, bench.crops[0]))
+        print_rate(f"bare step, {bench.crops[0]} px", n, seconds)
+        small = seconds / bare
+    print_parts(bench, batch, bare)
+    loop, waited = measure_loop(bench, bare)
+    bare = (bare + step_seconds(bench, batch)) / 2  # before and after the loop: a machine's speed drifts
+    print(f"full loop                 {n / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
+    validation = measure_validation(bench)
+    epoch_seconds = loop * config.accumulate * trainer.Plan(config, len(bench.faces)).steps
+    print_rate("validation", len(bench.val), validation,
+               f", {100 * validation / epoch_seconds:.0f} % of an epoch; one every {config.val_every} epochs")
+    print_memory(bench.device)
+    if search:
+        print_batches(bench)
+    hours = projected_hours(bench, loop, small, validation)
+    print(f"{config.epochs} epochs of {len(bench.faces)} faces: {hours:.2f} h; "
+          f"{verdict(bare, loop, waited, enqueue, config)}")
 
 
 def main(argv=None):
@@ -129,100 +355,10 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    args = trainer.parse_args(argv)
-    env = trainer.set_up_processes(args.device)
-    if env.world > 1:
-        raise UserError("benchmark.py measures one process; start it without torchrun")
-    env.amp = trainer.choose_amp(env.device, args.amp)
-    train, val, _, _ = trainer.load_faces(args)
-    options = {"input_size": args.input_size, "padding": args.padding, "cache": args.cache}
-    train_set = DogFLWDataset(train, augment=Augmentation(), **options)
-    env.bare = trainer.build_model(args.backbone, len(train.scheme.names)).to(env.device, memory_format=torch.channels_last)
-    model = torch.compile(env.bare, dynamic=False) if args.compile else env.bare
-    optimizer = trainer.build_optimizer(model, args, env.device)
-    cuda = env.device.type == "cuda"
-    name = torch.cuda.get_device_name(env.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; {args.backbone}, {args.input_size} px, batch {args.batch_size}, "
-          f"{str(env.amp or torch.float32)[6:]}; {len(train)} + {len(val)} faces")
-
-    workers = sorted({0, 1, 2, 4, args.num_workers})
-    rates = {w: samples_per_second(train_set, args, w) for w in workers if w <= (os.cpu_count() or 1)}
-    for count, rate in rates.items():
-        print(f"input, {count} workers          {rate:9.0f} faces/s" + ("  (in this process)" if not count else ""))
-
-    def batch_of(n, crop):
-        return train_set.__getitems__([(0, i % len(train), crop) for i in range(n)])
-
-    def measure(n, crop, repeat=20 if cuda else 8):
-        return step_seconds(model, optimizer, batch_of(n, crop), args, env, repeat)
-
-    env.micro_batch = args.batch_size // args.accumulate
-    size, crops, full = min(env.micro_batch, len(train)), trainer.crop_sizes(args), args.input_size
-    bare = measure(size, full)
-    print(f"bare step                 {size / bare:9.0f} faces/s  {bare * 1e3:8.1f} ms")
-    small, share = bare, sum(crop < full for crop in crops) / len(crops)
-    if share:
-        small = measure(size, crops[0])
-        print(f"bare step, {crops[0]} px         {size / small:9.0f} faces/s  {small * 1e3:8.1f} ms")
-    parts = profile_parts(env.bare, batch_of(size, full), args, env)
-    forward = sum(seconds for seconds, _ in parts.values())
-    print(f"forward pass by part      {size / forward:9.0f} faces/s, of a step {100 * forward / bare:.0f} % of the time")
-    for part, (seconds, kept) in parts.items():
-        print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / size / 2**20:8.1f} MiB kept a face")
-    if cuda and not any(flag.startswith("--batch") for flag in argv):
-        for batch, seconds in largest_batch(lambda n: measure(n, full, 3)).items():
-            print(f"bare step, batch {batch:<5d}    {batch / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms")
-        optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    # Two epochs of the real loop, on as many faces as a CPU manages in a minute; the second has its workers started.
-    used = train.take(range(len(train) if cuda else min(len(train), 16 * max(2, int(10 / bare)))))
-    train_set = DogFLWDataset(used, augment=Augmentation(), **options)
-    sampler = trainer.EpochBatches(len(used), args.batch_size, args.seed, 0, [args.input_size] * 2, args.accumulate)
-    waits = []
-    batches = timed(trainer.batches_of(train_set, sampler, args.num_workers, cuda), waits)
-    average = copy.deepcopy(env.bare) if args.ema else None
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp is torch.float16)
-    with tempfile.TemporaryDirectory() as folder:
-        args.work_dir = Path(folder)
-        for epoch in range(2):
-            waits.clear()
-            start = time.perf_counter()
-            trainer.train_one_epoch(epoch, model, average, optimizer, scaler, batches, sampler, used, args, env)
-            synchronize(env.device)
-            epoch_seconds = time.perf_counter() - start
-    loop = epoch_seconds / sampler.steps / args.accumulate
-    bare = (bare + measure(size, full)) / 2  # before and after the loop: a machine's speed drifts
-    print(f"full loop                 {size / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
-    waited = 100 * sum(waits) / epoch_seconds
-    print(f"data wait                 {1e3 * sum(waits) / len(waits):9.1f} ms a batch {waited:6.1f} % of the loop")
-    some = DogFLWDataset(val.take(range(len(val) if cuda else min(len(val), 64))), **options)
-    for _ in range(2):  # the second has its kernels chosen
-        start = time.perf_counter()
-        trainer.predict(env.bare, some, env.device, args.sigma, amp=env.amp, batch_size=trainer.predict_batch(env))
-    validation = (time.perf_counter() - start) / len(some) * len(val)
-    epoch_seconds = loop * args.accumulate * max(1, len(train) // args.batch_size)
-    percent = 100 * validation / epoch_seconds
-    print(f"validation                {len(val) / validation:9.0f} faces/s  {percent:8.1f} % of an epoch, "
-          f"every {args.val_every} of {args.epochs}: {percent / args.val_every:.1f} %")
-    memory = torch.cuda.max_memory_allocated(env.device) / 2**30 if cuda else 0
-    if os.name == "posix":
-        import resource
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        print(f"peak memory               {host:9.2f} GiB host, without workers" + (f", {memory:.2f} GiB GPU" if cuda else ""))
-    extra = 100 * (loop / bare - 1)
-    limit = "the device's arithmetic limits"
-    if extra > 5:
-        limit = "the input limits, try more --num-workers" if waited > extra / 2 else "the loop's own work limits"
-        limit += f" ({extra:.0f} % over the bare step)"
-    elif share and small > 0.7 * bare:  # a quarter of the pixels
-        limit = "a step's overhead limits, not arithmetic; try a larger --batch-size, or --compile"
-    saved = share * (1 - small / bare)  # of the arithmetic, by epochs on smaller crops
-    hours = (args.epochs * epoch_seconds * (1 - saved * bare / loop)
-             + args.epochs // args.val_every * validation * (1 - saved)) / 3600
-    part = f", {share:.0%} of them at {crops[0]} px" if share else ""
-    print(f"{args.epochs} epochs of {len(train)} faces: {hours:.1f} h{part}; {limit}")
+    config = trainer.parse_args(argv)
+    with runtime.Processes(config.device) as processes:
+        bench = set_up(config, processes)
+        measure(bench, bench.device.type == "cuda" and not any(flag.startswith("--batch") for flag in argv))
     return 0
 
 

@@ -3,9 +3,10 @@
     uv run python tools/convert_dogflw_to_coco.py --download
     uv run python tools/convert_dogflw_to_coco.py --dogflw_root DogFLW --out_dir data/dogflw/annotations
 
-Reads ROOT/{train,test}/{images/*.png,labels/*.json}, any number of landmarks; sizes come from the headers. Every
-face comes through: a wrong box is rebuilt from the landmarks, a missing landmark gets v = 0, and `repaired` in the
-annotation says so. What cannot be mended is listed, and nothing is written unless --skip-bad leaves it out.
+Reads ROOT/{train,test}/{images/*.png,labels/*.json}, any number of landmarks; sizes come from the headers.
+CatFLW's ROOT/{images,labels} has no split: it becomes OUT/train.json alone. Every face comes through: a
+wrong box is rebuilt from the landmarks, a missing landmark gets v = 0, and `repaired` in the annotation
+says so. What cannot be mended is listed, and nothing is written unless --skip-bad leaves it out.
 """
 import json
 import math
@@ -19,24 +20,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dataset import FORMATS, MAX_LANDMARKS, ROOT, Parser, UserError, atomic_write, data_root, find_dogflw, run_script
+from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box
+from tools.lib.files import atomic_write, data_root, find_dogflw
+from tools.lib.pictures import FORMATS
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
+OUT = Path(__file__).resolve().parent.parent / "data/dogflw/annotations"
 SUFFIXES = {"images": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "labels": (".json",)}
-MAX_LABEL_BYTES, MAX_NUMBER, LISTED = 10_000_000, 1e6, 20
-# A box is wrong when its IoU with the landmarks' hull is below 0.3. Of 3,806 boxes in the official train split 145
-# are: 112 stick out of their picture by over a pixel (no other box does), the other 33 were looked at and lie beside
-# the face. The histogram has its valley there: 23 10 17 | 16 49 130 in steps of 0.05 from 0.15 to 0.45.
-MIN_IOU = 0.3
-# A rebuilt box is the hull and 10 % of it on each side: mean IoU 0.83 with the good boxes (16 % would give 0.87).
-MARGIN = 0.1
+MAX_LABEL_BYTES, LISTED = 10_000_000, 20
+SPLITS = {"train": "train.json", "test": "val.json"}
 
-# DogFLW's 46 landmarks in order; "/" marks a pair, left first: left in the picture, the dog's right side. The authors
-# published no names. upper_lip_side (43, 44) is the upper lip's: in an open mouth it stays with 38, away from 41.
+# DogFLW's 46 landmarks in order; "/" marks a pair, left first: left in the picture, the dog's right side.
+# The authors published no names. upper_lip_side (43, 44) is the upper lip's: in an open mouth it stays with
+# 38, away from 41.
 PARTS = """ear_inner_base/ ear_inner_edge_upper/ ear_inner_edge_lower/ ear_tip/ ear_outer_edge_lower/
-    ear_outer_edge_upper/ ear_outer_base/ head_top/ eye_inner_corner/ eye_outer_corner/ eye_upper_lid/ eye_lower_lid/
-    nose_bridge nose_top nose_upper_edge/ muzzle_side/ cheek/ nose_between_nostrils nostril/ philtrum whisker_pad/
-    upper_lip_center mouth_corner/ lower_lip_outer chin upper_lip_side/ lower_lip_inner""".split()
+    ear_outer_edge_upper/ ear_outer_base/ head_top/ eye_inner_corner/ eye_outer_corner/ eye_upper_lid/
+    eye_lower_lid/ nose_bridge nose_top nose_upper_edge/ muzzle_side/ cheek/ nose_between_nostrils nostril/
+    philtrum whisker_pad/ upper_lip_center mouth_corner/ lower_lip_outer chin upper_lip_side/
+    lower_lip_inner""".split()
 NAMES = [side + part.strip("/") for part in PARTS for side in (("left_", "right_") if "/" in part else ("",))]
 FLIP_PAIRS = [[i, i + 1] for i, name in enumerate(NAMES) if name.startswith("left_")]
 REGIONS = {"ear": [*range(14)], "head": [14, 15, 30, 31], "eye": [*range(16, 24)],
@@ -47,8 +49,8 @@ LINES = [[0, 2, 4, 6, 8, 10, 12, 0], [1, 3, 5, 7, 9, 11, 13, 1], [0, 14, 15, 1],
 
 
 def category(k):
-    """The COCO category: DogFLW's scheme when there are 46 landmarks, else numbered points and nothing claimed."""
-    base = {"id": 1, "name": "dog_face", "supercategory": "animal"}
+    """The COCO category: DogFLW's scheme for 46 landmarks, else numbered points and nothing claimed."""
+    base = {"id": 1, "name": "dog_face" if k == 46 else "face", "supercategory": "animal"}
     if k != 46:
         return {**base, "keypoints": [f"point_{i}" for i in range(k)], "skeleton": []}
     skeleton = [[a + 1, b + 1] for line in LINES for a, b in pairwise(line)]  # one-based, as COCO has it
@@ -79,7 +81,7 @@ def once(pairs):
 
 
 def parse_label(raw):
-    """bytes -> points (K, 2) with NaN where not labelled, box [x1, y1, x2, y2] or None, the box as it was written."""
+    """bytes -> points (K, 2), NaN where not labelled; box x, y, width, height or None; the box as written."""
     try:
         label = json.loads(raw, object_pairs_hook=once)
     except RecursionError:
@@ -97,8 +99,8 @@ def parse_label(raw):
     written = label.get("bounding_boxes")
     flat = isinstance(written, list) and not any(isinstance(v, (list, dict)) for v in written)
     try:
-        x1, y1, x2, y2 = box = [number(v) for v in written]
-        box = box if x1 < x2 and y1 < y2 else None  # NaN fails too; 0 is a value like any other
+        x1, y1, x2, y2 = (number(v) for v in written)
+        box = [x1, y1, x2 - x1, y2 - y1] if x1 < x2 and y1 < y2 else None  # NaN fails too; 0 is a value
     except (TypeError, ValueError):
         box = None
     return points, box, [str(v)[:40] for v in written[:8]] if flat else None
@@ -115,20 +117,9 @@ def convert_face(points, box, width, height):
         raise ValueError("has no landmark in the picture")
     v = np.zeros(len(points), dtype=int)
     v[labelled] = 1 + inside
-    low, high = found.min(axis=0), found.max(axis=0)
-    grow = np.maximum(1 - (high - low), 0) / 2  # a single point, or a line, has a hull too
-    low, high = low - grow, high + grow
-    problem = None if box else "empty"
-    if box:
-        hull, shared = (high - low).prod(), np.maximum(np.minimum(high, box[2:]) - np.maximum(low, box[:2]), 0).prod()
-        # A few landmarks do not span the face: then the box need only cover them, and may be much larger.
-        spans = len(points) == 46 and len(found) > 23
-        union = hull + (box[2] - box[0]) * (box[3] - box[1]) - shared if spans else hull
-        problem = "mismatched" if shared < MIN_IOU * union else None
-    if problem:
-        margin = np.maximum(MARGIN * (high - low), 1)  # a pixel at least, so that clipping leaves something
-        box = [*np.maximum(low - margin, 0), *np.minimum(high + margin, size)]
-    return [round(float(n), 3) for n in (box[0], box[1], box[2] - box[0], box[3] - box[1])], v, problem
+    hull = hull_of(found)
+    problem = box_problem(box, hull, spans=len(points) == 46 and len(found) > 23)
+    return [round(float(n), 3) for n in (rebuilt_box(hull, size) if problem else box)], v, problem
 
 
 def png_chunks(f):
@@ -147,7 +138,7 @@ def png_chunks(f):
 
 
 def picture_size(path):
-    """(width, height) as shown, so turned by the EXIF tag as dataset.read_image turns it; decodes only what is odd."""
+    """(width, height) as seen, so turned by the EXIF tag as read_image turns it; decodes only what is odd."""
     with open(path, "rb", buffering=0) as f:
         try:
             chunks = png_chunks(f)
@@ -156,7 +147,7 @@ def picture_size(path):
             f.seek(0)
             with Image.open(f, formats=FORMATS) as image:
                 width, height = image.size
-                if max(width, height) >= 1 << 16:
+                if max(width, height) >= MAX_SIDE:
                     raise ValueError(f"{width} x {height} pixels is too large")
                 if not (chunks if image.format == "PNG" else jpeg_end and image.format in ("JPEG", "MPO")):
                     image.load()  # no end where it should be: only decoding tells
@@ -171,11 +162,12 @@ def picture_size(path):
 
 # ---------------------------------------------------------------- the data set
 
-def listing(folder, bad):
-    """{stem: path} of a folder's pictures or labels. Links that leave the data set and the like go to `bad`."""
+def listing(folder, root, bad):
+    """{stem: path} of a folder's pictures or labels. Links that leave the data set go to `bad`."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; DogFLW has train and test, each with images and labels")
-    root = os.path.realpath(folder.parent.parent)
+        raise UserError(f"{folder}: no such folder; DogFLW has train and test, each with images and labels, "
+                        "CatFLW images and labels alone")
+    root = os.path.realpath(root)
     paths = sorted(p for p in folder.iterdir()  # ._x.png: what macOS leaves on foreign disks
                    if p.suffix.lower() in SUFFIXES[folder.name] and not p.name.startswith("._"))
     files, stems = {}, Counter(path.stem for path in paths)
@@ -193,10 +185,10 @@ def listing(folder, bad):
     return files
 
 
-def read_split(folder, bad):
-    """[(picture, label file, (width, height), points, box, written box)]; what cannot be read goes to `bad`."""
+def read_split(folder, root, bad):
+    """[(picture, label, (width, height), points, box, written box)]; what is unreadable goes to `bad`."""
     faces, odd = [], []
-    images, labels = listing(folder / "images", odd), listing(folder / "labels", odd)
+    images, labels = listing(folder / "images", root, odd), listing(folder / "labels", root, odd)
     named = {path.stem for path, _ in odd}  # one line a face is enough
     odd += [(images[stem], "has no label") for stem in images.keys() - labels.keys() - named]
     odd += [(labels[stem], "has no picture") for stem in labels.keys() - images.keys() - named]
@@ -214,7 +206,7 @@ def read_split(folder, bad):
     return faces
 
 
-def build(faces, k, bad, repairs):
+def build(faces, k, root, bad, repairs):
     """The COCO file of one split. Adds to `bad`, and what was repaired to `repairs` {kind: [stem, ...]}."""
     images, annotations = [], []
     for picture, label, (width, height), points, box, written in faces:
@@ -226,14 +218,17 @@ def build(faces, k, bad, repairs):
             bad.append((label, str(e)))
             continue
         number, stem = len(images) + 1, picture.stem
-        images.append({"id": number, "file_name": "/".join(picture.parts[-3:]), "width": width, "height": height})
-        if "_" in stem:
+        images.append({"id": number, "file_name": picture.relative_to(root).as_posix(), "width": width,
+                       "height": height})
+        if "_" in stem and picture.parent.parent != root:
             images[-1]["breed"] = stem.split("_")[0]  # Stanford Dogs' n02085620_1073
-        triples = [[*xy, seen] if seen else [0, 0, 0] for xy, seen in zip(points.tolist(), v.tolist(), strict=True)]
-        face = {"id": number, "image_id": number, "category_id": 1, "bbox": bbox, "area": round(bbox[2] * bbox[3], 3),
-                "iscrowd": 0, "keypoints": sum(triples, []), "num_keypoints": int((v > 0).sum())}
+        triples = [[*xy, seen] if seen else [0, 0, 0]
+                   for xy, seen in zip(points.tolist(), v.tolist(), strict=True)]
+        face = {"id": number, "image_id": number, "category_id": 1, "bbox": bbox,
+                "area": round(bbox[2] * bbox[3], 3), "iscrowd": 0, "keypoints": sum(triples, []),
+                "num_keypoints": int((v > 0).sum())}
         if problem:
-            face |= {"repaired": ["box"], "original_bbox": written}  # the label's corners, null when it had none
+            face |= {"repaired": ["box"], "original_bbox": written}  # the label's corners, or null
             repairs[problem].append(stem)
         if not v.all():
             face["repaired"] = [*face.get("repaired", []), "landmarks"]
@@ -244,7 +239,8 @@ def build(faces, k, bad, repairs):
 
 def first(items, limit, separator):
     """The first items, and how many more there are."""
-    return separator.join([*items[:limit], *([f"... and {len(items) - limit} more"] if len(items) > limit else [])])
+    more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
 
 
 def download():
@@ -256,45 +252,26 @@ def download():
     try:
         folder = Path(kagglehub.dataset_download(DATASET))
     except Exception as e:  # whatever the network, Kaggle or the disk says
-        raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, or fetch it "
-                        f"from https://kaggle.com/datasets/{DATASET} and pass --dogflw_root") from None
+        raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, "
+                        f"or fetch https://kaggle.com/datasets/{DATASET} and pass --dogflw_root") from None
     root = find_dogflw(folder) or folder
-    train, test, labels = (len([*root.glob(p)]) for p in ("train/images/*.*", "test/images/*.*", "t*/labels/*.*"))
+    train, test, labels = (len([*root.glob(f"{p}/*.*")])
+                           for p in ("train/images", "test/images", "t*/labels"))
     if not train or not test or train + test != labels:
         raise UserError(f"{root}: the download is incomplete ({train} + {test} pictures, {labels} labels); "
                         "delete that folder and try again")
     if (train, test) != EXPECTED:
-        print(f"note: {train} + {test} faces came; DogFLW had {EXPECTED[0]} + {EXPECTED[1]} when this was written")
+        print(f"note: {train} + {test} faces came; DogFLW had {EXPECTED[0]} + {EXPECTED[1]} when this was "
+              "written")
     return root
 
 
-def main():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--dogflw_root", "--dogflw-root", type=Path, metavar="DIR",
-        help="folder that holds train and test (default: kagglehub's cache)")
-    add("--out_dir", "--out-dir", type=Path, metavar="DIR", default=ROOT / "data/dogflw/annotations",
-        help="where train.json and val.json go, in place of older ones (default: data/dogflw/annotations)")
-    add("--download", action="store_true", help="fetch DogFLW with kagglehub first, into its cache")
-    add("--skip-bad", action="store_true", help="leave out what cannot be mended, instead of stopping")
-    args = parser.parse_args()
-    if args.download and args.dogflw_root:
-        parser.error("--download puts DogFLW into kagglehub's cache; leave out --dogflw_root")
-    root = download() if args.download else data_root(args.dogflw_root, "--dogflw_root")
-    bad, repairs = [], {"empty": [], "mismatched": [], "landmarks": []}
-    splits = {split: read_split(root / split, bad) for split in ("train", "test")}
-    counts = Counter(len(face[3]) for faces in splits.values() for face in faces)
-    k = max(counts, key=lambda n: (counts[n], n == 46, n), default=46)
-    cocos = {split: build(faces, k, bad, repairs) for split, faces in splits.items()}
-    named = [f"{ascii(str(path))[1:-1]} {why}" for path, why in sorted(bad)]
-    lines = f"{len(bad)} bad files:\n  " + first(named, LISTED, "\n  ")
-    if bad and not args.skip_bad:
-        raise UserError(f"nothing written; mend these, or leave them out with --skip-bad. {lines}")
+def write(cocos, out, k, repairs):
+    """Write the files of {split: COCO} and say what is in them and what was repaired."""
+    if len(cocos) == 1 and (out / SPLITS["test"]).exists():
+        raise UserError(f"--out_dir {out}: its {SPLITS['test']} is of another data set; name another folder")
     for split, coco in cocos.items():
-        if not coco["images"]:
-            raise UserError(f"{root / split}: no usable face" + (f"; {lines}" if bad else ""))
-    for split, coco in cocos.items():
-        path = args.out_dir / {"train": "train.json", "test": "val.json"}[split]
+        path = out / SPLITS[split]
         atomic_write(path, [json.dumps(coco, allow_nan=False).encode()])
         print(f"{split}: {len(coco['images'])} faces of {k} landmarks -> {path}")
     for kind, what in {"empty": "empty or malformed boxes, rebuilt from the landmarks",
@@ -302,11 +279,47 @@ def main():
                        "landmarks": "faces with missing landmarks, which now have v = 0"}.items():
         if repairs[kind]:
             print(f"repaired: {len(repairs[kind])} {what} ({first(repairs[kind], 3, ', ')})")
+
+
+def convert(root, out, skip_bad):
+    """Convert the data set in `root`, and say what was done. Raises UserError; then nothing is written."""
+    bad, repairs = [], {"empty": [], "mismatched": [], "landmarks": []}
+    flat = (root / "images").is_dir() and not (root / "train").exists()
+    folders = {"train": root} if flat else {split: root / split for split in SPLITS}
+    splits = {split: read_split(folder, root, bad) for split, folder in folders.items()}
+    counts = Counter(len(face[3]) for faces in splits.values() for face in faces)
+    k = max(counts, key=lambda n: (counts[n], n == 46, n), default=46)
+    cocos = {split: build(faces, k, root, bad, repairs) for split, faces in splits.items()}
+    named = [f"{ascii(str(path))[1:-1]} {why}" for path, why in sorted(bad)]
+    lines = f"{len(bad)} bad files:\n  " + first(named, LISTED, "\n  ")
+    if bad and not skip_bad:
+        raise UserError(f"nothing written; mend these, or leave them out with --skip-bad. {lines}")
+    for split, coco in cocos.items():
+        if not coco["images"]:
+            raise UserError(f"{folders[split]}: no usable face" + (f"; {lines}" if bad else ""))
+    write(cocos, out, k, repairs)
     if bad:
         print(f"left out: {lines}")
-    hints = ("--data-root", root, root != find_dogflw()), ("--ann-root", args.out_dir, args.out_dir != parser.get_default("out_dir"))
-    if needed := [f" {flag} {shlex.quote(str(folder))}" for flag, folder, needs in hints if needs]:
+    hints = (("--data-root", root, root != find_dogflw()), ("--ann-root", out, out != OUT),
+             ("--holdout", 0.1, flat))
+    if needed := [f" {flag} {shlex.quote(str(value))}" for flag, value, needs in hints if needs]:
         print(f"train with: train_simple.py{''.join(needed)}")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--dogflw_root", "--dogflw-root", type=Path, metavar="DIR",
+        help="folder that holds train and test, or images and labels (default: kagglehub's cache)")
+    add("--out_dir", "--out-dir", type=Path, metavar="DIR", default=OUT,
+        help="where train.json and val.json go, in place of older ones (default: data/dogflw/annotations)")
+    add("--download", action="store_true", help="fetch DogFLW with kagglehub first, into its cache")
+    add("--skip-bad", action="store_true", help="leave out what cannot be mended, instead of stopping")
+    args = parser.parse_args()
+    if args.download and args.dogflw_root:
+        parser.error("--download puts DogFLW into kagglehub's cache; leave out --dogflw_root")
+    root = download() if args.download else data_root(args.dogflw_root, "--dogflw_root")
+    convert(root, args.out_dir, args.skip_bad)
 
 
 if __name__ == "__main__":

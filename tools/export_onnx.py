@@ -1,15 +1,21 @@
-"""Export a checkpoint to one ONNX file, or to safetensors with a model card.
+"""Export a model to one ONNX file, or to safetensors with a model card.
 
-    uv run python tools/export_onnx.py work_dirs/hrnet_w32/best_model.pth
-    uv run python tools/export_onnx.py best_model.pth --out dog.onnx --no-flip --safetensors hub/
+    uv run python tools/export_onnx.py --out dog_face.onnx                       # the model in the box
+    uv run python tools/export_onnx.py --checkpoint work_dirs/hrnet_w32/best_model.pth --safetensors hub/
+    uv run python tools/export_onnx.py --checkpoint best_model.pth --out dog.onnx --no-flip
+    uv run python tools/export_onnx.py --checkpoint best_model.pth --light small.pth
 
-The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in, `landmarks`
-(N, K, 2) in crop pixels and `scores` (N, K) out, any N. Its metadata hold names, flip_pairs, input_size, padding and
-what is known of the licence; the crop is a square of `padding` times the face box's longer side. The file is left
-only if onnxruntime gives PyTorch's landmarks. Needs: pip install onnx onnxruntime.
+The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in,
+`landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, any N. Normalisation and decoding are the
+checkpoint's own. Its metadata hold names, flip_pairs, input_size, padding and what is known of the licence;
+the crop is a square of `padding` times the face box's longer side. The exported file runs a photo in
+onnxruntime, and is left only where its landmarks are PyTorch's; the time a face takes is printed. Needs:
+pip install onnx onnxruntime.
 
---safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json, README.md.
+--safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json,
+README.md. --light writes the checkpoint once more, to hand on: 16-bit weights, no folders of this machine.
 """
+import argparse
 import json
 import math
 import statistics
@@ -23,8 +29,12 @@ import torch
 from skimage.data import astronaut
 from torch import nn
 
-from dataset import MEAN, STD, Parser, UserError, atomic_write, check_free, decode_heatmaps, normalize, predict_crop, run_script
-from train_simple import average_mirrored, load_model, predict_heatmaps
+from dataset import decode_heatmaps, normalize, predict_crop
+from tools.lib.checkpoint_flag import add_checkpoint, or_boxed, take_checkpoint
+from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
+from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.files import atomic_write, check_free
+from train_simple import Trained, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
 OPSET = 17
@@ -32,18 +42,23 @@ RUNS = 20
 
 
 class Exported(nn.Module):
-    """uint8 crops -> landmarks and scores, by the trainer's own functions; `flip_index` None: one pass, not two."""
+    """uint8 crops -> landmarks, scores, by the trainer's own functions; `flip_index` None: one pass."""
 
-    def __init__(self, model, flip_index):
+    def __init__(self, trained, flip_index):
         super().__init__()
-        self.model = model
-        self.register_buffer("flip_index", None if flip_index is None else torch.tensor(flip_index))
+        self.model, config = trained.model, trained.config
+        self.decoding = config.decode_power, config.score_radius
+        self.register_buffer("flip_index", flip_index)
         self.register_buffer("colour", torch.eye(3, 4)[None])
 
     def forward(self, image):
-        # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up itself.
-        image = normalize(image, self.colour.expand(image.shape[0], 3, 4))
-        return decode_heatmaps(average_mirrored(self.model, image, self.flip_index))
+        # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up.
+        colour = self.colour.expand(image.shape[0], 3, 4)
+        image = normalize(image, self.model.mean, self.model.std, colour)
+        heatmaps = self.model(image)
+        if self.flip_index is not None:
+            heatmaps = (heatmaps + self.model(image.flip(3)).flip(3)[:, self.flip_index]) / 2
+        return decode_heatmaps(heatmaps, *self.decoding)
 
 
 def photographs(size, n):
@@ -56,78 +71,99 @@ def latency(function):
     return statistics.median(timeit.repeat(function, number=1, repeat=RUNS + 1)[1:]) * 1e3
 
 
-def licence(scheme, args):
-    """(name of the training data, identifier of the hub, what it means for the weights), as far as the checkpoint shows."""
-    if args.get("sample"):
-        return "drawn sample", "mit", ("The weights were trained on the trainer's own drawn sample, no photograph among it. "
-                                       "They are MIT, as the code is, and not meant for real dogs.")
+def licence(trained):
+    """(training data's name, identifier of the hub, what it means for the weights), as far as is known."""
+    scheme = trained.scheme
+    if trained.config.sample:
+        return "drawn sample", "mit", (
+            "The weights were trained on the trainer's own drawn sample, no photograph among it. They are "
+            "MIT, as the code is, and not meant for real dogs.")
     if len(scheme.names) == 46 and scheme.interocular == [18, 19]:
-        return "DogFLW", "cc-by-nc-4.0", ("**Non-commercial.** The weights were trained on DogFLW, which is CC-BY-NC-4.0: its authors "
-                                          "allow non-commercial use only, and so of the weights.")
-    return "own data", "unknown", ("The licence of the training data applies to the weights; the exporter does not know it. State it "
-                                   "here before you publish them.")
+        return "DogFLW", "cc-by-nc-4.0", (
+            "**Non-commercial.** The weights were trained on DogFLW, which is CC-BY-NC-4.0: its authors "
+            "allow non-commercial use only, of the weights too.")
+    return "own data", "unknown", (
+        "The licence of the training data applies to the weights; the exporter does not know it. State "
+        "it here before you publish them.")
 
 
-def export_onnx(model, scheme, args, flip, path):
-    """Write the file, checked against PyTorch. Raises UserError, leaving nothing, where they differ."""
+def metadata(trained, flip):
+    """What the ONNX file says of itself: {key: text}."""
+    scheme, config = trained.scheme, trained.config
+    values = {"names": scheme.names, "flip_pairs": scheme.flip_pairs, "regions": scheme.regions,
+              "skeleton": scheme.skeleton, "input_size": trained.size, "padding": config.padding,
+              "license": licence(trained)[2], "flip_test": flip, "crop": config.crop,
+              "score_radius": config.score_radius}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def trace(trained, flip_index, path):
+    """The ONNX file's bytes; `path` is where it will be. Raises UserError without the packages for it."""
     try:
         import onnx
-        import onnxruntime
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing: pip install onnx onnxruntime") from None
-    size, index = args["input_size"], scheme.flip_index if flip else None
+    except ImportError:
+        raise UserError("onnx is missing: pip install onnx onnxruntime") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = path.with_name(f".{path.name}.tmp")
-    names = ("image", "landmarks", "scores")
+    raw, names = path.with_name(f".{path.name}.tmp"), ("image", "landmarks", "scores")
+    example = (torch.from_numpy(photographs(trained.size, 2)),)
     try:
-        # The exporter that traces: it needs no further package. Its remarks are about values that are constant here.
+        # The exporter that traces: it needs no further package. Its remarks are about values that are
+        # constant here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(Exported(model, index).eval(), (torch.from_numpy(photographs(size, 2)),), str(raw),
-                              opset_version=OPSET, input_names=list(names[:1]), output_names=list(names[1:]),
+            torch.onnx.export(Exported(trained, flip_index).eval(), example, str(raw), opset_version=OPSET,
+                              input_names=list(names[:1]), output_names=list(names[1:]),
                               dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
         content = onnx.load(raw)
     finally:
         raw.unlink(missing_ok=True)
-    for key, value in {"names": scheme.names, "flip_pairs": scheme.flip_pairs, "regions": scheme.regions,
-                       "skeleton": scheme.skeleton, "input_size": size, "padding": args["padding"], "license": licence(scheme, args)[2],
-                       "flip_test": index is not None, "crop": args.get("crop", "face")}.items():
-        content.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    for key, value in metadata(trained, flip_index is not None).items():
+        content.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(content)
-    content = content.SerializeToString()
+    return content.SerializeToString()
 
+
+def export_onnx(trained, flip, path):
+    """Write the file, checked against PyTorch on a photo. Raises UserError, leaving nothing, if not equal."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("onnxruntime is missing: pip install onnx onnxruntime") from None
+    config, size, flip_index = trained.config, trained.size, trained.flip_index(flip)
+    content = trace(trained, flip_index, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     crops = photographs(size, 5)  # not the batch size of the trace
-    flip_index = None if index is None else torch.tensor(index)
 
     def by_torch(crops):
-        return decode_heatmaps(predict_heatmaps(model, torch.from_numpy(crops), flip_index))
+        heatmaps = predict_heatmaps(trained.model, torch.from_numpy(crops), flip_index)
+        return decode_heatmaps(heatmaps, config.decode_power, config.score_radius)
 
     points, scores = session.run(None, {"image": crops})
     expected, expected_scores = (t.numpy() for t in by_torch(crops))
     error, score_error = np.abs(points - expected).max(), np.abs(scores - expected_scores).max()
     if not (error < TOLERANCE and score_error < 0.01):
-        raise UserError(f"{path}: not written: onnxruntime is {error:.3f} pixels from PyTorch, {score_error:.3f} in score")
+        raise UserError(f"{path}: not written: onnxruntime is {error:.3f} pixels from PyTorch, "
+                        f"{score_error:.3f} in score")
     atomic_write(path, [content])
-    one = crops[:1]
-    print(f"{path}: {len(content) / 1e6:.1f} MB, {len(scheme.names)} landmarks, input {size} x {size}, at most "
-          f"{error:.1e} pixels from PyTorch\n"
-          f"batch 1 on the CPU, median of {RUNS}: PyTorch {latency(lambda: by_torch(one)):.1f} ms, "
-          f"onnxruntime {latency(lambda: session.run(None, {'image': one})):.1f} ms")
+    one, how = crops[:1], "one pass" if flip_index is None else "averaged with the mirrored one"
+    ours, theirs = latency(lambda: session.run(None, {"image": one})), latency(lambda: by_torch(one))
+    print(f"{path}: {len(content) / 1e6:.1f} MB, {len(trained.scheme.names)} landmarks, {size} x {size}; on "
+          f"a photo at most {error:.1e} pixels from PyTorch\n"
+          f"a face on the CPU, {how}, median of {RUNS}: onnxruntime {ours:.1f} ms, PyTorch {theirs:.1f} ms")
 
 
 CARD = """---
 license: {licence}
 library_name: pytorch
 pipeline_tag: keypoint-detection
-tags: [animal, face, landmarks, keypoint-detection, hrnet, timm]
+tags: [animal, face, landmarks, keypoint-detection, timm]
 {index}---
 # Facial landmarks, {backbone}
 
-{k} landmarks of a face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the face's box.
-{backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
+{k} landmarks of a face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the
+face's box. {backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
 
 {metrics}
 
@@ -137,40 +173,43 @@ tags: [animal, face, landmarks, keypoint-detection, hrnet, timm]
 
 ## Use
 
-`model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the repository of the
-trainer, start from these weights with
+`model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the
+repository of the trainer, start from these weights with
 
     python train_simple.py --backbone {backbone} --weights model.safetensors
 
 or load them as they are:
 
     from safetensors.torch import load_file
-    from train_simple import build_model
-    model = build_model("{backbone}", {k})
+    from train_simple import LandmarkNet
+    model = LandmarkNet("{backbone}", {k})
     model.load_state_dict(load_file("model.safetensors"))
 """
 
 
-def write_safetensors(model, scheme, args, checkpoint, folder):
+def write_safetensors(trained, folder):
     """model.safetensors + config.json + README.md, the form of a Hugging Face repository."""
     from safetensors.torch import save  # timm brings it
-    metrics = {k: v for k, v in checkpoint["metrics"].items() if isinstance(v, float) and math.isfinite(v)}
-    chosen = checkpoint["metrics"].get("chosen_on", "an unnamed split")
-    data_name, identifier, terms = licence(scheme, args)
-    config = {"architectures": ["LandmarkNet"], "backbone": args["backbone"], "num_landmarks": len(scheme.names),
-              "input_size": args["input_size"], "padding": args["padding"], "crop": args.get("crop", "face"), **asdict(scheme),
-              "mean": MEAN, "std": STD, "license": terms}
+    model, scheme, settings = trained.model, trained.scheme, trained.config
+    metrics = {k: v for k, v in trained.metrics.items() if isinstance(v, float) and math.isfinite(v)}
+    chosen = trained.metrics.get("chosen_on", "an unnamed split")
+    data_name, identifier, terms = licence(trained)
+    config = {"architectures": ["LandmarkNet"], "backbone": settings.backbone,
+              "num_landmarks": len(scheme.names), "input_size": trained.size, "padding": settings.padding,
+              "crop": settings.crop, **asdict(scheme), "mean": model.mean.tolist(), "std": model.std.tolist(),
+              "license": terms}
     # The hub reads results out of this block; JSON is YAML.
     hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
-    index = [{"name": f"face-landmarks-{args['backbone']}", "results": [{
+    errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]
+    index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
-        "metrics": [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]}]}]
-    index = f"model-index: {json.dumps(index)}\n" + (f"datasets: [{hub_name}]\n" if data_name == "DogFLW" else "")
+        "metrics": errors}]}]
+    listed = f"datasets: [{hub_name}]\n" if data_name == "DogFLW" else ""
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if k != "train_loss")
     card = CARD.format(
-        backbone=args["backbone"], k=len(scheme.names), size=args["input_size"], padding=args["padding"],
-        epoch=checkpoint["epoch"], index=index, licence=identifier, terms=terms,
-        metrics=f"| metric, on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
+        backbone=settings.backbone, k=len(scheme.names), size=trained.size, padding=settings.padding,
+        epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n{listed}", licence=identifier,
+        terms=terms, metrics=f"| on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
                           ("config.json", json.dumps(config, indent=1).encode())):
@@ -178,25 +217,39 @@ def write_safetensors(model, scheme, args, checkpoint, folder):
     print(f"{folder}: model.safetensors, config.json, README.md")
 
 
+def write_light(checkpoint, path, force):
+    """A checkpoint of 16-bit weights that loads like any other."""
+    if path.exists() and not force:
+        raise UserError(f"--light {path}: exists; name another file, or overwrite it with --force")
+    save_checkpoint(path, lightened(load_checkpoint(checkpoint)))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="best_model.pth of a run")
-    add("--out", type=Path, metavar="FILE", help="the ONNX file (default: CHECKPOINT with the suffix .onnx)")
-    add("--safetensors", type=Path, metavar="DIR", help="also write safetensors weights and a model card here")
-    add("--no-flip", action="store_true", help="do not average with the mirrored crop: twice as fast, a little less exact")
+    add_checkpoint(parser)
+    add("--out", type=Path, metavar="FILE",
+        help="the ONNX file (default: the checkpoint's name with .onnx, or dog_face.onnx)")
+    add("--safetensors", type=Path, metavar="DIR", help="also write safetensors and a model card here")
+    add("--light", type=Path, metavar="FILE", help="write a checkpoint of half the size here; nothing else")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="average with the mirrored crop: twice the time, a little more exact (default: on)")
     add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
-    path = args.out or args.checkpoint.with_suffix(".onnx")
+    take_checkpoint(args)
+    if args.light:
+        return write_light(or_boxed(args.checkpoint), args.light, args.force)
+    path = args.out or (args.checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
     if path.exists() and (path.is_dir() or not args.force):
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)
-    model, scheme, settings, checkpoint = load_model(args.checkpoint)
-    model.requires_grad_(False)
-    export_onnx(model, scheme, settings, not args.no_flip, path)
+    trained = Trained(or_boxed(args.checkpoint))
+    trained.model.requires_grad_(False)
+    export_onnx(trained, args.flip, path)
     if args.safetensors:
-        write_safetensors(model, scheme, settings, checkpoint, args.safetensors)
+        write_safetensors(trained, args.safetensors)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
 """What is in a checkpoint, and what differs between several. Runs no code out of a file.
 
-    python tools/inspect_checkpoint.py work_dirs/hrnet_w32
-    python tools/inspect_checkpoint.py work_dirs/first work_dirs/second/epoch_20.pth --plot curves.png
+    python tools/inspect_checkpoint.py                                      # the model in the box
+    python tools/inspect_checkpoint.py --checkpoint work_dirs/hrnet_w32
+    python tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot curves.png
 
-A PATH is a checkpoint, or a run's folder, which stands for its best_model.pth. Curves come from metrics.csv beside it.
+A checkpoint may also be a run's folder, which stands for its best_model.pth. Curves come from metrics.csv
+beside it.
 """
+import argparse
 import csv
+from dataclasses import asdict
 from pathlib import Path
 
-from dataset import Parser, UserError, printable, run_script
-from train_simple import COLUMNS, load_model, plot_curves
+from tools.lib.checkpoint_flag import or_boxed
+from tools.lib.checkpoints import load_checkpoint
+from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.draw import plot_curves
+from train_simple import METRICS, Trained
+
+CURVES = ("epoch", "train_loss", "val_loss", "nme", "nme_iod")  # what plot_curves draws
 
 
 def show(value):
@@ -19,19 +28,21 @@ def show(value):
 
 
 def read_run(path):
-    """What there is to say about one PATH."""
+    """What there is to say about one checkpoint or run's folder."""
     file = path / "best_model.pth" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise UserError(f"{path}: no best_model.pth in it; name a run's folder or a checkpoint")
-    model, scheme, args, checkpoint = load_model(file)  # also proves that weights, scheme and settings fit together
-    versions = checkpoint.get("versions")
-    return {"path": file, "scheme": scheme, "args": args, "versions": versions if isinstance(versions, dict) else {},
-            "metrics": checkpoint["metrics"], "summary": {
-                "epoch": f"{show(checkpoint.get('epoch'))} of {show(args.get('epochs'))}",
-                **{k: show(checkpoint["metrics"].get(k, "-")) for k in ("nme", "nme_iod", "val_loss", "train_loss", "chosen_on")},
-                "backbone": show(args["backbone"]), "input": show(args["input_size"]), "landmarks": str(len(scheme.names)),
-                "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-                "file": f"{file.stat().st_size / 1e6:.1f} MB"}}
+    trained = Trained(file)  # also proves that weights, scheme and settings fit together
+    stored, metrics, size = load_checkpoint(file), trained.metrics, file.stat().st_size
+    versions = stored.get("versions")
+    parameters = sum(p.numel() for p in trained.model.parameters())
+    values = {k: show(metrics.get(k, "-")) for k in (*METRICS, "val_loss", "train_loss", "chosen_on")}
+    return {"path": file, "scheme": trained.scheme, "args": stored["args"],
+            "versions": versions if isinstance(versions, dict) else {}, "summary": {
+                "epoch": f"{show(trained.epoch)} of {show(stored['args'].get('epochs'))}", **values,
+                "backbone": show(trained.config.backbone), "input": show(trained.size),
+                "landmarks": str(len(trained.scheme.names)), "parameters": f"{parameters / 1e6:.2f} M",
+                "file": f"{size / 1e6:.1f} MB"}}
 
 
 def read_curves(checkpoint):
@@ -39,7 +50,7 @@ def read_curves(checkpoint):
     path = checkpoint.with_name("metrics.csv")
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            return [{k: float(row[k]) for k in COLUMNS} for row in csv.DictReader(f)]
+            return [{k: float(row[k]) for k in CURVES} for row in csv.DictReader(f)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --plot draws the curves in it") from None
     except (KeyError, TypeError, ValueError, csv.Error) as e:
@@ -47,46 +58,60 @@ def read_curves(checkpoint):
 
 
 def print_table(header, rows):
+    """Columns as wide as their longest cell."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
 
 
 def print_one(run):
+    """All that one checkpoint holds, the weights aside."""
+    regions = {name: " ".join(map(str, index)) or "-" for name, index in run["scheme"].regions.items()}
+    print(run["path"])
     for title, values in (("", run["summary"]), ("settings", run["args"]), ("versions", run["versions"]),
-                          ("landmarks by region", {name: " ".join(map(str, index)) or "-" for name, index in
-                                                   run["scheme"].regions.items()})):
-        print(f"\n{title}" if title else run["path"])
+                          ("landmarks by region", regions)):
+        if title:
+            print(f"\n{title}")
         for name, value in values.items():
             print(f"  {show(name):<16} {show(value)}")
 
 
 def print_several(names, runs):
+    """A table of the runs, and what differs between their settings, versions and landmarks."""
     columns = list(runs[0]["summary"])
-    print_table(["run", *columns], [[show(n), *run["summary"].values()] for n, run in zip(names, runs, strict=True)])
+    print_table(["run", *columns], [[show(n), *run["summary"].values()] for n, run in zip(names, runs)])
     different = []
     for kind in ("args", "versions"):
         for key in dict.fromkeys(k for run in runs for k in run[kind]):
-            values = [show(run[kind].get(key, "-")) for run in runs]
             if len({repr(run[kind].get(key)) for run in runs}) > 1:
-                different.append([show(key), *values])
-    if len({tuple(run["scheme"].names) for run in runs}) > 1:
-        different.append(["landmarks' names", *(show(" ".join(run["scheme"].names)) for run in runs)])
+                different.append([show(key), *(show(run[kind].get(key, "-")) for run in runs)])
+    if len({repr(asdict(run["scheme"])) for run in runs}) > 1:
+        different.append(["landmarks", *(show(" ".join(run["scheme"].names)) for run in runs)])
     print(f"\n{'what differs' if different else 'all settings, versions and landmarks are the same'}")
     if different:
         print_table(["", *map(show, names)], different)
 
 
-def main(argv=None):
+def parse_args(argv):
+    """Read and check the command line; args.paths are the checkpoints. Raises UserError."""
     parser = Parser(description=__doc__)
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a checkpoint, or a run's folder")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves of all runs into one picture")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="one or several checkpoints, or runs' folders (default: the model in the box)")
+    parser.add_argument("paths", type=Path, nargs="*", help=argparse.SUPPRESS)  # the same without the flag
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+                        help="draw the curves of all runs into one picture")
     parser.add_argument("--force", action="store_true", help="write over FILE.png")
     args = parser.parse_args(argv)
     if args.plot and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot}: must end in .png")
     if args.plot and args.plot.exists() and not args.force:
         raise UserError(f"--plot {args.plot}: exists; write over it with --force")
+    args.paths = [*args.checkpoint, *args.paths] or [or_boxed(None)]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     runs = [read_run(path) for path in args.paths]
     names = [p.resolve().name if p.is_dir() else f"{p.resolve().parent.name}/{p.name}" for p in args.paths]
     if len(set(names)) < len(names):

@@ -2,10 +2,11 @@
 
     python tools/make_sample_dataset.py --out data/sample/dogflw
 
-Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two bent
-ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so they sit on
-what is drawn. Lengths are in face units, about the distance between the outer eye corners; x points right, y down,
-z to the viewer. Face i depends on (seed, i) alone, so the number of worker processes changes no byte.
+Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two
+bent ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so
+they sit on what is drawn. Lengths are in face units, about the distance between the outer eye corners; x
+points right, y down, z to the viewer. Face i depends on (seed, i) alone, so the number of worker processes
+changes no byte.
 """
 import functools
 import json
@@ -19,28 +20,35 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset import ROOT, Parser, UserError, check_free, encode_picture, overlaps, run_script
+from dataset import ROOT
+from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.draw import encode_picture
+from tools.lib.files import check_free
+from tools.lib.find import overlaps
 
 SS = 2  # supersampling: a picture is drawn at twice its size
 
 CREAM, GOLD, RED, BROWN, BLACK, GREY, WHITE, TAN = np.float32(
-    [(224, 200, 164), (208, 154, 94), (164, 92, 48), (98, 64, 46), (50, 46, 48), (136, 138, 146), (228, 222, 212),
-     (196, 138, 84)])
+    [(224, 200, 164), (208, 154, 94), (164, 92, 48), (98, 64, 46), (50, 46, 48), (136, 138, 146),
+     (228, 222, 212), (196, 138, 84)])
 HANGING, FOLDED = 0, 1  # and 2: erect
-# chances of the three kinds of ears; coats (pattern, main, second); muzzle length, width of the face, ear length
+# chances of the three kinds of ears; coats (pattern, main, second); muzzle length, face width, ear length
 BREEDS = (
     ((0.0, 0.1, 0.9), (("points", BLACK, TAN), ("mask", TAN, BLACK)), 0.65, 0.95, 0.85),
-    ((1.0, 0.0, 0.0), (("plain", GOLD, CREAM), ("plain", BLACK, BROWN), ("plain", BROWN, TAN)), 0.50, 1.05, 1.25),
+    ((1, 0, 0), (("plain", GOLD, CREAM), ("plain", BLACK, BROWN), ("plain", BROWN, TAN)), 0.50, 1.05, 1.25),
     ((0.9, 0.1, 0.0), (("blaze", RED, WHITE), ("blaze", TAN, WHITE)), 0.55, 1.00, 1.60),
-    ((0.0, 0.0, 1.0), (("blaze", GREY, WHITE), ("blaze", RED, WHITE), ("blaze", BLACK, WHITE)), 0.50, 0.92, 0.65),
+    ((0, 0, 1), (("blaze", GREY, WHITE), ("blaze", RED, WHITE), ("blaze", BLACK, WHITE)), 0.50, 0.92, 0.65),
     ((0.0, 0.9, 0.1), (("patched", WHITE, RED), ("patched", WHITE, BLACK)), 0.50, 0.90, 0.70),
     ((0.1, 0.5, 0.4), (("brindle", TAN, BLACK), ("mask", GOLD, BLACK)), 0.22, 1.15, 0.62),
-    ((1.0, 0.0, 0.0), (("plain", GOLD, CREAM), ("plain", CREAM, WHITE), ("plain", RED, GOLD)), 0.45, 0.98, 1.85),
-    ((0.1, 0.7, 0.2), (("blaze", BLACK, WHITE), ("blaze", BROWN, WHITE), ("patched", WHITE, GREY)), 0.60, 0.92, 0.80),
+    ((1, 0, 0), (("plain", GOLD, CREAM), ("plain", CREAM, WHITE), ("plain", RED, GOLD)), 0.45, 0.98, 1.85),
+    ((0.1, 0.7, 0.2), (("blaze", BLACK, WHITE), ("blaze", BROWN, WHITE), ("patched", WHITE, GREY)),
+     0.60, 0.92, 0.80),
     ((0.0, 0.2, 0.8), (("plain", CREAM, WHITE), ("plain", WHITE, CREAM)), 0.38, 0.90, 0.60),
     ((0.7, 0.3, 0.0), (("mask", TAN, BLACK), ("brindle", GOLD, BROWN)), 0.42, 1.18, 1.00),
-    ((0.9, 0.1, 0.0), (("patched", WHITE, BLACK), ("patched", WHITE, BROWN), ("patched", WHITE, TAN)), 0.58, 1.0, 1.3),
-    ((0.0, 0.5, 0.5), (("points", BLACK, GOLD), ("points", BROWN, TAN), ("plain", GREY, WHITE)), 0.48, 0.88, 0.80),
+    ((0.9, 0.1, 0.0), (("patched", WHITE, BLACK), ("patched", WHITE, BROWN), ("patched", WHITE, TAN)),
+     0.58, 1.0, 1.3),
+    ((0.0, 0.5, 0.5), (("points", BLACK, GOLD), ("points", BROWN, TAN), ("plain", GREY, WHITE)),
+     0.48, 0.88, 0.80),
 )
 
 
@@ -86,8 +94,8 @@ def wrapped(tile, u, v):
 # ------------------------------------------------------------------------------------------------ the model
 
 def surface(balls, turn, x, y, k=14.0):
-    """Height z of a smooth union of ellipsoids (cx, cy, cz, rx, ry, rz) turned by `turn`, and about how far (x, y)
-    lies inside its outline (negative outside)."""
+    """Height z of a smooth union of ellipsoids (cx, cy, cz, rx, ry, rz) turned by `turn`, and about how far
+    (x, y) lies inside its outline (negative outside)."""
     height = inside = 0
     for ball in balls:
         cx, cy, cz = (turn @ ball[:3]).tolist()  # Python floats keep the arrays float32
@@ -95,7 +103,8 @@ def surface(balls, turn, x, y, k=14.0):
         dx, dy = x - cx, y - cy
         b = xz * dx + yz * dy
         root = b * b - zz * (xx * dx * dx + 2 * xy * dx * dy + yy * dy * dy - 1)
-        z = (np.copysign(np.sqrt(np.abs(root)), root) - b) / zz + cz  # outside it falls steeply, without a jump
+        # Outside it falls steeply, without a jump.
+        z = (np.copysign(np.sqrt(np.abs(root)), root) - b) / zz + cz
         height = height + np.exp(k * np.clip(z, -3, 3))
         inside = inside + np.exp(k * np.clip(root * (min(ball[3:5].tolist()) / zz), -4, 4))
     return np.log(height) / k, np.log(inside) / k
@@ -137,7 +146,8 @@ def make_face(rng, breed):
              (0, 0.5 * ny, 0.1 + 0.3 * long, 0.2, 0.4, 0.3 + 0.45 * long),  # bridge
              (0, ny + 0.08, 0.1 + 0.45 * long, 0.32 * wide, 0.28, 0.35 + 0.5 * long),  # muzzle
              (0, ny, 0.35 + 0.8 * long, 0.15, 0.13, 0.16),  # nose
-             (0, ny + 0.36 + 0.95 * gape, 0.1 + 0.3 * long, 0.25 * wide, 0.16, 0.3 + 0.4 * long - 0.2 * gape)]  # jaw
+             # Jaw.
+             (0, ny + 0.36 + 0.95 * gape, 0.1 + 0.3 * long, 0.25 * wide, 0.16, 0.3 + 0.4 * long - 0.2 * gape)]
     flew = rng.uniform(0, 0.06)
     for s in (-1, 1):  # brow, cheek, upper lip
         balls += [(s * 0.31, -0.17, 0.19, 0.2, 0.13, 0.15), (s * 0.42 * wide, 0.27, -0.26, 0.38, 0.50, 0.46),
@@ -153,12 +163,14 @@ def make_face(rng, breed):
     face = {"ny": ny, "gape": gape, "balls": balls,
             "eyes": pairs([(x - w, 0.015), (x - 0.55 * w, -0.72 * h), (x, -h), (x + 0.6 * w, -0.75 * h + up),
                            (x + w, up), (x + 0.5 * w, 0.7 * h + up / 2), (x, h), (x - 0.5 * w, 0.7 * h)]),
-            "nose": pairs([(0, -0.10), (0.75 * nose, -0.085), (nose, 0), (0.75 * nose, 0.085), (0.25 * nose, 0.11),
-                           (0, 0.125), (0.6 * nose, 0.045), (0, 0.05)], ny),  # the outline, nostrils, between them
+            # The outline, nostrils, between them.
+            "nose": pairs([(0, -0.10), (0.75 * nose, -0.085), (nose, 0), (0.75 * nose, 0.085),
+                           (0.25 * nose, 0.11), (0, 0.125), (0.6 * nose, 0.045), (0, 0.05)], ny),
             "lip": pairs([(0, 0.32), (0.13, 0.37 + flew), (0.25, 0.355 + flew), (0.36 * wide ** 0.5, 0.28),
                           (0.42 * wide, 0.19)], ny),
-            "jaw": pairs([(0, 0.38 + gape), (0.13, 0.385 + 0.97 * gape + low), (0.23, 0.365 + 0.8 * gape + low),
-                          (0.36 * wide ** 0.5, 0.28 + 0.4 * gape), (0.42 * wide, 0.19)], ny),
+            "jaw": pairs([(0, 0.38 + gape), (0.13, 0.385 + 0.97 * gape + low),
+                          (0.23, 0.365 + 0.8 * gape + low), (0.36 * wide ** 0.5, 0.28 + 0.4 * gape),
+                          (0.42 * wide, 0.19)], ny),
             "tongue": pairs([(0, 0.34 + 0.9 * gape if gape else 0.40)], ny)[0] + (0, hang, 0)}
     kinds = rng.choice(3, 2, p=chances) if rng.random() < 0.15 else [rng.choice(3, p=chances)] * 2
     face["ears"] = ears = np.stack([make_ear(rng, kind, s, ear_length) for kind, s in zip(kinds, (-1, 1))])
@@ -172,7 +184,7 @@ def make_face(rng, breed):
     mark[16:24] = face["eyes"][[0, 4, 2, 6]].reshape(8, 3)
     midline = [(0, 0.25), (0, ny + 0.235), (0, ny + 0.425 + gape), (0, ny + 0.5 + 0.95 * gape)]
     mark[[24, 35, 41, 42]] = pairs(midline)[:, 0]
-    mark[25:28], mark[32:35] = face["nose"].reshape(-1, 3)[[0, 2, 3]], face["nose"].reshape(-1, 3)[[14, 12, 13]]
+    mark[25:28], mark[32:35] = face["nose"].reshape(-1, 3)[[[0, 2, 3], [14, 12, 13]]]
     mark[38], mark[39:41], mark[43:45] = face["lip"][0, 0], face["lip"][4], face["lip"][2]
     mark[45] = face["tongue"][0]
     return face
@@ -207,7 +219,9 @@ def oval(centre, radius, squash=1.0, angle=0.0):
 
 
 def background(rng, w, h):
-    """Loose shapes (boards, leaves, grass or far lights) on a ramp of colour, out of focus, in a picture of w x h."""
+    """Loose shapes (boards, leaves, grass or far lights) on a ramp of colour, out of focus, in a picture of w
+    x h.
+    """
     light, dark = (np.float32(rng.uniform(*span) + rng.normal(0, 22, 3)) for span in ((110, 235), (30, 130)))
     y = np.linspace(0, 1, h, dtype=np.float32)[:, None, None] * np.ones((1, w, 1), np.float32)
     img = light + (dark - light) * (y if rng.random() < 0.6 else ramp(y, 0.55, 0.6))
@@ -284,8 +298,8 @@ def draw_fur(canvas, balls, turn, scale, origin, coat, light, fur, fuzz):
 
 
 def ear_layer(ear, shape, scale, origin, light):
-    """An ear drawn quad by quad from base to tip: where it lies on the canvas, and there (h, w, 4) its shade, how
-    much of the inner side shows, its height z and its cover."""
+    """An ear drawn quad by quad from base to tip: where it lies on the canvas, and there (h, w, 4) its shade,
+    how much of the inner side shows, its height z and its cover."""
     px, pad = np.int32(ear[..., :2] * scale + origin), int(0.1 * scale)
     (x0, y0), (x1, y1) = np.maximum(px.min((0, 1)) - pad, 0), np.clip(px.max((0, 1)) + pad, 1, shape[1::-1])
     layer = np.zeros((y1 - y0, x1 - x0, 4), np.float32)
@@ -341,7 +355,8 @@ def draw_mouth(canvas, face, px, scale):
     line(lower[len(lower) // 5:-len(lower) // 5], 0.025, 90)
     line(upper, 0.026)
     line(np.array([snout, px(face["marks"])[35], lip[0, 0]]), 0.018)
-    canvas[where] *= np.float32(1) - np.float32(0.82 / 255) * cv2.GaussianBlur(ink, (0, 0), 0.007 * scale)[..., None]
+    lines = cv2.GaussianBlur(ink, (0, 0), 0.007 * scale)[..., None]
+    canvas[where] *= np.float32(1) - np.float32(0.82 / 255) * lines
 
 
 def draw_nose(canvas, face, px, scale, light, skin):
@@ -370,7 +385,8 @@ def draw_eye(canvas, eye, look, scale, light, iris):
     at, r = centre + look * (0.25 * span, 0.1 * tall), max(0.36 * span, 0.55 * tall)
     for shape, colour, soft, alpha in (
             (lids, (154, 147, 140), 0.006, 1), (oval(at, r), iris * 0.45, 0.01, 1),
-            (oval(at + (0, 0.25 * r), 0.72 * r), iris * 1.25, 0.02, 1), (oval(at, 0.48 * r), (10, 8, 8), 0.006, 1),
+            (oval(at + (0, 0.25 * r), 0.72 * r), iris * 1.25, 0.02, 1),
+            (oval(at, 0.48 * r), (10, 8, 8), 0.006, 1),
             (oval(eye[2], 0.6 * span, 0.35), (8, 6, 6), 0.02, 0.7),  # the upper lid's shadow
             (oval(at + light[:2] * 0.5 * r, 0.2 * r), (255, 255, 255), 0.004, 0.95)):
         paint(ball, shape, colour, soft * scale, alpha)
@@ -383,7 +399,8 @@ def occlude(canvas, rng, centre, scale):
     if kind == 0:
         r = rng.uniform(0.25, 0.4) * scale
         for k in range(5):
-            paint(canvas, oval(centre - 0.09 * k * r, r - 0.18 * k * r), colour * (0.6 + 0.12 * k), (1 + 3 * k) * soft)
+            disc = oval(centre - 0.09 * k * r, r - 0.18 * k * r)
+            paint(canvas, disc, colour * (0.6 + 0.12 * k), (1 + 3 * k) * soft)
     elif kind == 1:
         end = rng.uniform((1, -0.7), (3, 0.7)) * scale
         for k in (1, 0.6, 0.3):
@@ -393,17 +410,20 @@ def occlude(canvas, rng, centre, scale):
     else:
         for x in rng.normal(0, 0.5, 25) * scale:
             tip = (x + rng.normal(0, 0.2) * scale, rng.uniform(-0.3, 0.6) * scale)
-            blade = np.array([(x - 0.035 * scale, canvas.shape[0]), tip, (x + 0.035 * scale, canvas.shape[0])])
+            blade = np.array([(x - 0.035 * scale, len(canvas)), tip, (x + 0.035 * scale, len(canvas))])
             paint(canvas, blade + centre, np.array([90, 140, 60]) * rng.uniform(0.5, 1.3), soft)
 
 
 def render(rng, face, coat, turn, size, scale, origin):
-    """The picture (h, w, 3) RGB of a face: its model origin lies at `origin`, a face unit is `scale` pixels long."""
+    """The picture (h, w, 3) RGB of a face: its model origin lies at `origin`, a face unit is `scale` pixels
+    long.
+    """
     (w, h), scale, origin = size, scale * SS, (origin + 0.5) * SS - 0.5
     px = lambda p: (p @ turn.T)[..., :2] * scale + origin
     light = np.float32([rng.uniform(-0.7, 0.7), rng.uniform(-0.9, -0.3), 0.9])
     light /= np.linalg.norm(light)
-    canvas = cv2.resize(background(rng, w // 2, h // 2), (w * SS, h * SS))  # blurred, so half the size will do
+    # Blurred, so half the size will do.
+    canvas = cv2.resize(background(rng, w // 2, h // 2), (w * SS, h * SS))
     y, x = np.mgrid[0:h, 0:w].astype(np.float32) * SS
     hub = px(face["nose"][2].mean(0)).tolist()  # the fur grows away from the nose
     radius, angle = cv2.cartToPolar(x - hub[0], y - hub[1])
@@ -411,7 +431,8 @@ def render(rng, face, coat, turn, size, scale, origin):
     fur = cv2.resize(fur, (w * SS, h * SS))
 
     shift, fuzz, ny = np.float32(rng.uniform(0, 512, 2)), rng.uniform(0.25, 0.8), face["ny"]
-    collar = np.float32(rng.uniform(20, 230, 3)), rng.uniform(1.45, 1.6) + 9 * (rng.random() < 0.6)  # or out of sight
+    # Or out of sight.
+    collar = np.float32(rng.uniform(20, 230, 3)), rng.uniform(1.45, 1.6) + 9 * (rng.random() < 0.6)
 
     def body_coat(x, y, z):
         colour = coat_colour(coat, x, y, z, ny, shift, True)
@@ -427,12 +448,14 @@ def render(rng, face, coat, turn, size, scale, origin):
     for ear in face["ears"]:
         outer = coat[2 if coat[0] in ("patched", "mask") else 1] * np.float32(rng.uniform(0.65, 0.95))
         inner = np.float32((196, 134, 124)) * np.float32(rng.uniform(0.4, 0.65)) + np.float32(0.3) * outer
-        ears.append((*ear_layer(ear @ turn.T, canvas.shape, scale, origin, light), (outer, inner), scale, fur))
+        layer = ear_layer(ear @ turn.T, canvas.shape, scale, origin, light)
+        ears.append((*layer, (outer, inner), scale, fur))
         draw_ear(canvas, *ears[-1])
     depth = draw_fur(canvas, face["balls"], turn, scale, origin,
                      lambda x, y, z: coat_colour(coat, x, y, z, ny, shift, False), light, fur, fuzz)
     draw_mouth(canvas, face, px, scale)
-    draw_nose(canvas, face, px, scale, light, np.float32((46, 40, 42) if rng.random() < 0.75 else (104, 66, 56)))
+    skin = np.float32((46, 40, 42) if rng.random() < 0.75 else (104, 66, 56))
+    draw_nose(canvas, face, px, scale, light, skin)
     irises = np.float32([(120, 70, 30), (88, 48, 22), (150, 100, 40), (110, 150, 180)])
     iris, look = irises[rng.choice(4, p=(0.4, 0.4, 0.15, 0.05))], rng.uniform(-0.2, 0.2, 2)
     for i in (0, 1):
@@ -447,10 +470,12 @@ def render(rng, face, coat, turn, size, scale, origin):
     return np.uint8(np.clip(img, 0, 255))
 
 
-# ------------------------------------------------------------------------------------------------ the data set
+# ----------------------------------------------------------------------------------------------- the data set
 
 def plan_defects(rng, train, test):
-    """{index: defect}: each at least once where there are faces enough, and for large sets as often as in DogFLW."""
+    """{index: defect}: each at least once where there are faces enough, and for large sets as often as in
+    DogFLW.
+    """
     often = max(2, round(0.038 * train))  # boxes of another scale, a fifth of them apart from the face
     apart = max(1, often // 5)
     defects = ["empty", "nan", "apart", "mismatch", "outside", "empty", "nan", "outside"]
@@ -468,7 +493,9 @@ def overlap(a, b):
 
 
 def make_label(rng, marks, size, defect):
-    """DogFLW's label. The box is the landmarks' hull and some 10 %, written as strings, unless a defect spoils it."""
+    """DogFLW's label. The box is the landmarks' hull and some 10 %, written as strings, unless a defect
+    spoils it.
+    """
     low, high = marks.min(0), marks.max(0)
     pad = (high - low) * rng.uniform(0.03, 0.07, (2, 2))
     box = good = np.round(np.concatenate([np.maximum(low - pad[0], 0), np.minimum(high + pad[1], size - 1)]))
@@ -540,11 +567,13 @@ def make_sample(out, train=600, test=100, seed=0, workers=None):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "data/sample/dogflw", help="folder to write (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "data/sample/dogflw",
+                        help="folder to write (%(default)s)")
     parser.add_argument("--train", type=int, default=600, help="training faces (%(default)s)")
     parser.add_argument("--test", type=int, default=100, help="test faces (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other dogs (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; changes no byte (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes; changes no byte (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace what is in --out")
     args = parser.parse_args()
     for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):
@@ -552,10 +581,11 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
     check_free("--out", args.out, args.force)
     drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
-    others = [p for p in args.out.rglob("*") if not drawn.fullmatch(p.relative_to(args.out).as_posix())]  # such as the real DogFLW
+    # Such as the real DogFLW.
+    others = [p for p in args.out.rglob("*") if not drawn.fullmatch(p.relative_to(args.out).as_posix())]
     if others:
-        raise UserError(f"--out {args.out}: holds more than a drawn sample ({min(others)}), which --force will not delete; "
-                        "name another folder")
+        raise UserError(f"--out {args.out}: holds more than a drawn sample ({min(others)}), which --force "
+                        "will not delete; name another folder")
     start = time.perf_counter()
     make_sample(args.out, args.train, args.test, args.seed, args.workers)
     print(f"{args.train} train + {args.test} test faces in {args.out} ({time.perf_counter() - start:.0f} s)")

@@ -1,456 +1,437 @@
-"""Find dog faces and their landmarks in pictures and videos.
+"""Find dog faces and their landmarks in pictures, videos and what a camera sees.
 
-    uv run python tools/predict.py work_dirs/hrnet_w32/best_model.pth photos/ "more/*.jpg" clip.mp4
-    uv run python tools/predict.py best_model.pth face.jpg --box 120 80 200 210
-    uv run python tools/predict.py best_model.pth val.json --data-root DogFLW --boxes val.json
+    uv run python tools/predict.py photo.jpg                             # the model in the box uv run python
+    tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/hrnet_w32/best_model.pth uv run
+    python tools/predict.py face.jpg --box 120 80 200 210 uv run python tools/predict.py val.json --data-root
+    DogFLW --boxes val.json uv run python tools/predict.py 0                                     # a camera,
+    until Ctrl-C; or rtsp://... uv run python tools/predict.py photos/ --coco mine.json              # to
+    correct in a labelling tool, and train on
 
-INPUT is a picture, a folder, a glob, a video, or a COCO file's list of pictures (.json, with --data-root). Without
-boxes the faces are found: a locator (the same trainer with `--crop image`), or else the face model itself, looks at
-the whole picture and at overlapping squares of it; each finding is looked at again in the box around its landmarks,
-and stays if that box reproduces itself. Writes overlays, predictions.json (COCO keypoint results, in the original
-picture's pixels, file names relative to the folder printed at the end) and predictions.csv into --out.
+INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
+number of a camera, or the address of a stream. What a file is, its content says. Without boxes the faces are
+found: a locator (the same trainer with `--crop image`), or else the face model itself, looks at the whole
+picture and at overlapping squares of it; each finding is looked at again in the box around its landmarks, and
+stays if that box reproduces itself. Writes overlays, predictions.json (COCO keypoint results, in the original
+picture's pixels, file names relative to the folder printed at the end) and predictions.csv into --out; of
+videos also the seconds of each frame.
 
 In a notebook:
 
     from tools.predict import load_predictor
-    predictor = load_predictor("best_model.pth")
+    predictor = load_predictor()  # or load_predictor("best_model.pth")
     faces = predictor(image_rgb)  # [{"box": (4,), "points": (K, 2), "scores": (K,), "score": float}, ...]
 """
+import contextlib
 import csv
 import glob
 import io
 import itertools
 import json
-import math
 import os
+import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
-import dataset as data
-from dataset import Parser, UserError, atomic_write, run_script
-from train_simple import choose_amp, choose_device, load_model, predict_heatmaps
+from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.draw import draw_landmarks, encode_picture
+from tools.lib.files import atomic_write, check_free, load_json, picture_path
+from tools.lib.find import MIN_SCORE, intersections, whole_box
+from tools.lib.pictures import format_of, read_picture
+from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
+from train_simple import load_predictor
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a video that cannot be read is named by us, in one line
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
-MIN_SCORE = 0.5  # mean of the landmarks' scores, which are probabilities of being about right; chosen on held-out train faces
-FAINT = 0.1  # what scores less is dropped before its second look already
-# Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far than true
-# ones, and a box that is too small loses hanging ears for good, while one too large mends itself at the next look.
-MARGIN = 0.2
-# The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half. A
-# locator was trained on faces of all sizes, so it needs fewer.
-FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2)
-STABLE = 0.5  # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts
-SAME = 0.7  # IoU of two findings from which on they are one at first; which of several is the face shows later
-OVERLAP = 0.5  # of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face
-FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
-# One-euro filter (Casiez, Roussel, Vogel, CHI 2012), speeds in face sizes a second: a still face is smoothed at
-# MIN_CUTOFF Hz, and BETA opens the filter as it moves, which keeps the lag under a frame.
-MIN_CUTOFF, BETA, SPEED_CUTOFF = 1.0, 10.0, 1.0
+MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
+FACE = {"id": 1, "name": "face"}  # the category, where no COCO file says another
 
 
-# ---------------------------------------------------------------- boxes (N, 4) x, y, w, h
+# ---------------------------------------------------------------- what to predict
 
-def hull_boxes(points):
-    """Landmarks (N, K, 2) -> the boxes around them (N, 4), at least two pixels wide."""
-    low, high = points.min(1), points.max(1)
-    extent = np.maximum(high - low, 2)
-    return np.concatenate([(low + high) / 2 - extent * (0.5 + MARGIN), extent * (1 + 2 * MARGIN)], axis=1)
-
-
-def suppress(boxes, scores, nested=True):
-    """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
-
-    That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
-    """
-    area, limit = boxes[:, 2:].prod(1), OVERLAP if nested else SAME
-    shared = data.intersections(boxes, boxes) / np.minimum(area[:, None], area) if nested else data.overlaps(boxes, boxes)
-    kept = []
-    for i in np.argsort(-scores, kind="stable"):
-        if not kept or shared[i, kept].max() <= limit:
-            kept.append(i)
-    return np.array(kept, dtype=int)
+@dataclass
+class Source:
+    """One thing to predict."""
+    place: Path | int | str  # a picture's or video's absolute path, a camera's number, a stream's address
+    kind: str  # "picture" or "video", which a camera is too
+    file: str = ""  # its name in what is written
+    target: Path = None  # its overlay
+    image_id: object = None  # its id in a COCO file
+    boxes: list | None = None  # [(annotation id, box (4,)), ...] that are given; None: faces are to be found
 
 
-def windows(image, sides):
-    """The whole picture and squares that cover it, each overlapping its neighbours by half or more: (N, 4)."""
-    height, width = image.shape[:2]
-    boxes = [data.whole_box((width, height))]
-    for part in sides:
-        side = max(2.0, max(width, height) * part)
-        xs, ys = (np.linspace(0, n - side, math.ceil(2 * (n - side) / side) + 1) if n > side else [(n - side) / 2]
-                  for n in (width, height))
-        boxes += [(x, y, side - 1, side - 1) for y in ys for x in xs]
-    return np.array(boxes)
-
-
-# ---------------------------------------------------------------- the predictor
-
-class Network:
-    """A checkpoint that looks at boxes of pictures."""
-
-    def __init__(self, checkpoint, device, batch_size):
-        self.model, self.scheme, args, _ = load_model(checkpoint, device)
-        self.size, self.padding, self.whole = args["input_size"], args["padding"], args.get("crop") == "image"
-        self.device, self.amp, self.batch_size = device, choose_amp(device, args.get("amp", True)), batch_size
-        index = self.scheme.flip_index
-        self.flip_index = torch.tensor(index, device=device) if index else None
-
-    def look(self, jobs, flip=True):
-        """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K)."""
-        k = len(self.scheme.names)
-        points, scores = np.empty((len(jobs), k, 2)), np.empty((len(jobs), k))
-        for start in range(0, len(jobs), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            cut = [data.predict_crop(image, box, self.size, self.padding) for image, box in jobs[part]]
-            crops, matrices = torch.from_numpy(np.stack([c for c, _ in cut])).to(self.device), np.stack([m for _, m in cut])
-            heatmaps = predict_heatmaps(self.model, crops, self.flip_index if flip else None, self.amp)
-            decoded, peaks = data.decode_heatmaps(heatmaps)
-            points[part] = data.apply_matrix(data.invert_matrix(matrices), decoded.cpu().double().numpy())
-            scores[part] = peaks.cpu().numpy()
-        return points, scores
-
-
-class Predictor:
-    """Landmarks of the faces in a picture; made by `load_predictor`."""
-
-    def __init__(self, face, locator=None):
-        self.face, self.locator, self.scheme = face, locator, face.scheme
-
-    def __call__(self, image, boxes=None, min_score=MIN_SCORE):
-        """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
-
-        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1,
-        "score": their mean}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those
-        with a score below min_score are left out.
-        """
-        return self.many([image], [boxes], min_score)[0]
-
-    def many(self, images, boxes, min_score=MIN_SCORE):
-        """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
-        sought = [i for i, b in enumerate(boxes) if b is None and not self.face.whole]
-        given = [(i, box) for i, b in enumerate(boxes) if i not in sought
-                 for box in (np.reshape(b, (-1, 4)) if b is not None else [data.whole_box(images[i].shape[1::-1])])]
-        faces = [[] for _ in images]
-        for picture, box, points, scores in (*self._look(images, given), *self._find(images, sought, min_score)):
-            faces[picture].append({"box": box, "points": points, "scores": scores, "score": float(scores.mean())})
-        return faces
-
-    def _look(self, images, boxes, net=None, flip=True):
-        """[(picture, box)] -> [(picture, box, points, scores)]."""
-        points, scores = (net or self.face).look([(images[i], box) for i, box in boxes], flip)
-        return [(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
-
-    def _find(self, images, sought, min_score):
-        """Look at windows, then with the face model at the boxes of what was found; what is not stable then is no face.
-
-        A part of a face can score higher than all of it, so what overlaps is kept until the face model has looked; then
-        the box that best reproduces itself stays, the larger of similar ones. More looks would not help: boxes inside
-        a face shrink from look to look, and displace it (measured on held-out faces).
-        """
-        net, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
-        boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
-        for again in (False, True):
-            looks, found = self._look(images, boxes, self.face if again else net, flip=again), []
-            for i in sought:
-                mine = [look for look in looks if look[0] == i and look[3].mean() >= min(FAINT, min_score)]
-                if mine:
-                    tight, seen = hull_boxes(np.stack([look[2] for look in mine])), np.stack([look[1] for look in mine])
-                    stable = np.diagonal(data.overlaps(seen, tight)) if again else 1.0
-                    scores = stable * np.array([look[3].mean() for look in mine]) * np.sqrt(tight[:, 2:].max(1))
-                    found += [(i, tight[n], *mine[n][1:]) for n in suppress(tight, scores, nested=again)]
-            boxes = [(i, tight) for i, tight, *_ in found]
-        return [(i, tight, points, scores) for i, tight, seen, points, scores in sorted(found, key=lambda f: -f[4].mean())
-                if scores.mean() >= min_score and data.overlaps(seen[None], tight[None]) >= STABLE]
-
-
-def load_predictor(checkpoint, locator=None, device="auto", batch_size=32):
-    """A Predictor from a face checkpoint.
-
-    locator: a checkpoint trained with `--crop image`; None takes locator.pth beside the checkpoint, or
-    ../locator/best_model.pth of a neighbouring run, where there is one; False does without.
-    """
-    device, checkpoint = choose_device(device), Path(checkpoint)
-    beside = (checkpoint.parent / "locator.pth", checkpoint.parent.parent / "locator" / "best_model.pth")
-    if locator is None:
-        locator = next((p for p in beside if p.is_file() and p.resolve() != checkpoint.resolve()), None)
-    face = Network(checkpoint, device, batch_size)
-    locator = Network(locator, device, batch_size) if locator and not face.whole else None
-    if locator and not locator.whole:
-        raise UserError("the locator was trained on faces; train one with: train_simple.py --crop image")
-    return Predictor(face, locator)
-
-
-# ---------------------------------------------------------------- video
-
-class OneEuroFilter:
-    """Steadies (K, 2) points over time; landmark by landmark, all at once."""
-
-    def __init__(self, rate):
-        self.rate, self.points, self.speed = rate, None, 0.0
-
-    def _weight(self, cutoff):
-        return 1 / (1 + self.rate / (2 * math.pi * cutoff))
-
-    def __call__(self, points, size):
-        """The points of the next frame, steadied; `size` of the face in pixels makes speeds comparable."""
-        if self.points is not None:
-            speed = (points - self.points) * self.rate
-            self.speed = self.speed + self._weight(SPEED_CUTOFF) * (speed - self.speed)
-            cutoff = MIN_CUTOFF + BETA * np.linalg.norm(self.speed, axis=1, keepdims=True) / size
-            points = self.points + self._weight(cutoff) * (points - self.points)
-        self.points = points
-        return points
-
-
-def read_frames(path):
-    """Yield the RGB frames of a video; its rate and length come with the first. Raises UserError without frames."""
-    capture, number = cv2.VideoCapture(str(path)), 0
-    rate, length = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    while True:
-        good, frame = capture.read()
-        if not good:
-            break
-        number += 1
-        yield (rate if 0 < rate < 600 else 25.0), max(0, length), frame[..., ::-1]
-    capture.release()
-    if not number:
-        raise UserError(f"{path}: cannot be read as a video")
-
-
-def predict_video(predictor, path, target, boxes, min_score):
-    """Follow the faces through a video, write it with landmarks to `target`, and yield (frame, faces)."""
-    temporary, writer, tracks, count = target.with_name(f".{target.stem}.tmp.mp4"), None, [], 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tqdm(desc=path.name, unit="frame", leave=False, disable=None) as bar:
-            for number, (rate, length, frame) in enumerate(read_frames(path)):
-                if predictor.face.whole:
-                    raise UserError(f"{path}: a locator (trained with --crop image) cannot follow faces; give a face model")
-                if writer is None:
-                    bar.total = length or None
-                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), round(rate, 2), frame.shape[1::-1])
-                    if not writer.isOpened():
-                        raise UserError(f"{target}: OpenCV cannot write an mp4 of {frame.shape[1]} x {frame.shape[0]} here")
-                    tracks = [{"box": box} for box in ([] if boxes is None else boxes)]
-                faces = predictor(frame, [t["box"] for t in tracks]) if tracks else []
-                followed = [{**t, **f} for t, f in zip(tracks, faces, strict=True) if f["score"] >= min_score]
-                if number % FIND_EVERY == 0 and (number or not tracks) or len(followed) < len(tracks):
-                    followed += predictor(frame, min_score=min_score)
-                tracks = []
-                for track in followed:
-                    tight = hull_boxes(track["points"][None])
-                    if tracks and (data.intersections(tight, np.stack([t["box"] for t in tracks])).max()
-                                   > OVERLAP * tight[:, 2:].prod()):
-                        continue
-                    if "id" not in track:
-                        track["id"], track["filter"], count = count, OneEuroFilter(rate), count + 1
-                    track["points"] = track["filter"](track["points"], tight[0, 2:].max())
-                    track["box"] = hull_boxes(track["points"][None])[0]
-                    tracks.append(track)
-                writer.write(np.ascontiguousarray(draw_faces(frame, tracks, predictor.scheme)[..., ::-1]))
-                bar.update()
-                yield number, tracks
-        writer.release()
-        if cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != number + 1:  # OpenCV itself says nothing
-            raise UserError(f"{target}: could not be written whole; is the disk full?")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- inputs and outputs
-
-def draw_faces(image, faces, scheme):
-    """A copy of the picture with every face's landmarks."""
-    for face in faces:
-        image = data.draw_landmarks(image, face["points"], scheme)
-    return image
+@dataclass
+class Listing:
+    """What a COCO file says of its pictures; it needs no keypoints."""
+    ids: dict  # file_name -> image id
+    # file_name -> [(annotation id, box (4,)), ...]; the id is None of a detector's box, without keypoints
+    boxes: dict
+    category: dict  # its id and name
 
 
 def check_box(box, where):
-    """A box of four usable numbers as an array, or UserError."""
+    """A box of four usable numbers as an array (4,) of x, y, width, height. Raises UserError."""
     box = np.array(box, dtype=float).reshape(4)
     if not (np.isfinite(box).all() and np.abs(box).max() < 1e6 and box[2:].min() > 0):
         raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height above 0")
     return box
 
 
-def read_coco(path, with_boxes=True):
-    """A COCO file, whose keypoints are not needed: {file_name: image id}, {file_name: [(annotation id, box), ...]}, category id.
-
-    The annotation id is None where it has no keypoints: the box is a detector's then, and its id too. Raises UserError.
-    """
-    content, ids, boxes = data.load_json(path), {}, {}
+def read_listing(path, with_boxes=True):
+    """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError."""
+    content, ids, boxes = load_json(path), {}, {}
     try:
         names = {image["id"]: PurePosixPath(image["file_name"]).as_posix() for image in content["images"]}
         for image_id, name in names.items():
             if name in ids or len(names) < len(content["images"]):
-                raise UserError(f"{path}: two of its images have the same file_name or id; give every picture one entry")
+                raise UserError(f"{path}: two of its images have the same file_name or id; give every "
+                                "picture one entry")
             ids[name] = image_id
         for annotation in content.get("annotations", []) if with_boxes else ():
             where = f"{path}: annotation {annotation.get('id')}"
-            boxes.setdefault(names[annotation["image_id"]], []).append(
-                (annotation.get("id") if annotation.get("keypoints") else None, check_box(annotation["bbox"], where)))
-        category = next((c.get("id", 1) for c in content.get("categories", []) if c.get("keypoints")), 1)
+            own_id = annotation.get("id") if annotation.get("keypoints") else None
+            box = check_box(annotation["bbox"], where)
+            boxes.setdefault(names[annotation["image_id"]], []).append((own_id, box))
+        category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
+        return Listing(ids, boxes, {key: category.get(key, value) for key, value in FACE.items()})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
-        raise UserError(f"{path}: not a COCO file with images and bbox ({type(e).__name__}: {str(e)[:60]})") from None
-    return ids, boxes, category
+        reason = f"{type(e).__name__}: {str(e)[:60]}"
+        raise UserError(f"{path}: not a COCO file with images and bbox ({reason})") from None
 
 
-def list_inputs(args):
-    """Absolute paths of pictures and videos, without repeats; {file_name: image id} and category id of COCO files among them."""
-    paths, ids, category = [], {}, 1
-    for text in args.input:
+def expand(text, out):
+    """What an INPUT names that is no COCO file: a list of Sources. Says what a folder or glob holds beside.
+
+    A file that is named by itself is taken for a picture unless it is a video. `out` is left out of folders.
+    Raises UserError where there is nothing.
+    """
+    path = Path(text)
+    if re.match(r"[a-z][a-z0-9+]*://", text):
+        return [Source(text, "video")]
+    if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.is_file() else None:
+        return [Source(int(camera[1] or camera[2]), "video")]
+    if path.is_file():
+        return [Source(path, "video" if format_of(path) == "video" else "picture")]
+    matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
+    members = [f for m in matches for f in (sorted(m.rglob("*")) if m.is_dir() else [m])]
+    files = [f for f in members if f.is_file() and out.resolve() not in f.resolve().parents]
+    kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
+    if others := Counter(f.suffix.lower() or f.name for f in files if not kinds[f]):
+        named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
+        print(f"{text}: {others.total()} files in it are no pictures or videos ({named})", file=sys.stderr)
+    if not any(kinds.values()):
+        raise UserError(f"{text}: " + ("no pictures in it" if matches else "no such file"))
+    return [Source(f, "video" if kind == "video" else "picture") for f, kind in kinds.items() if kind]
+
+
+def list_inputs(inputs, data_root, out):
+    """The Sources that the command line names, without repeats, and the category of a COCO file in it."""
+    sources, ids, category = {}, {}, FACE
+    for text in inputs:
         path = Path(text)
-        if path.suffix.lower() == ".json" and path.is_file():
-            if not args.data_root:
-                raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
-            names, _, category = read_coco(path, with_boxes=False)
-            found = [data.picture_path(args.data_root, name) for name in names]
-            known = set(ids.values())
-            twice = [name for name, i in names.items() if i in known and ids.get(name) != i]
-            if twice:
-                raise UserError(f"{path}: {twice[0]} has the image id of another picture in the COCO file before; predict them one by one")
-            ids |= names
+        if path.suffix.lower() != ".json" or not path.is_file():
+            found = expand(text, out)
+        elif not data_root:
+            raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
         else:
-            found = []
-            for match in [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True))):
-                found += [match] if not match.is_dir() else sorted(
-                    f for f in match.rglob("*") if f.suffix.lower() in PICTURES | VIDEOS and f.name[:2] != "._"  # macOS's
-                    and args.out.resolve() not in f.resolve().parents)
-        if not found:
-            raise UserError(f"{text}: " + ("no pictures in it" if path.exists() else "no such file"))
-        paths += found
-    return [Path(p) for p in dict.fromkeys(os.path.abspath(p) for p in paths)], ids, category
+            listing = read_listing(path, with_boxes=False)
+            known = set(ids.values())
+            twice = [name for name, i in listing.ids.items() if i in known and ids.get(name) != i]
+            if twice:
+                raise UserError(f"{path}: {twice[0]} has the image id of another picture in the COCO file "
+                                "before; predict them one by one")
+            if not listing.ids:
+                raise UserError(f"{path}: no pictures in it")
+            ids, category = ids | listing.ids, listing.category
+            found = [Source(picture_path(data_root, name), "picture", image_id=i)
+                     for name, i in listing.ids.items()]
+        for source in found:
+            if isinstance(source.place, Path):
+                source.place = Path(os.path.abspath(source.place))
+            sources.setdefault(source.place, source)
+            sources[source.place].image_id = sources[source.place].image_id or source.image_id
+    return list(sources.values()), category
 
 
-def write_results(out, rows, scheme, category):
-    """predictions.json, a plain list of COCO keypoint results, and predictions.csv with the landmarks' names."""
-    results = [{"image_id": r["image_id"], "file_name": r["file"], "category_id": category, "bbox": r["box"].round(2).tolist(),
-                "keypoints": np.column_stack([r["points"], r["scores"]]).round(3).ravel().tolist(),
-                "score": round(r["score"], 4), "face": r["face"], "frame": r["frame"],
-                **({} if r["annotation_id"] is None else {"annotation_id": r["annotation_id"]})} for r in rows]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "frame", "face", "score", "box_x", "box_y", "box_w", "box_h"]
-                   + [f"{name}_{part}" for name in scheme.names for part in ("x", "y", "score")])
-    table.writerows([r["file_name"], r["frame"], r["face"], r["score"], *r["bbox"], *r["keypoints"]] for r in results)
-    for name, content in (("predictions.json", json.dumps(results)), ("predictions.csv", text.getvalue())):
-        atomic_write(out / name, [content.encode()])
+def take_boxes(sources, path, listing):
+    """Give pictures their boxes and ids of a COCO file, in which a picture's name is any tail of its path."""
+    if any(s.kind == "video" for s in sources):
+        raise UserError(f"--boxes {path}: a COCO file has boxes of pictures; give a video's face with --box")
+    names = {}
+    for source in sources:
+        parts = source.place.parts
+        name = next((t for i in range(len(parts)) if (t := "/".join(parts[i:])) in listing.boxes), None)
+        source.boxes = listing.boxes.get(name, [])
+        if name and source.image_id is None:
+            source.image_id = listing.ids[name]
+        if name and names.setdefault(name, source) is not source:
+            raise UserError(f"--boxes {path}: {name} is the name of several of the pictures; "
+                            "give their folders in it, too")
+
+
+def plan(args):
+    """What is to be predicted, checked before a model is loaded: (Sources, folder of the names, category)."""
+    fixed = [(None, check_box(b, "--box")) for b in args.box] if args.box else None
+    sources, category = list_inputs(args.input, args.data_root, args.out)
+    paths = [s.place for s in sources if isinstance(s.place, Path)]
+    common = os.path.commonpath([p.parent for p in paths]) if paths else "."
+    root = Path(os.path.abspath(args.data_root or common))
+    if outside := [p for p in paths if root not in p.parents]:
+        raise UserError(f"--data-root {root}: {outside[0]} is not in it")
+    for source in sources:
+        source.boxes, source.file = fixed, re.sub(r"\W+", "_", name_of(source.place)).strip("_")
+        if isinstance(source.place, Path):
+            source.file = source.place.relative_to(root).as_posix()
+        # Other suffixes are kept in the overlay's name, so that a.tif and a.png do not meet.
+        kept = (".mp4",) if source.kind == "video" else (".png", ".jpg", ".jpeg")
+        source.target = args.out / (source.file + ("" if source.file.lower().endswith(kept) else kept[0]))
+    if args.boxes:
+        listing = read_listing(args.boxes)
+        category = listing.category
+        take_boxes(sources, args.boxes, listing)
+    targets = Counter(s.target.resolve() for s in sources)
+    clash = [p for p in paths if p.resolve() in targets] + [t for t, n in targets.items() if n > 1]
+    if clash:
+        raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
+    if args.coco and (videos := [s.file for s in sources if s.kind == "video"]):
+        raise UserError(f"--coco: a data set is of pictures, and {videos[0]} is a video; save its frames "
+                        "first, as by: ffmpeg -i VIDEO -vf fps=1 frames/%05d.jpg")
+    return sources, root, category
+
+
+# ---------------------------------------------------------------- what is written
+
+class Results:
+    """Faces as they are found, and the files of all of them."""
+
+    def __init__(self, sources, scheme, category):
+        self.scheme, self.category, self.rows, self.images = scheme, category, [], []
+        known = [s.image_id for s in sources if isinstance(s.image_id, int)]
+        self.new_ids = itertools.count(max(known, default=0) + 1)
+
+    def add(self, source, faces, size=None, frame=None, seconds=None):
+        """Keep the faces of a picture of `size` (width, height), or of a frame of a video."""
+        image_id = next(self.new_ids) if source.image_id is None else source.image_id
+        if size:
+            width, height = map(int, size)
+            self.images.append({"id": image_id, "file_name": source.file, "width": width, "height": height})
+        given = [annotation for annotation, _ in source.boxes] if source.boxes and frame is None else []
+        for n, (face, annotation) in enumerate(itertools.zip_longest(faces, given[:len(faces)])):
+            keypoints = np.column_stack([face["points"], face["scores"]]).round(3).ravel().tolist()
+            known = {} if annotation is None else {"annotation_id": annotation}
+            self.rows.append({
+                "image_id": image_id, "file_name": source.file, "category_id": self.category["id"],
+                "bbox": face["box"].round(2).tolist(), "keypoints": keypoints,
+                "score": round(face["score"], 4), "face": face.get("id", n), "frame": frame,
+                "time": None if seconds is None else round(seconds, 4), **known})
+
+    def write(self, out, coco=None):
+        """predictions.json, a list of COCO keypoint results; predictions.csv; the data set `coco`."""
+        text = io.StringIO()
+        table, first = csv.writer(text, lineterminator="\n"), ("frame", "time", "face", "score")
+        table.writerow(["file", *first, "box_x", "box_y", "box_w", "box_h",
+                        *(f"{name}_{part}" for name in self.scheme.names for part in ("x", "y", "score"))])
+        for r in self.rows:
+            table.writerow([r["file_name"], *(r[key] for key in first), *r["bbox"], *r["keypoints"]])
+        atomic_write(out / "predictions.json", [json.dumps(self.rows).encode()])
+        atomic_write(out / "predictions.csv", [text.getvalue().encode()])
+        if coco:
+            atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
+
+    def as_dataset(self):
+        """A COCO keypoint data set for labelling tools and train_simple.py: v is 2 in the picture, else 1."""
+        sizes, annotations = {i["id"]: (i["width"], i["height"]) for i in self.images}, []
+        for number, row in enumerate(self.rows, 1):
+            size = np.array(sizes[row["image_id"]])
+            points = np.reshape(row["keypoints"], (-1, 3))[:, :2].round(2)
+            v = np.where(((points > -0.5) & (points < size - 0.5)).all(1), 2, 1)
+            x, y, w, h = row["bbox"]
+            left, top = np.clip([x, y], 0, size).round(2).tolist()
+            right, bottom = np.clip([x + w, y + h], 0, size).round(2).tolist()
+            triples = zip(*points.T.tolist(), v.tolist(), strict=True)
+            annotations.append({
+                "id": number, "image_id": row["image_id"], "category_id": row["category_id"], "iscrowd": 0,
+                "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+                "area": round((right - left) * (bottom - top), 2), "num_keypoints": len(v),
+                "keypoints": [*itertools.chain(*triples)], "score": row["score"]})
+        scheme = self.scheme
+        category = {**self.category, "supercategory": "animal", "keypoints": scheme.names,
+                    "skeleton": [[i + 1, j + 1] for i, j in scheme.skeleton], "flip_pairs": scheme.flip_pairs,
+                    "regions": scheme.regions, "interocular": scheme.interocular}
+        info = {"description": "landmarks predicted by tools/predict.py, to be corrected"}
+        return {"info": info, "licenses": [], "images": self.images, "annotations": annotations,
+                "categories": [category]}
+
+
+def draw_faces(image, faces, scheme):
+    """A copy of an RGB picture with every face's landmarks."""
+    for face in faces:
+        image = draw_landmarks(image, face["points"], scheme)
+    return image
+
+
+# ---------------------------------------------------------------- predicting
+
+def resized(faces, scale):
+    """Faces in a picture `scale` (2,) times as large."""
+    def place(points):
+        return (points + 0.5) * scale - 0.5
+    return [{**face, "points": place(face["points"]),
+             "box": np.concatenate([place(face["box"][:2]), face["box"][2:] * scale])} for face in faces]
+
+
+class PictureQueue:
+    """Pictures on their way: read one by one, predicted in full batches, written."""
+
+    def __init__(self, predictor, results, args):
+        self.predictor, self.results, self.args, self.waiting = predictor, results, args, []
+
+    def add(self, source):
+        """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
+        image, size = read_picture(source.place, MOST_PIXELS)
+        scale, boxes = np.divide(size, image.shape[1::-1]), None
+        if source.boxes is not None:
+            if not source.boxes:
+                raise UserError(f"{source.place}: no box for it in {self.args.boxes}")
+            boxes = np.stack([box for _, box in source.boxes])
+            if not intersections(boxes, whole_box(size)[None]).all():
+                raise UserError(f"{source.place}: a box lies outside this picture of {size[0]} x {size[1]} "
+                                "pixels")
+            boxes = np.concatenate([(boxes[:, :2] + 0.5) / scale - 0.5, boxes[:, 2:] / scale], axis=1)
+        if scale.max() > 1:
+            tqdm.write(f"{source.file}: its {size[0]} x {size[1]} pixels are looked at, and drawn on, as "
+                       f"{image.shape[1]} x {image.shape[0]}; coordinates are in its own", file=sys.stderr)
+        self.waiting.append((source, image, size, boxes))
+        held = sum(image.size for _, image, _, _ in self.waiting)
+        if len(self.waiting) == self.args.batch_size or held > CHUNK_BYTES:
+            self.finish()
+
+    def finish(self):
+        """Predict and write the pictures that wait."""
+        images, boxes = [[w[i] for w in self.waiting] for i in (1, 3)]
+        found = self.predictor.many(images, boxes, self.args.min_score) if images else []
+        for (source, image, size, _), faces in zip(self.waiting, found, strict=True):
+            self.results.add(source, resized(faces, np.divide(size, image.shape[1::-1])), size)
+            drawn = draw_faces(image, faces, self.predictor.scheme)
+            atomic_write(source.target, [encode_picture(drawn, source.target.suffix.lower())])
+        self.waiting.clear()
+
+
+def predict_video(predictor, source, results, min_score):
+    """Follow the faces through a video or what a camera sees. Returns whether it was stopped by Ctrl-C.
+
+    What was done until then is kept whole. Raises UserError naming a video that cannot be read or written;
+    the faces found until then are kept.
+    """
+    boxes, sound = source.boxes and [box for _, box in source.boxes], None
+    with until_stopped() as stopped, contextlib.ExitStack() as stack:
+        video, tracker, writer = Video(source.place), Tracker(predictor, boxes, min_score), None
+        if video.live:
+            tqdm.write(f"{video.name}: following it until Ctrl-C", file=sys.stderr)
+        else:
+            sound = source.place if isinstance(source.place, Path) else None
+        bar = stack.enter_context(tqdm(desc=video.name[-40:], total=video.length or None, unit="frame",
+                                       leave=False, disable=None))
+        for number, (seconds, frame) in enumerate(video.frames(stopped)):
+            faces = tracker(frame, seconds)
+            results.add(source, faces, frame=number, seconds=seconds)
+            writer = writer or stack.enter_context(VideoWriter(source.target, video.rate, frame.shape[1::-1]))
+            writer.write(draw_faces(frame, faces, predictor.scheme), seconds)
+            bar.update()
+        if writer and (word := writer.finish(sound)):
+            tqdm.write(f"{source.target}: written {word}", file=sys.stderr)
+    if stopped.is_set():
+        tqdm.write(f"{video.name}: stopped; what was seen until then is written", file=sys.stderr)
+    if stopped.is_set() and not video.live:
+        raise KeyboardInterrupt
+    return stopped.is_set()
+
+
+def predict_all(sources, predictor, results, args):
+    """Predict every source; names those that fail, in one line each, and returns how many did."""
+    failed, pictures = 0, PictureQueue(predictor, results, args)
+    for source in tqdm(sources, unit="file", disable=None):
+        try:
+            if source.kind == "picture":
+                pictures.add(source)
+            elif predict_video(predictor, source, results, args.min_score):
+                break
+        except UserError as e:
+            failed += 1
+            tqdm.write(f"error: {printable(e)}", file=sys.stderr)
+    pictures.finish()
+    return failed
 
 
 def parse_args(argv):
+    """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="best_model.pth of a run")
-    add("input", nargs="+", metavar="INPUT", help="pictures, folders, globs, videos, or a COCO file")
+    add("input", nargs="+", metavar="INPUT",
+        help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="best_model.pth of a run (default: the model in the box); may also come first, before INPUT")
     add("--data-root", type=Path, metavar="DIR", help="folder that a COCO file's names are relative to")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")
     boxes.add_argument("--box", type=float, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
-                       help="a face's box, the same in every picture; may be repeated; in a video, where it starts")
+                       help="a face's box, the same in every picture; repeatable; in a video, at its start")
     add("--locator", type=Path, metavar="FILE",
-        help="a checkpoint trained with --crop image (default: locator.pth beside CHECKPOINT, or ../locator/best_model.pth)")
+        help="a checkpoint trained with --crop image (default: locator.pth beside the checkpoint, or "
+             "../locator/best_model.pth)")
     add("--min-score", type=float, default=MIN_SCORE, metavar="S",
         help=f"faces found below it are left out (default: {MIN_SCORE})")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
-    add("--force", action="store_true", help="write into a folder that is not empty")
+    add("--coco", type=Path, metavar="FILE", help="also write a COCO data set: predict, correct, train")
+    add("--force", action="store_true", help="write into a folder that is not empty, over a --coco FILE")
     add("--batch-size", type=int, default=32, metavar="N", help="crops a forward pass (default: 32)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
+    if args.input[0].lower().endswith(".pth"):  # the checkpoint as the first argument, as it was until now
+        first = Path(args.input.pop(0))
+        if args.checkpoint:
+            raise UserError(f"--checkpoint {args.checkpoint} and {first}: give one checkpoint")
+        args.checkpoint = first
+    if not args.input:
+        raise UserError(f"{args.checkpoint}: is a checkpoint; name what it is to look at behind it: a "
+                        "picture, a folder, a video")
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
-    data.check_free("--out", args.out, args.force)
+    check_free("--out", args.out, args.force)
+    if args.coco and args.coco.exists() and not args.force:
+        raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
+    if args.coco and args.boxes and args.coco.resolve() == args.boxes.resolve():
+        raise UserError(f"--coco {args.coco}: is the file of --boxes; name another")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    fixed = [check_box(b, "--box") for b in args.box] if args.box else None
-    paths, listed, category = list_inputs(args)
-    ids, boxes, category = read_coco(args.boxes) if args.boxes else ({}, None, category)
-    ids |= listed
-    root = Path(os.path.abspath(args.data_root or os.path.commonpath([p.parent for p in paths])))
-    if boxes is not None and any(p.suffix.lower() in VIDEOS for p in paths):
-        raise UserError(f"--boxes {args.boxes}: a COCO file has boxes of pictures; give a video's face with --box")
-    outside = [p for p in paths if root not in p.parents]
-    if outside:
-        raise UserError(f"--data-root {root}: {outside[0]} is not in it")
-    # Other suffixes are kept in the overlay's name, so that a.tif and a.png do not meet.
-    targets = {p: args.out / p.relative_to(root).with_name(p.name + (
-        "" if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".mp4") else ".mp4" if p.suffix.lower() in VIDEOS else ".png"))
-        for p in paths}
-    # A picture's name in --boxes is any tail of its path.
-    names = {p: t for p in paths for i in reversed(range(len(p.parts))) if (t := "/".join(p.parts[i:])) in (boxes or {})}
-    if len(set(names.values())) < len(names):
-        name, *_ = [n for n, count in Counter(names.values()).items() if count > 1]
-        raise UserError(f"--boxes {args.boxes}: {name} is the name of several of the pictures; give their folders in it, too")
-    clash = {p.resolve() for p in paths} & {t.resolve() for t in targets.values()}
-    if clash:
-        raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
+    sources, root, category = plan(args)
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
-    if predictor.face.whole and (fixed or boxes is not None):
-        raise UserError(f"{args.checkpoint}: sees whole pictures (trained with --crop image), so it takes no boxes")
-    rows, failed, new_ids = [], [], itertools.count(max((i for i in ids.values() if isinstance(i, int)), default=0) + 1)
-
-    def keep(path, faces, frame=None):
-        file = path.relative_to(root).as_posix()
-        name = None if frame is not None else file if file in ids else names.get(path)
-        image_id = next(new_ids) if name is None else ids[name]
-        annotations = [annotation for annotation, _ in boxes[names[path]]] if boxes else itertools.repeat(None)
-        for n, (face, annotation) in enumerate(zip(faces, annotations)):
-            rows.append({"file": file, "image_id": image_id, "annotation_id": annotation, "frame": frame,
-                         "face": face.get("id", n), **face})
-
-    def boxes_of(path, image):
-        given = fixed if boxes is None else [box for _, box in boxes.get(names.get(path), ())]
-        if boxes is not None and not given:
-            raise UserError(f"{path}: no box for it in {args.boxes}")
-        if given and not data.intersections(np.stack(given), data.whole_box(image.shape[1::-1])[None]).all():
-            raise UserError(f"{path}: a box lies outside this picture of {image.shape[1]} x {image.shape[0]} pixels")
-        return given
-
-    def finish(chunk):
-        """Predict the pictures that are decoded by now."""
-        for (path, image, _), faces in zip(chunk, predictor.many(
-                [c[1] for c in chunk], [c[2] for c in chunk], args.min_score), strict=True):
-            keep(path, faces)
-            drawn = draw_faces(image, faces, predictor.scheme)
-            atomic_write(targets[path], [data.encode_picture(drawn, targets[path].suffix.lower())])
-        chunk.clear()
-
-    chunk = []
+    if predictor.face.whole and (args.box or args.boxes):
+        raise UserError(f"{args.checkpoint}: sees whole pictures (trained with --crop image), so it takes no "
+                        "boxes")
+    if predictor.face.whole and (videos := [s.place for s in sources if s.kind == "video"]):
+        raise UserError(f"{name_of(videos[0])}: a locator (trained with --crop image) cannot follow faces; "
+                        "give a face model")
+    results, failed = Results(sources, predictor.scheme, category), len(sources)
     try:
-        for path in tqdm(paths, unit="file", disable=None):
-            try:
-                if path.suffix.lower() in VIDEOS:
-                    found = list(predict_video(predictor, path, targets[path], fixed, args.min_score))  # all of it or nothing
-                    for frame, faces in found:
-                        keep(path, faces, frame)
-                    continue
-                image = data.read_image(path)
-                chunk.append((path, image, boxes_of(path, image)))
-            except UserError as e:
-                failed.append(path)
-                tqdm.write(f"error: {data.printable(e)}", file=sys.stderr)
-            if len(chunk) == args.batch_size or sum(image.size for _, image, _ in chunk) > CHUNK_BYTES:
-                finish(chunk)
-        finish(chunk)
+        failed = predict_all(sources, predictor, results, args)
     finally:  # a run that is stopped keeps what it has
-        if len(failed) < len(paths):
-            write_results(args.out, rows, predictor.scheme, category)
-    print(f"{len(rows)} faces in {len(paths) - len(failed)} files -> {args.out}; names are relative to {root}")
+        if results.rows or failed < len(sources):
+            results.write(args.out, args.coco)
+    done = len(sources) - failed
+    if done:
+        print(f"{len(results.rows)} faces in {done} files -> {args.out}; names are relative to {root}")
+    if args.coco and done:
+        print(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
+              f"--ann-root {args.coco} --data-root {root} --holdout 0.1")
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} files could not be predicted; they are named above")
+        raise UserError(f"{failed} of {len(sources)} files could not be predicted; they are named above")
 
 
 if __name__ == "__main__":

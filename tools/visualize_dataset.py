@@ -2,9 +2,9 @@
 
     python tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
 
-Writes into --out
-    raw.jpg           whole pictures with their boxes (green) and landmarks; left ones filled, right ones rings
-    trainer.jpg       what the trainer sees, a row a face: the plain crop, augmented crops, their target heatmaps
+Says what was repaired or left out in reading, and writes into --out
+    raw.jpg           whole pictures with their boxes (green) and landmarks, left filled, right rings
+    trainer.jpg       what the trainer sees, a row a face: the plain crop, augmented ones, target heatmaps
     landmarks.png     every landmark's number and name on the mean face
     repaired.jpg      boxes that the converter rebuilt: the original in red, the new one in green
 """
@@ -17,7 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 
 import dataset as data
-from dataset import MEAN, REGION_COLOURS, STD, Augmentation, DogFLWDataset, Parser, UserError, atomic_write, caption, run_script
+from dataset import MEAN, STD, Augmentation, DogFLWDataset
+from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.draw import REGION_COLOURS, caption, contact_sheet, draw_landmarks, encode_picture, mean_face
+from tools.lib.files import atomic_write, data_root, load_json
+from tools.lib.pictures import read_image
 
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
 
@@ -31,7 +35,7 @@ def draw_box(tile, matrix, box, colour):
 
 
 def raw_tiles(faces, originals):
-    """Whole pictures, landmarks, boxes (green), and in red what `originals` says that a box was before it was rebuilt."""
+    """Whole pictures, landmarks, boxes (green); in red the box that `originals` has, of before the repair."""
     for i, name in enumerate(faces.files):
         size, old = faces.sizes[i], originals.get(faces.ids[i])
         corners = np.array([[0, 0], size])
@@ -39,8 +43,9 @@ def raw_tiles(faces, originals):
             old = np.clip(old, -size, 2 * size)
             corners = np.concatenate([corners, old])
         view = (*corners.min(0), *np.ptp(corners, axis=0))
-        tile, matrix = data.predict_crop(data.read_image(faces.root / name), view, TILE, 1.02)
-        tile = data.draw_landmarks(tile, data.apply_matrix(matrix, faces.points[i]), faces.scheme, faces.visible[i] > 0)
+        tile, matrix = data.predict_crop(read_image(faces.root / name), view, TILE, 1.02)
+        points = data.apply_matrix(matrix, faces.points[i])
+        tile = draw_landmarks(tile, points, faces.scheme, faces.visible[i] > 0)
         if old is not None:
             draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
         draw_box(tile, matrix, faces.boxes[i], GREEN)
@@ -53,14 +58,15 @@ def trainer_tiles(faces, size, padding, seed):
     options = {"input_size": size, "padding": padding, "seed": seed}
     plain = DogFLWDataset(faces, **options)
     augmented = DogFLWDataset(faces, augment=Augmentation(), **options)
-    regions = list(faces.scheme.regions.values()) or [list(range(len(faces.scheme.names)))]
+    regions = list(filter(None, faces.scheme.regions.values())) or [list(range(len(faces.scheme.names)))]
     for i in range(len(faces)):
-        for what, sample in (("crop", plain[i]), ("augmented", augmented[(0, i)]), ("augmented again", augmented[(1, i)])):
+        samples = {"crop": plain[i], "augmented": augmented[(0, i)], "augmented again": augmented[(1, i)]}
+        for what, sample in samples.items():
             picture = sample["image"].permute(1, 2, 0).numpy() * STD + MEAN
             picture = (picture * 255).clip(0, 255).round().astype(np.uint8)
             tile = cv2.resize(picture, (TILE, TILE), interpolation=cv2.INTER_CUBIC)
             points = (sample["keypoints"].numpy() + 0.5) * TILE / size - 0.5
-            yield caption(data.draw_landmarks(tile, points, faces.scheme, sample["visibility"].numpy() > 0), what)
+            yield caption(draw_landmarks(tile, points, faces.scheme, sample["visibility"].numpy() > 0), what)
         maps, tile = sample["heatmaps"] * sample["visibility"][:, None, None], tile * 0.5
         for n, region in enumerate(regions):
             heat = cv2.resize(maps[region].amax(0).numpy(), (TILE, TILE))[..., None]
@@ -68,9 +74,23 @@ def trainer_tiles(faces, size, padding, seed):
         yield caption(tile.clip(0, 255).astype(np.uint8), "its targets")
 
 
+def label_slots(marks, slots):
+    """Which slot (M, 2) names which landmark (N, 2): [(landmark, slot), ...].
+
+    Straight lines of the least total length never cross; but rather a detour than a line that runs through
+    another landmark.
+    """
+    cost = np.linalg.norm(marks[:, None] - slots, axis=-1)
+    for i, mark in enumerate(marks):
+        way, others = (slots - mark)[:, None], np.delete(marks, i, axis=0) - mark
+        along = np.clip((way * others).sum(-1, keepdims=True) / (way ** 2).sum(-1, keepdims=True), 0, 1)
+        cost[i] += 200 * (np.linalg.norm(along * way - others, axis=-1) < 10).sum(-1)
+    return list(zip(*linear_sum_assignment(cost)))
+
+
 def landmark_map(faces):
     """Numbers and names around the mean face, each joined to its landmark by a line."""
-    scheme, mean = faces.scheme, faces.mean_face()
+    scheme, mean = faces.scheme, mean_face(faces)
     shown = np.flatnonzero(np.isfinite(mean[:, 0]))
     mean = mean[shown]
     font, rows = ImageFont.load_default(18), math.ceil(len(shown) / 2)
@@ -80,17 +100,10 @@ def landmark_map(faces):
     width, low, high = 2 * margin + face + 200, mean.min(0), mean.max(0)
     at = np.full((len(scheme.names), 2), np.nan)
     at[shown] = (mean - (low + high) / 2) / ((high - low).max() or 1) * face + np.array([width, height]) / 2
-    # Labels stand in two columns. Straight lines of the least total length never cross; but rather a detour than a
-    # line that runs through another landmark.
-    y, marks = (np.arange(rows) + 0.5) * height / rows, at[shown]
+    y, marks = (np.arange(rows) + 0.5) * height / rows, at[shown]  # the names stand in two columns
     slots = np.concatenate([np.column_stack([np.full(rows, x), y]) for x in (margin, width - margin)])
-    cost = np.linalg.norm(marks[:, None] - slots, axis=-1)
-    for i, mark in enumerate(marks):
-        way, others = (slots - mark)[:, None], np.delete(marks, i, axis=0) - mark
-        along = np.clip((way * others).sum(-1, keepdims=True) / (way ** 2).sum(-1, keepdims=True), 0, 1)
-        cost[i] += 200 * (np.linalg.norm(along * way - others, axis=-1) < 10).sum(-1)
-    pairs = list(zip(*linear_sum_assignment(cost), strict=True))
-    canvas = data.draw_landmarks(np.full((height, width, 3), 255, np.uint8), at, scheme)
+    pairs = label_slots(marks, slots)
+    canvas = draw_landmarks(np.full((height, width, 3), 255, np.uint8), at, scheme)
     for i, slot in pairs:
         start, end = (tuple(int(v) for v in np.round(p * 16)) for p in (marks[i], slots[slot]))
         cv2.line(canvas, start, end, (120, 120, 120), 1, cv2.LINE_AA, 4)
@@ -105,7 +118,7 @@ def landmark_map(faces):
 def original_boxes(path):
     """{annotation id: the corners its box had before the converter rebuilt it, or None when it had none}."""
     boxes = {}
-    for annotation in data.load_json(path)["annotations"]:
+    for annotation in load_json(path)["annotations"]:
         repaired = annotation.get("repaired")
         if isinstance(repaired, list) and "box" in repaired:
             try:
@@ -116,42 +129,56 @@ def original_boxes(path):
     return boxes
 
 
-def main(argv=None):
+def parse_args(argv):
+    """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("ann", type=Path, metavar="ANN", help="a COCO keypoint file")
-    add("--data-root", type=Path, metavar="DIR", help="folder its file names are relative to (default: kagglehub's cache)")
+    add("--data-root", type=Path, metavar="DIR",
+        help="folder its file names are relative to (default: kagglehub's cache)")
+    add("--category", metavar="NAME", help="which one, where the file has several with different landmarks")
     add("--out", type=Path, metavar="DIR", required=True, help="folder for the pictures")
     add("--number", type=int, default=12, metavar="N", help="faces a sheet, drawn at random (default: 12)")
     add("--seed", type=int, default=0, help="another seed shows other faces and augmentations (default: 0)")
-    add("--input-size", type=int, default=data.SIZE, metavar="S", help=f"the trainer's crop in pixels (default: {data.SIZE})")
-    add("--padding", type=float, default=data.PADDING, help=f"crop side / the box's longer side (default: {data.PADDING})")
+    add("--input-size", type=int, default=data.SIZE, metavar="S",
+        help=f"the trainer's crop in pixels (default: {data.SIZE})")
+    add("--padding", type=float, default=data.PADDING,
+        help=f"crop side / the box's longer side (default: {data.PADDING})")
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
-    if not (1 <= args.number <= 200 and args.seed >= 0 and 32 <= args.input_size <= 1024 and 0.5 <= args.padding <= 4):
-        raise UserError("--number must be from 1 to 200, --seed at least 0, --input-size from 32 to 1024, "
-                        "--padding from 0.5 to 4")
-    faces = data.load_coco(args.ann, data.data_root(args.data_root))
+    problems = [text for wrong, text in (
+        (not 1 <= args.number <= 200, "--number must be from 1 to 200"), (args.seed < 0, "--seed at least 0"),
+        (not 32 <= args.input_size <= 1024, "--input-size from 32 to 1024"),
+        (not 0.5 <= args.padding <= 4, "--padding from 0.5 to 4")) if wrong]
+    if problems:
+        raise UserError("; ".join(problems))
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    faces = data.load_coco(args.ann, data_root(args.data_root), args.category)
     originals = original_boxes(args.ann)
     repaired = faces.take(np.flatnonzero([i in originals for i in faces.ids.tolist()]))
-    sheets = ["raw.jpg", "trainer.jpg", "landmarks.png", *(["repaired.jpg"] if len(repaired) else [])]
+    some = faces.take(np.random.default_rng(args.seed).permutation(len(faces))[:args.number])
+    first = repaired.take(range(min(len(repaired), args.number)))
+    sheets = {"raw.jpg": lambda: raw_tiles(some, {}),
+              "trainer.jpg": lambda: trainer_tiles(some, args.input_size, args.padding, args.seed),
+              "landmarks.png": None, "repaired.jpg": lambda: raw_tiles(first, originals)}
+    if not len(repaired):
+        del sheets["repaired.jpg"]
     there = [args.out / name for name in sheets if (args.out / name).exists()]
     if there and not args.force:
         raise UserError(f"{there[0]}: exists; write over it with --force, or name another --out")
-    labelled = (faces.visible > 0).mean()
+    for note in dict.fromkeys(faces.notes):
+        print(note)
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
-          f"({labelled:.1%} labelled), {len(set(faces.breeds))} breeds, {len(repaired)} boxes repaired")
-
-    some = faces.take(np.random.default_rng(args.seed).permutation(len(faces))[:args.number])
-    repaired = repaired.take(range(min(len(repaired), args.number)))
-    for name in sheets:
-        if name == "landmarks.png":
-            picture = landmark_map(faces)
-        else:
-            tiles = list(raw_tiles(some, {}) if name == "raw.jpg" else raw_tiles(repaired, originals) if name == "repaired.jpg"
-                         else trainer_tiles(some, args.input_size, args.padding, args.seed))
-            picture = data.contact_sheet(tiles, min(len(tiles), 4))
-        atomic_write(args.out / name, [data.encode_picture(picture, Path(name).suffix)])
+          f"({(faces.visible > 0).mean():.1%} labelled), {len(set(faces.breeds))} breeds, "
+          f"{len(repaired)} boxes repaired")
+    for name, make in sheets.items():
+        tiles = list(make()) if make else []
+        picture = contact_sheet(tiles, min(len(tiles), 4)) if tiles else landmark_map(faces)
+        atomic_write(args.out / name, [encode_picture(picture, Path(name).suffix)])
         print(f"{args.out / name}: {picture.shape[1]} x {picture.shape[0]}")
 
 

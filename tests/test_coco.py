@@ -1,0 +1,687 @@
+"""tools/lib/coco.py: COCO files as labelling tools and data sets of the field write them, each kind read as it is meant."""
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tools.convert_dogflw_to_coco import category as dogflw_category
+from tools.lib import coco
+from tools.lib.cli import UserError
+from tools.lib.coco import checked_scheme, find_annotations, named_pairs, read_coco
+
+WIDTH, HEIGHT = 160, 120
+
+
+def plain(n=6, k=5, names=None, name="pic_{}.jpg", faces=1, first_id=1):
+    """A COCO file of n pictures with one face of k landmarks each, or several, in a box that fits."""
+    rng, images, annotations = np.random.default_rng(k), [], []
+    for i in range(n):
+        images.append({"id": first_id + i, "file_name": name.format(i), "width": WIDTH, "height": HEIGHT})
+        for j in range(faces):
+            middle, radius = rng.uniform([50, 40], [110, 80]), rng.uniform(20, 30)
+            angle = 2 * np.pi * np.arange(k) / k
+            points = middle + radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+            x, y, side = *(middle - 1.2 * radius), 2.4 * radius
+            annotations.append({"id": first_id + i * faces + j, "image_id": first_id + i, "category_id": 1, "iscrowd": 0,
+                                "bbox": [x, y, side, side], "area": side * side, "num_keypoints": k,
+                                "keypoints": [float(v) for p in points for v in (*p, 2)]})
+    names = names or [f"p{i}" for i in range(k)]
+    return {"images": images, "annotations": annotations, "categories": [
+        {"id": 1, "name": "face", "supercategory": "animal", "keypoints": list(names), "skeleton": [[1, 2], [2, 3]]}]}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write a COCO dict and read it: the faces."""
+    def read(data, path="train.json", root=tmp_path, **options):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(data))
+        return read_coco(tmp_path / path, root, **options)
+    return read
+
+
+def draw(path, size=(WIDTH, HEIGHT), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path, **options)
+
+
+def refused(read, data, *words, **options):
+    """The one line with which a file is refused."""
+    with pytest.raises(UserError) as e:
+        read(data, **options)
+    line = str(e.value)
+    assert "\n" not in line and line.isprintable() and all(w in line for w in words), line
+    return line
+
+
+def test_a_plain_file_is_read_as_it_is(read):
+    data = plain()
+    faces = read(data)
+    assert faces.notes == [] and faces.names == [f"p{i}" for i in range(5)] and faces.skeleton == [[0, 1], [1, 2]]
+    assert faces.files == [i["file_name"] for i in data["images"]] and set(faces.breeds) == {""}
+    assert faces.boxes.tolist() == [a["bbox"] for a in data["annotations"]]
+    np.testing.assert_array_equal(np.dstack([faces.points, faces.visible]).reshape(6, -1),
+                                  [a["keypoints"] for a in data["annotations"]])
+    assert faces.points.dtype == faces.boxes.dtype == np.float64 and faces.visible.dtype == np.uint8
+    assert faces.sizes.tolist() == [[WIDTH, HEIGHT]] * 6 and faces.ids.tolist() == faces.image_ids.tolist()
+
+
+# ---------------------------------------------------------------- kinds of files: change, what is said, what is read
+
+def categories(*changes):
+    return lambda d: d.update(categories=[{**d["categories"][0], **change} for change in changes])
+
+
+def annotation(**change):
+    return lambda d: d["annotations"][1].update(change)
+
+
+def each(change):
+    return lambda d: [change(a) for a in d["annotations"]]
+
+
+def images(**change):
+    return lambda d: [i.update(change) for i in d["images"]]
+
+
+def v_of(values):
+    """Replace v of the second annotation's landmarks; None leaves it."""
+    def change(d):
+        points = d["annotations"][1]["keypoints"]
+        points[2::3] = [old if new is None else new for old, new in zip(points[2::3], values, strict=True)]
+    return change
+
+
+def boxes_beside(d):
+    """Label Studio's, CVAT's: a rectangle of another category beside every skeleton."""
+    d["categories"].append({"id": 7, "name": "dog"})
+    d["annotations"] += [{**{k: v for k, v in a.items() if k != "keypoints"}, "id": 100 + a["id"], "category_id": 7}
+                         for a in d["annotations"]]
+
+
+def roboflow(d):
+    """Category 0 groups the others; ids from 0."""
+    d["categories"].insert(0, {"id": 0, "name": "dogs", "supercategory": "none"})
+    d["categories"][1]["supercategory"] = "dogs"
+
+
+def species(d):
+    """AP-10K: 54 categories with the same landmarks, most without an annotation, two used."""
+    d["categories"] = [{**d["categories"][0], "id": i, "name": f"species {i}"} for i in range(1, 55)]
+    for i, a in enumerate(d["annotations"]):
+        a["category_id"] = 3 + i % 2
+
+
+SIDES = ["left_eye", "right_eye", "nose", "left_ear", "right_ear"]
+KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
+    "names missing (300W, WFLW)": (categories({"keypoints": []}), "point_0 to point_4", 6),
+    "no key for names": (lambda d: d["categories"][0].pop("keypoints"), "point_0 to point_4", 6),
+    "no skeleton": (lambda d: d["categories"][0].pop("skeleton"), None, 6),
+    "skeleton from 0": (categories({"skeleton": [[0, 1], [3, 4], [4, 0]]}), None, 6),
+    "skeleton of another scheme": (categories({"skeleton": [[1, 2], [4, 17]]}), "skeleton does not fit", 6),
+    "skeleton of names": (categories({"skeleton": [["p0", "p1"]]}), "skeleton does not fit", 6),
+    "skeleton no list": (categories({"skeleton": "x"}), "skeleton does not fit", 6),
+    "names are numbers": (categories({"keypoints": [1, 2, 3, 4, 5]}), None, 6),
+    "a box category beside": (boxes_beside, "left out: 6 without landmarks (annotation 101)", 6),
+    "Roboflow's group": (roboflow, None, 6),
+    "AP-10K's species": (species, None, 6),
+    "an unused category with other landmarks": (categories({}, {"id": 2, "keypoints": ["a", "b"]}), None, 6),
+    "no category_id": (each(lambda a: a.pop("category_id")), None, 6),
+    "ids are floats": (each(lambda a: a.update(image_id=float(a["image_id"]), category_id=1.0)), None, 6),
+    "ids are texts": (lambda d: [x.update({k: str(x[k]) for k in ("id", "image_id") if k in x})
+                                 for x in d["images"] + d["annotations"]], None, 6),
+    "no ids": (each(lambda a: a.pop("id")), None, 6),
+    "an outside skeleton (CVAT)": (annotation(keypoints=[], bbox=[0, 0, 0, 0], num_keypoints=0),
+                                   "1 without landmarks (annotation 2)", 5),
+    "boxes of another category with zeros for landmarks": (
+        lambda d: [d["categories"].append({"id": 2, "name": "dog"}), d["annotations"][1].update(category_id=2, keypoints=[0] * 51)],
+        "1 of another category", 5),
+    "keypoints null": (annotation(keypoints=None), "1 without landmarks", 5),
+    "no landmark labelled": (annotation(keypoints=[0] * 15, bbox=[0, 0, 0, 0]), "1 with no landmark labelled", 5),
+    "a crowd": (annotation(iscrowd=1, segmentation={"counts": [], "size": [1, 1]}), "1 marked iscrowd", 5),
+    "null where v is 0": (annotation(keypoints=[None, None, 0] + [50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2],
+                                     bbox=[45, 45, 30, 30]), None, 6),
+    "NaN where v is 0": (annotation(keypoints=[float("nan")] * 2 + [0] + [50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2],
+                                    bbox=[45, 45, 30, 30]), None, 6),
+    "NaN where v is 2": (annotation(keypoints=[float("nan"), 3, 2] + [50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2],
+                                    bbox=[45, 45, 30, 30]), "1 landmarks without a place", 6),
+    "null everywhere": (annotation(keypoints=[None] * 15), "1 with no landmark labelled", 5),
+    "triples in lists": (each(lambda a: a.update(keypoints=np.reshape(a["keypoints"], (-1, 3)).tolist())), None, 6),
+    "confidences": (v_of([0.9, 0.2, 1, 0, 0.55]), "1 faces' v as confidences", 6),
+    "sizes are floats": (images(width=160.0, height=120.0), None, 6),
+    "sizes are texts": (images(width="160", height="120"), None, 6),
+    "no box": (lambda d: d["annotations"][1].pop("bbox"), "landmarks: 1 missing, flat or malformed (annotation 2)", 6),
+    "box null": (annotation(bbox=None), "1 missing, flat", 6),
+    "box empty": (annotation(bbox=[]), "1 missing, flat", 6),
+    "box flat": (annotation(bbox=[10, 10, 0, 40]), "1 missing, flat", 6),
+    "box of NaN": (annotation(bbox=[float("nan")] * 4), "1 missing, flat", 6),
+    "box of words": (annotation(bbox=["a", "b", "c", "d"]), "1 missing, flat", 6),
+    "box elsewhere": (annotation(bbox=[0, 0, 9, 9]), "1 away from them (annotation 2)", 6),
+    "all boxes as fractions": (each(lambda a: a.update(bbox=[0.3, 0.3, 0.4, 0.4])), "6 away from them", 6),
+    "landmarks as fractions": (each(lambda a: a.update(keypoints=[
+        v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)])), "6 faces' landmarks as fractions", 6),
+    "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
+    "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
+    "flip_pairs from 1, no sides": (categories({"flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
+    "flip_pairs against the names": (categories({"keypoints": SIDES, "flip_pairs": [[0, 3], [1, 4]]}),
+                                     "does not pair left_eye with right_eye", 6),
+    "flip_pairs lacks one": (categories({"keypoints": SIDES, "flip_pairs": [[0, 1]]}),
+                             "does not pair left_ear with right_ear", 6),
+    "flip_pairs as the names have them": (categories({"keypoints": SIDES, "flip_pairs": [[4, 3], [0, 1]]}), None, 6),
+    "sides in another field": (categories({"keypoints": SIDES, "interocular": [0, 1], "regions": {"eye": [0, 1]},
+                                           "flip_pairs": [[0, 1], [3, 4]]}), None, 6),
+    "the program's own fields": (lambda d: d.update(info={"year": 2025}, licenses=[{"id": 1}], tags=None), None, 6),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_file_is_read_as_it_is_meant(read, kind):
+    change, note, number = KINDS[kind]
+    data, before = plain(), read(plain())
+    change(data)
+    faces = read(data)
+    assert len(faces.files) == number and len(faces.notes) == (note is not None), faces.notes
+    assert note is None or note in faces.notes[0] and "\n" not in faces.notes[0] and faces.notes[0].isprintable(), faces.notes
+    assert (faces.visible > 0).any(1).all() and (faces.boxes[:, 2:] > 0).all() and np.isfinite(faces.points).all()
+    same = [i for i in range(6) if number == 6 or i != 1]
+    others = [i for i, j in enumerate(same) if j != 1 or kind in ("landmarks as fractions", "confidences")]
+    np.testing.assert_allclose(faces.points[others], before.points[same][others] * (faces.visible[others] > 0)[..., None])
+    assert (faces.sizes == (WIDTH, HEIGHT)).all()
+    for field in ("flip_pairs", "skeleton"):
+        assert all(0 <= i < 5 for pair in getattr(faces, field) for i in pair)
+    if "flip_pairs" in kind:
+        assert sorted(map(sorted, faces.flip_pairs)) == [[0, 1], [3, 4]]
+
+
+def test_counts_stand_in_one_line_a_group(read):
+    data = plain(12)
+    boxes_beside(data)
+    data["annotations"][2]["iscrowd"] = 1
+    data["annotations"][3]["keypoints"] = [0] * 15
+    data["annotations"][4]["bbox"] = None
+    data["annotations"][5]["bbox"] = [0, 0, 3, 3]
+    faces = read(data)
+    assert len(faces.files) == 10 and faces.notes == [
+        "left out: 12 without landmarks (annotation 101), 1 marked iscrowd (annotation 3), "
+        "1 with no landmark labelled (annotation 4)",
+        "boxes rebuilt from the landmarks: 1 missing, flat or malformed (annotation 5), 1 away from them (annotation 6)"]
+
+
+def test_landmarks_numbered_as_the_converter_does(read):
+    for k in (1, 21, 68, 98):
+        data = plain(3, k)
+        data["categories"] = [{"id": 1, "name": "face"}]
+        faces = read(data)
+        assert faces.names == dogflw_category(k)["keypoints"] and faces.points.shape == (3, k, 2)
+
+
+# ---------------------------------------------------------------- categories
+
+def two(same):
+    """Dogs and cats in one file: with the same landmarks or not. Images of names that say nothing."""
+    data, other = plain(4, name="{}.jpg"), plain(4, 5 if same else 7, name="cat{}.jpg", first_id=50)
+    other["categories"][0].update(id=2, name="cat")
+    for a in other["annotations"]:
+        a["category_id"] = 2
+    data["categories"][0]["name"] = "dog"
+    return {key: data[key] + other[key] for key in data}
+
+
+def test_categories_with_the_same_landmarks_all_train_and_are_the_strata(read):
+    faces = read(two(same=True))
+    assert faces.breeds == ["dog"] * 4 + ["cat"] * 4 and faces.notes == []
+    data = two(same=True)
+    data["categories"][1]["flip_pairs"] = [[0, 1]]  # what one says holds for all
+    data["images"][0]["breed"] = "n1"
+    assert read(data).flip_pairs == [[0, 1]] and read(data).breeds == ["n1"] + [""] * 7
+
+
+def test_a_category_can_be_chosen(read):
+    line = refused(read, two(same=False), "train.json", "dog (5)", "cat (7)", "--category")
+    named = re.search(r"--category '(.*)'", line)[1]
+    assert len(read(two(same=False), category=named).files) == 4
+    for same, name, k in ((False, "cat", 7), (False, "dog", 5), (False, 2, 7), (True, "cat", 5)):
+        faces = read(two(same), category=name)
+        assert faces.points.shape == (4, k, 2) and faces.notes[0].startswith("left out: 4 of another category")
+    refused(read, two(same=False), "--category cow", "dog (5), cat (7)", category="cow")
+
+
+# ---------------------------------------------------------------- boxes
+
+def test_a_rebuilt_box_is_the_converters(read):
+    data = plain()
+    for a in data["annotations"]:
+        a["bbox"] = [0, 0, 0, 0]
+    faces = read(data)
+    low, high = faces.points.min(1), faces.points.max(1)
+    grown = np.clip(np.stack([low - 0.1 * (high - low), high + 0.1 * (high - low)], 1), 0, (WIDTH, HEIGHT))
+    np.testing.assert_allclose(np.stack([faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]], 1), grown)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 2, 3])
+def test_a_box_of_another_scale_is_rebuilt(read, scale):
+    data = plain()
+    data["annotations"][1]["bbox"] = [v * scale for v in data["annotations"][1]["bbox"]]
+    faces, before = read(data), read(plain())
+    assert "1 away from them (annotation 2)" in faces.notes[0]
+    np.testing.assert_array_equal(np.delete(faces.boxes, 1, 0), np.delete(before.boxes, 1, 0))
+    assert coco.overlaps(faces.boxes[[1]], before.boxes[[1]]) > 0.6
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 60))
+def test_a_right_box_is_never_touched(draw, k):
+    """Tight, wide, of a whole body or picture, out of it, a little inside its landmarks; with any part labelled."""
+    rng = np.random.default_rng(draw.draw(st.integers(0, 10**6)))
+    points = rng.uniform([40, 30], [100, 90], (draw.draw(st.integers(1, k)), 2))
+    hull, wide = coco.hull_of(points), draw.draw(st.tuples(*[st.floats(-0.05, 3)] * 4))
+    low, high = hull[:2] - np.multiply(wide[:2], hull[2:]), hull[:2] + hull[2:] * (1 + np.array(wide[2:]))
+    assert coco.box_problem([*low, *(high - low)], hull) is None
+
+
+def corner_boxes(data):
+    for a in data["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["bbox"] = [x, y, x + w, y + h]
+    return data
+
+
+def test_boxes_as_corners_are_read_as_such(read):
+    faces, before = read(corner_boxes(plain(20))), read(plain(20))
+    np.testing.assert_allclose(faces.boxes, before.boxes)
+    assert faces.notes == ["read otherwise: 20 boxes as x1 y1 x2 y2 (annotation 1)"]
+    data = corner_boxes(plain(20))
+    data["annotations"][3]["bbox"] = None
+    assert "19 boxes as x1" in read(data).notes[1] and "1 missing" in read(data).notes[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1), st.booleans())
+def test_right_boxes_are_never_taken_for_corners(seed, n, wide, cut):
+    """Faces of any size anywhere in the picture, boxes up to twice as wide, cut to the picture or not."""
+    rng, size = np.random.default_rng(seed), np.array([WIDTH, HEIGHT])
+    low = rng.uniform(0, 0.8 * size, (n, 2))
+    hulls = np.concatenate([low, rng.uniform(0.15, 1, (n, 2)) * (size - low)], 1)
+    a, b = low - wide / 2 * hulls[:, 2:], low + (1 + wide / 2) * hulls[:, 2:]
+    a, b = (np.clip(a, 0, size), np.clip(b, 0, size)) if cut else (a, b)
+    assert not coco.are_corners(np.concatenate([a, b - a], 1), hulls, np.tile(size, (n, 1)))
+
+
+# ---------------------------------------------------------------- pictures: where they are, their sizes, EXIF
+
+def test_sizes_that_the_file_lacks_come_from_the_pictures(read, tmp_path):
+    data = plain()
+    for image, change in zip(data["images"], ({"width": None}, {"width": 0, "height": 0}, {"height": ""}, {}, {}, {})):
+        image.update(change)
+        draw(tmp_path / image["file_name"])
+    del data["images"][3]["width"]
+    faces = read(data)
+    assert (faces.sizes == (WIDTH, HEIGHT)).all()
+    assert faces.notes == ["read otherwise: 4 sizes from the pictures themselves (pic_0.jpg)"]
+    (tmp_path / "pic_1.jpg").write_bytes(b"no picture")
+    refused(read, data, "pic_1.jpg", "cannot be read as a picture")
+    (tmp_path / "pic_1.jpg").unlink()
+    refused(read, data, "pic_1.jpg", "no such picture")
+
+
+LAYOUTS = {  # (the file's place, the pictures' names in it, where the pictures are, what is read)
+    "below the data root": ("ann/train.json", "pic_{}.jpg", "root/pic_{}.jpg", "pic_{}.jpg"),
+    "names with a folder": ("ann/train.json", "a/b/pic_{}.jpg", "root/a/b/pic_{}.jpg", "a/b/pic_{}.jpg"),
+    "Roboflow": ("root/train/_annotations.coco.json", "pic_{}.jpg", "root/train/pic_{}.jpg", "train/pic_{}.jpg"),
+    "COCO": ("root/annotations/person_keypoints_train2017.json", "0{}.jpg", "root/train2017/0{}.jpg", "train2017/0{}.jpg"),
+    "CVAT": ("root/annotations/person_keypoints_default.json", "pic_{}.jpg", "root/images/default/pic_{}.jpg",
+             "images/default/pic_{}.jpg"),
+    "COCO Annotator": ("ann/dogs.json", "pic_{}.jpg", "root/dogs/pic_{}.jpg", "dogs/pic_{}.jpg"),
+    "Windows": ("root/result.json", "images\\pic_{}.jpg", "root/images/pic_{}.jpg", "images/pic_{}.jpg"),
+    "nowhere": ("root/train.json", "pic_{}.jpg", "elsewhere/pic_{}.jpg", "pic_{}.jpg"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pictures_are_found(read, tmp_path, layout):
+    place, name, pictures, expected = LAYOUTS[layout]
+    (tmp_path / "root/other").mkdir(parents=True)
+    for i in range(6):
+        draw(tmp_path / pictures.format(i))
+    draw(tmp_path / "root/other" / "pic_0.jpg" if layout not in ("COCO", "nowhere") else tmp_path / "root/other/0.jpg")
+    faces = read(plain(name=name), place, tmp_path / "root")
+    assert faces.files == [expected.format(i) for i in range(6)] and faces.notes == []
+
+
+def test_a_linked_annotation_file_counts_where_it_lies(tmp_path):
+    """Roboflow's zip, used by links named train.json and val.json."""
+    for split in ("train", "valid"):
+        (tmp_path / "zip" / split).mkdir(parents=True)
+        (tmp_path / "zip" / split / "_annotations.coco.json").write_text(json.dumps(plain()))
+        for i in range(6):
+            draw(tmp_path / "zip" / split / f"pic_{i}.jpg")
+    (tmp_path / "val.json").symlink_to("zip/valid/_annotations.coco.json")
+    assert read_coco(tmp_path / "val.json", tmp_path / "zip").files == [f"valid/pic_{i}.jpg" for i in range(6)]
+
+
+def test_names_that_lead_out_count_by_their_last_part(read, tmp_path):
+    """Label Studio's "COCO with images": the names are the server's, the pictures are in images/."""
+    data = plain()
+    for i, image in enumerate(data["images"]):
+        draw(tmp_path / "root/images" / image["file_name"])
+        image["file_name"] = ["/data/upload/4/", "..\\..\\media\\upload\\4\\", "../media/upload/4/"][i % 3] + image["file_name"]
+    faces = read(data, "root/result.json", tmp_path / "root")
+    assert faces.files == [f"images/pic_{i}.jpg" for i in range(6)]
+    assert faces.notes == ["read otherwise: 6 names that lead out of the data root by their last part "
+                           "(/data/upload/4/pic_0.jpg)"]
+    (tmp_path / "root/images/pic_3.jpg").unlink()
+    refused(read, data, "leaves the data root", path="root/result.json", root=tmp_path / "root")
+
+
+def test_pictures_in_two_folders_are_not_guessed(read, tmp_path):
+    for folder in ("a", "b"):
+        for i in range(6):
+            draw(tmp_path / "root" / folder / f"pic_{i}.jpg")
+    refused(read, plain(), "pic_0.jpg", "--data-root", "in a ", "in b ", root=tmp_path / "root")
+    (tmp_path / "root/a/pic_5.jpg").unlink()
+    assert read(plain(), root=tmp_path / "root").files[0] == "b/pic_0.jpg"  # the one that has them all
+
+
+@pytest.mark.parametrize("name", ["../pic.jpg", "/etc/passwd", "C:\\x.jpg", "a\\..\\..\\x.jpg", "\\\\host\\x.jpg", "a\0.jpg",
+                                  "sub/out.jpg", "out.jpg"])
+def test_no_name_leaves_the_data_root(read, tmp_path, name):
+    (tmp_path / "root/sub/sub").mkdir(parents=True)
+    draw(tmp_path / "secret.jpg")
+    for link in ("root/sub/out.jpg", "root/sub/sub/out.jpg"):
+        (tmp_path / link).symlink_to(tmp_path / "secret.jpg")
+    data = plain(1, name="x.jpg")
+    data["images"][0]["file_name"] = name
+    with pytest.raises(UserError, match="leaves the data root|no text|are in sub"):
+        read(data, root=tmp_path / "root")
+
+
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn):
+    """A dot painted at every landmark of the stored picture is there in the picture as it is seen."""
+    from tools.lib.pictures import read_image
+    data, exif = plain(3, 5), Image.Exif()
+    exif[0x112] = turn
+    for image, a in zip(data["images"], data["annotations"]):
+        pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        points = np.round(np.reshape(a["keypoints"], (5, 3))).astype(int)
+        points[2] = 0
+        a["keypoints"] = points.ravel().tolist()
+        pixels[points[:, 1], points[:, 0]] = 255 * (points[:, 2:] > 0)
+        Image.fromarray(pixels).save(tmp_path / image["file_name"], quality=100, subsampling=0, exif=exif)
+    faces = read(data)
+    assert (faces.sizes == (HEIGHT, WIDTH)).all() and faces.notes == [
+        "read otherwise: 3 faces of pictures that EXIF turns, turned with them (pic_0.jpg)"]
+    for i, name in enumerate(faces.files):
+        seen, points = read_image(tmp_path / name), faces.points[i].astype(int)
+        assert seen.shape[:2] == (WIDTH, HEIGHT)
+        assert [tuple(p) for p in points] == [(0, 0) if j == 2 else tuple(p) for j, p in enumerate(points)]
+        bright = seen[points[:, 1], points[:, 0]].mean(1)
+        assert (np.delete(bright, 2) > 150).all() and coco.box_problem(faces.boxes[i], coco.hull_of(points[[0, 1, 3, 4]])) is None
+        assert not np.delete(points, 2, 0).min() < faces.boxes[i][:2].min() - 1
+
+
+def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
+    data, exif = plain(3), Image.Exif()
+    exif[0x112] = 6
+    for image in data["images"]:
+        draw(tmp_path / image["file_name"], (HEIGHT, WIDTH), exif=exif)  # seen as WIDTH x HEIGHT
+        image.update(width=HEIGHT, height=WIDTH)
+    for a in data["annotations"]:
+        a["keypoints"][0] = HEIGHT + 15.0
+        a["bbox"] = None
+    faces = read(data)
+    assert (faces.sizes == (WIDTH, HEIGHT)).all() and "upright already" in faces.notes[-1]
+    assert (faces.boxes[:, 0] + faces.boxes[:, 2] > HEIGHT + 15).all()
+    assert (faces.points[:, 0, 0] == HEIGHT + 15).all()
+    for image in data["images"]:  # a file that knows how pictures are seen needs nothing
+        image.update(width=WIDTH, height=HEIGHT)
+    assert read(data).notes == faces.notes[:-1]
+
+
+# ---------------------------------------------------------------- strata
+
+@pytest.mark.parametrize("names,breeds", [
+    (["n02085620_1.jpg", "n02085620_2.jpg", "n02099712_1.jpg", "n02099712_4.jpg"], ["n02085620"] * 2 + ["n02099712"] * 2),
+    (["a/pug_1.jpg", "b/pug_2.jpg", "b/chow_1.jpg", "b/chow_2.jpg"], ["pug", "pug", "chow", "chow"]),
+    (["1.jpg", "2.jpg", "3.jpg", "4.jpg"], [""] * 4),
+    (["IMG_1.jpg", "IMG_2.jpg", "IMG_3.jpg", "IMG_4.jpg"], [""] * 4),
+    (["ab_1.jpg", "cd_2.jpg", "ef_3.jpg", "ef_4.jpg"], [""] * 4),
+    (["ab_1.jpg", "ab_2.jpg", "cd_1.jpg", "cd.jpg"], [""] * 4),
+])
+def test_names_give_strata_only_where_they_group_pictures(read, names, breeds):
+    data = plain(4, faces=2)
+    for image, name in zip(data["images"], names):
+        image["file_name"] = name
+    assert read(data).breeds == [b for b in breeds for _ in range(2)]
+
+
+# ---------------------------------------------------------------- the scheme
+
+@pytest.mark.parametrize("names,pairs", [
+    (["left_eye", "right_eye", "nose"], [[0, 1]]), (["Right Eye", "Left Eye"], [[1, 0]]), (["R_Eye", "L_Eye"], [[1, 0]]),
+    (["L_F_Paw", "R_F_Paw", "L_B_Paw", "R_B_Paw"], [[0, 1], [2, 3]]), (["eye.l", "eye.r"], [[0, 1]]),
+    (["LeftEyeLeftCorner", "RightEyeRightCorner"], [[0, 1]]), (["LEye", "REye", "LIP"], [[0, 1]]), (["earL", "earR"], [[0, 1]]),
+    (["left collar", "right collar"], [[0, 1]]), (["lower", "rower", "bright", "bleft_"], []), (["left_eye", "nose"], []),
+    (["lefteye", "righteye"], [[0, 1]]), (["left", "left", "right"], []), (["p0", "p1"], []), (["", "l", "r"], [[1, 2]]),
+    (dogflw_category(46)["keypoints"], dogflw_category(46)["flip_pairs"]),
+])
+def test_pairs_that_names_tell(names, pairs):
+    assert named_pairs(names) == pairs
+
+
+def test_a_scheme_of_our_own_comes_back_as_it_is():
+    category = dogflw_category(46)
+    scheme = checked_scheme(category, "x")
+    assert scheme == {"names": category["keypoints"], "flip_pairs": category["flip_pairs"], "regions": category["regions"],
+                      "interocular": [18, 19], "skeleton": [[i - 1, j - 1] for i, j in category["skeleton"]]}
+    assert checked_scheme({"keypoints": SIDES}, "x")["flip_pairs"] == []  # a stored scheme is never completed
+
+
+@pytest.mark.parametrize("field,value", [
+    ("keypoints", []), ("keypoints", "abc"), ("keypoints", [1]), ("keypoints", ["\x1b[2J"]), ("keypoints", ["a"] * 1001),
+    ("flip_pairs", [[0, 1], [1, 2]]), ("flip_pairs", [[0, 99]]), ("flip_pairs", [[0]]), ("flip_pairs", [[0, 0]]),
+    ("flip_pairs", [0, 1]), ("flip_pairs", {"a": 1}), ("flip_pairs", [[-1, 0]]), ("flip_pairs", [[True, 0]]), ("flip_pairs", [[0, 5]]),
+    ("regions", {"ear": ["x"]}), ("regions", [1]), ("regions", {"ear": [7]}), ("interocular", [1]), ("interocular", [1, 1]),
+    ("interocular", "ab"),
+])
+def test_a_scheme_that_cannot_be_is_refused(read, field, value):
+    with pytest.raises(UserError, match=f"^here: .*{'printable' if field == 'keypoints' else field}"):
+        checked_scheme({"keypoints": SIDES, field: value}, "here")
+    if field != "keypoints":
+        for names in (None, SIDES):
+            data = plain(names=names)
+            data["categories"][0][field] = value
+            refused(read, data, "train.json", field)
+
+
+# ---------------------------------------------------------------- what is refused, in one line
+
+def first(**change):
+    return lambda d: d["annotations"][0].update(change)
+
+
+REFUSED = {
+    "a list": (lambda d: [], "not a COCO file"),
+    "labelme": (lambda d: {"version": "5", "shapes": [], "imagePath": "a.jpg"}, "labelme", "data/README.md"),
+    "Label Studio": (lambda d: [{"id": 1, "data": {"image": "a"}, "annotations": []}], "Label Studio", "data/README.md"),
+    "results": (lambda d: d["annotations"], "predictions"),
+    "VIA": (lambda d: {"_via_img_metadata": {}}, "VIA"),
+    "no images": (lambda d: d.pop("images"), "images must be a list"),
+    "no annotations": (lambda d: d.update(annotations=[]), "no annotations"),
+    "no categories": (lambda d: d.update(categories=[]), "no categories"),
+    "boxes alone": (each(lambda a: a.pop("keypoints")), "no annotation has keypoints with a labelled"),
+    "nothing labelled": (each(lambda a: a.update(keypoints=[0] * 15)), "no annotation has keypoints with a labelled"),
+    "nothing labelled but in a crowd": (lambda d: [a.update(keypoints=[0] * 15) if i else a.update(iscrowd=1) for i, a in
+                                                   enumerate(d["annotations"])], "no annotation has a labelled landmark"),
+    "names no list": (categories({"keypoints": {"nose": 0}}), "category 1", "no list of names"),
+    "unknown category": (lambda d: d["annotations"][0].update(category_id=9), "category 9", "not in the file"),
+    "too few numbers": (first(keypoints=[1, 2, 2]), "annotation 1", "15 numbers, not 3"),
+    "words": (first(keypoints=["a"] * 15), "annotation 1", "keypoints"),
+    "an object": (first(keypoints={"a": 1}), "annotation 1", "keypoints"),
+    "other names than numbers": (categories({"keypoints": ["a", "b"]}), "6 numbers, not 15"),
+    "v of 3": (first(keypoints=[1, 2, 3] * 5), "annotation 1", "v cannot be 3"),
+    "v below 0": (first(keypoints=[1, 2, -1] * 5), "annotation 1", "v cannot be -1"),
+    "v between": (first(keypoints=[1, 2, 1.5] * 5), "annotation 1", "v cannot be 1.5"),
+    "v NaN": (first(keypoints=[1, 2, float("nan")] * 5), "annotation 1", "v cannot be nan"),
+    "far away": (first(keypoints=[1e9, 2, 2] * 5), "annotation 1", "a landmark cannot be at 1e+09"),
+    "endless": (first(keypoints=[float("inf"), 2, 2] * 5), "annotation 1", "a landmark cannot be at inf"),
+    "no image": (first(image_id=99), "annotation 1", "image that is not in the file"),
+    "image a list": (first(image_id=[1]), "annotation 1", "image that is not in the file"),
+    "an id twice": (first(id=2), "annotation 2", "the id of another"),
+    "an id a list": (first(id=[1]), "annotation None", "neither number nor text"),
+    "an image's id twice": (lambda d: d["images"][1].update(id=1), "image 1 (pic_1.jpg)", "id"),
+    "an image without name": (lambda d: d["images"][1].pop("file_name"), "image 1", "file_name"),
+    "a width below 0": (lambda d: d["images"][1].update(width=-1), "image 1 (pic_1.jpg)", "width and height cannot be (-1, 120)"),
+    "a width of words": (lambda d: d["images"][1].update(width="wide"), "width and height cannot be"),
+    "a broken width": (lambda d: d["images"][1].update(width=160.5), "width and height cannot be"),
+    "an image no object": (lambda d: d["images"].__setitem__(1, 7), "image 1", "file_name"),
+    "an annotation no object": (lambda d: d["annotations"].__setitem__(1, None), "annotation 1"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_clear_is_refused_in_one_line(read, kind):
+    change, *words = REFUSED[kind]
+    data = plain()
+    changed = change(data)
+    refused(read, changed if isinstance(changed, (list, dict)) and kind in (
+        "a list", "labelme", "Label Studio", "results", "VIA") else data, "train.json", *words)
+
+
+def junk(rng, depth=0):
+    """Any JSON value."""
+    if depth < 3 and rng.random() < 0.3:
+        values = [junk(rng, depth + 1) for _ in range(rng.randrange(5))]
+        return values if rng.random() < 0.7 else {rng.choice(["id", "name", "", "x"]): v for v in values}
+    return rng.choice([None, True, False, 0, 1, 2, -1, 5, 0.5, 1.0, 1e-9, 1e9, -1e300, 10**400, 10**18, float("nan"), float("inf"),
+                       "", "1", "left", "a b", "\x1b[2J", "\ud800", "../x", "/etc", "\n", "0" * 5000])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed):
+    rng, accepted = random.Random(seed), 0
+    for _ in range(150):
+        data = plain(3, names=rng.choice([None, SIDES]))
+        data["categories"][0] |= {"flip_pairs": [[0, 1]], "regions": {"eye": [0, 1]}, "interocular": [0, 1]}
+        for _ in range(rng.randint(1, 2)):
+            section = rng.choice(["images", "annotations", "categories"])
+            entries = data[section] if isinstance(data[section], list) else []
+            entry = rng.choice([e for e in entries if isinstance(e, dict)] or [{}])
+            key = rng.choice([None, *entry])
+            if key is None and rng.random() < 0.3:
+                data[section] = junk(rng)
+            elif isinstance(entry.get(key), list) and entry[key] and rng.random() < 0.6:
+                entry[key] = [*entry[key]]
+                entry[key][rng.randrange(len(entry[key]))] = junk(rng)
+            elif key:
+                entry[key] = junk(rng)
+        try:
+            faces = read(data)
+        except UserError as e:
+            assert str(e).isprintable(), str(e)
+            continue
+        accepted += 1
+        assert (faces.boxes[:, 2:] > 0).all() and np.isfinite(faces.boxes).all() and np.isfinite(faces.points).all()
+        assert (faces.visible > 0).any(1).all() and set(np.unique(faces.visible)) <= {0, 1, 2}
+        assert all(note.isprintable() for note in faces.notes)
+        assert all(0 <= i < len(faces.names) for pair in faces.flip_pairs + faces.skeleton for i in pair)
+    assert 15 < accepted < 135  # both ways were taken often
+
+
+# ---------------------------------------------------------------- the files of an export
+
+@pytest.mark.parametrize("files,train,val", [
+    (["train.json", "val.json"], "train.json", "val.json"),
+    (["train.json", "val.json", "test.json", "other.json"], "train.json", "val.json"),
+    (["train.json"], "train.json", None), (["train.json", "test.json"], "train.json", "test.json"),
+    (["train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"],
+     "train/_annotations.coco.json", "valid/_annotations.coco.json"),
+    (["train/_annotations.coco.json", "test/_annotations.coco.json"], "train/_annotations.coco.json", "test/_annotations.coco.json"),
+    (["train/_annotations.coco.json"], "train/_annotations.coco.json", None),
+    (["annotations/person_keypoints_train2017.json", "annotations/person_keypoints_val2017.json",
+      "annotations/instances_train2017.json", "annotations/captions_val2017.json"],
+     "annotations/person_keypoints_train2017.json", "annotations/person_keypoints_val2017.json"),
+    (["annotations/person_keypoints_default.json"], "annotations/person_keypoints_default.json", None),
+    (["annotations/train.json", "annotations/val.json"], "annotations/train.json", "annotations/val.json"),
+    (["face_landmarks_wflw_train.json", "face_landmarks_wflw_test.json"], "face_landmarks_wflw_train.json",
+     "face_landmarks_wflw_test.json"),
+    (["result.json", ".hidden.json", "images/x.json"], "result.json", None),
+])
+def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    found = find_annotations(tmp_path)
+    assert found == (tmp_path / train, val and tmp_path / val)
+    assert find_annotations(tmp_path / train) == (tmp_path / train, None)
+
+
+def test_an_export_that_is_not_clear_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--ann-root .*train.json.*there are none.*data/README.md"):
+        find_annotations(tmp_path)
+    with pytest.raises(UserError, match="there are none"):
+        find_annotations(tmp_path / "nowhere")
+    for name in ("ap10k-train-split1.json", "ap10k-train-split2.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="there are 2 .ap10k-train-split1.json.*name one file"):
+        find_annotations(tmp_path)
+
+
+# ---------------------------------------------------------------- data/README.md
+
+def snippet(heading, arguments, monkeypatch, capsys):
+    """Run the Python of a section of data/README.md, and return the COCO file that it prints."""
+    text = (Path(__file__).parent.parent / "data/README.md").read_text()
+    code = re.search(rf"### {heading}\n.*?```python\n(.*?)```", text, re.S)[1]
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    capsys.readouterr()
+    exec(compile(code, heading, "exec"), {})
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_way_from_labelme(read, tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        draw(tmp_path / f"a/pic_{i}.jpg")
+        shapes = [{"label": name, "points": [[40 + 9 * j + 50 * g, 50 + 7 * j]], "shape_type": "point", "group_id": g}
+                  for g in range(2) for j, name in enumerate(("left_eye", "nose", "right_eye")) if (i, j) != (2, 1)]
+        shapes.append({"label": "dog", "points": [[1, 1], [90, 90]], "shape_type": "rectangle", "group_id": None})
+        (tmp_path / f"a/pic_{i}.json").write_text(json.dumps({"shapes": shapes, "imagePath": f"pic_{i}.jpg"}))
+    faces = read(snippet("labelme", [tmp_path], monkeypatch, capsys), "mine.json")
+    assert faces.names == ["left_eye", "nose", "right_eye"] and faces.flip_pairs == [[0, 2]]
+    assert faces.files == [f"a/pic_{i}.jpg" for i in range(4) for _ in range(2)] and len(faces.notes) == 3
+    assert faces.points[3].tolist() == [[90, 50], [99, 57], [108, 64]] and faces.visible[4].tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize("animals", [0, 2])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, columns):
+    parts, lead = ["nose", "left_ear", "right_ear"], [""] * (columns - 1)
+    folder, who = tmp_path / "labeled-data/clip", [f"dog{i}" for i in range(animals)] or [""]
+    rows = [["scorer", *lead, *["me"] * 6 * len(who)], ["individuals", *lead, *[w for w in who for _ in range(6)]],
+            ["bodyparts", *lead, *[p for p in parts for _ in "xy"] * len(who)], ["coords", *lead, *"xy" * 3 * len(who)]]
+    for i in range(3):
+        draw(folder / f"img{i}.png")
+        place = ["labeled-data", "clip", f"img{i}.png"]
+        values = [str(v) for g in range(len(who)) for j in range(3) for v in (40 + 9 * j + 50 * g, 50 + 20 * j % 30)]
+        values[2:4] = ["", ""] if i == 1 else values[2:4]
+        rows.append([*(place if columns == 3 else ["\\".join(place)]), *values])
+    (folder / "CollectedData_me.csv").write_text("\n".join(",".join(row) for row in rows if animals or row[0] != "individuals"))
+    faces = read(snippet("DeepLabCut", [tmp_path], monkeypatch, capsys), "mine.json")
+    assert faces.names == parts and faces.flip_pairs == [[1, 2]] and len(faces.files) == 3 * len(who)
+    assert faces.files[0] == "labeled-data/clip/img0.png" and faces.points[-1, :, 0].tolist() == [
+        v + 50 * (len(who) - 1) for v in (40, 49, 58)]
+    assert faces.visible[len(who)].tolist() == [2, 0, 2] and (faces.sizes == (WIDTH, HEIGHT)).all()
+
+
+def test_the_smallest_file_of_the_readme(read, tmp_path):
+    text = (Path(__file__).parent.parent / "data/README.md").read_text()
+    draw(tmp_path / "dogs/rex.jpg", (300, 200))
+    faces = read(json.loads(re.search(r"```json\n(.*?)```", text, re.S)[1]))
+    assert faces.flip_pairs == [[0, 1]] and faces.sizes.tolist() == [[300, 200]] and faces.visible.tolist() == [[2, 2, 0]]

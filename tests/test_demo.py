@@ -1,0 +1,196 @@
+"""tools/demo.py: its server in a process of its own, asked over HTTP as the page in the browser asks it."""
+import json
+import re
+import sys
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import FORKS
+from PIL import Image
+
+from tools import demo as tool
+from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
+
+
+class Dogs:
+    """A predictor that finds a dog for each of these scores, and writes a line to a file at each turn."""
+
+    def __init__(self, scheme, turns, scores):
+        self.scheme, self.turns, self.scores = scheme, turns, scores
+
+    def __call__(self, image, boxes=None, min_score=0.5):
+        with open(self.turns, "a") as file:
+            print("turn", file=file)
+        count = len(self.scheme.names)
+        points = 20 + 15 * np.column_stack([np.cos(np.arange(count)), np.sin(np.arange(count))])
+        return [{"box": np.array([30.0 * n, 0, 40, 40]), "points": points + [30 * n, 0], "score": score,
+                 "scores": np.full(count, score)}
+                for n, score in enumerate(self.scores) if score >= min_score]
+
+
+def serve(folder, trained, pipe):
+    """In a process: the page with three models and a broken one; its address and more go into the pipe."""
+    load = tool.load_predictor
+    scheme = load(trained, device="cpu").scheme
+    two, none = Dogs(scheme, folder / "turns", [0.9, 0.6, 0.05]), Dogs(scheme, folder / "turns", [])
+    tool.load_predictor = lambda model, device: model if type(model) is Dogs else load(model, device=device)
+    page = tool.build({"two": two, "none": none, "trained": trained, "broken": folder / "broken.pth"}, "cpu")
+    url = tool.serve(page)
+    try:
+        busy = tool.serve(tool.build({"none": none}), port=int(url.split(":")[-1].strip("/")))
+    except UserError as e:
+        busy = str(e)
+    pipe.send({"url": url, "names": scheme.names, "busy": busy})
+    pipe.recv()
+
+
+def answer_of(url, photo, model, threshold):
+    """Upload a photo and ask for its landmarks, in gradio's HTTP interface."""
+    def post(path, body, kind):
+        request = urllib.request.Request(f"{url}gradio_api/{path}", body, {"Content-Type": kind})
+        with urllib.request.urlopen(request) as answer:
+            return json.loads(answer.read())
+    file = None
+    if photo:
+        head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{photo.name}"\r\n\r\n'
+        body = head.encode() + photo.read_bytes() + b"\r\n--x--\r\n"
+        path, = post("upload", body, "multipart/form-data; boundary=x")
+        file = {"path": path, "orig_name": photo.name, "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [file, model, threshold]}
+    event = post("call/find", json.dumps(asked).encode(), "application/json")["event_id"]
+    with urllib.request.urlopen(f"{url}gradio_api/call/find/{event}") as stream:
+        kind, data = re.findall(r"event: (complete|error)\ndata: (.*)", stream.read().decode())[-1]
+    if kind == "error":
+        return SimpleNamespace(error=data)
+    message, shown, png, predictions, table = json.loads(data)
+    buttons = [button["value"] and fetch(button["value"]["url"]) for button in (png, predictions)]
+    return SimpleNamespace(
+        text=re.sub(r"<div class=legend.*|<[^>]*>", "", message), shown=shown and fetch(shown["url"]),
+        png=buttons[0], json=buttons[1], on=png["interactive"], rows=table["data"])
+
+
+def fetch(url):
+    with urllib.request.urlopen(url) as answer:
+        return answer.read()
+
+
+def pixels(folder, content):
+    (folder / "fetched").write_bytes(content)
+    return read_image(folder / "fetched")
+
+
+@pytest.fixture(scope="module")
+def demo(run, tmp_path_factory):
+    """The page: .url, .find(photo, model, threshold), .names of landmarks, .photo, .turns, an error .busy."""
+    folder, (ours, theirs) = tmp_path_factory.mktemp("demo"), FORKS.Pipe()
+    (folder / "broken.pth").write_bytes(b"no checkpoint")
+    photo = next((run.data_root / "test" / "images").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "cache"))
+        args = folder, run.work_dir / "best_model.pth", theirs
+        process = FORKS.Process(target=serve, args=args, daemon=True)
+        process.start()
+        theirs.close()
+    assert ours.poll(150)
+    told = ours.recv()
+    yield SimpleNamespace(**told, photo=photo, turns=folder / "turns",
+                          find=lambda *asked: answer_of(told["url"], *asked))
+    ours.send("enough")
+    process.join(10)
+    process.kill()
+
+
+def test_photo_gives_landmarks_scores_table_and_downloads(demo, tmp_path):
+    answer = demo.find(demo.photo, "two", 0.5)
+    assert answer.text == "2 dogs found, scores 0.90, 0.60."
+    photo, overlay = read_image(demo.photo), pixels(tmp_path, answer.png)
+    assert overlay.shape == photo.shape and (overlay != photo).any()
+    assert max(pixels(tmp_path, answer.shown).shape) == tool.SHOWN
+    results = json.loads(answer.json)
+    assert [r["score"] for r in results] == [0.9, 0.6] and results[0]["file_name"] == demo.photo.name
+    keypoints, count = np.reshape(results[1]["keypoints"], (-1, 3)), len(demo.names)
+    assert answer.rows[0][:2] == [1, demo.names[0]] and len(answer.rows) == 2 * count
+    assert np.allclose([row[2:] for row in answer.rows[count:]], keypoints, atol=0.051)
+
+
+def test_threshold_filters_without_another_look(demo):
+    demo.find(demo.photo, "two", 0.5)
+    turns = demo.turns.read_text()
+    assert demo.find(demo.photo, "two", 0.7).text == "1 dog found, score 0.90."
+    hidden = demo.find(demo.photo, "two", 0.95)
+    assert hidden.text == "No dog found. The best guess scores 0.90: move the threshold down to see it."
+    assert hidden.shown is None and hidden.rows == [] and not hidden.on
+    assert demo.turns.read_text() == turns
+
+
+def test_photo_without_a_dog_says_so(demo):
+    answer = demo.find(demo.photo, "none", 0.5)
+    assert answer.text.startswith("No dog found. A face should") and answer.png is None and answer.rows == []
+    assert demo.find(None, "none", 0.5).text == tool.WELCOME
+
+
+def test_trained_checkpoint_looks_at_the_photo(demo):
+    assert re.match(r"(No|\d+) dogs? found", demo.find(demo.photo, "trained", 0.1).text)
+
+
+def test_what_is_no_picture_is_refused_in_one_sentence(demo, tmp_path):
+    cut = demo.photo.read_bytes()[:300]
+    for name, content in (("notes.png", b"hello"), ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0"), ("cut.png", cut),
+                          ("icon.svg", b"<svg/>"), ("empty.jpg", b""), ("<b>.png", b"")):
+        (tmp_path / name).write_bytes(content)
+        answer = demo.find(tmp_path / name, "two", 0.5)
+        assert "\n" not in answer.text and "/" not in answer.text and answer.rows == [], answer.text
+        assert re.match(r"\S+: (cannot be read|SVG is not a format read here)", answer.text), answer.text
+    Image.new("1", (8000, 7000)).save(tmp_path / "large.png")
+    answer = demo.find(tmp_path / "large.png", "two", 0.5)
+    assert answer.text == "large.png: has 8000 x 7000 pixels; the most is 50,000,000"
+
+
+def test_upload_is_bounded(demo, tmp_path):
+    (tmp_path / "large.png").write_bytes(bytes(tool.MAX_BYTES + 1))
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        demo.find(tmp_path / "large.png", "two", 0.5)
+
+
+def test_a_visitor_chooses_among_the_models_only(demo, run):
+    for model in ("/etc/passwd", "../broken.pth", str(run.work_dir / "best_model.pth")):
+        turns = demo.turns.read_text()
+        assert demo.find(demo.photo, model, 0.5).error and demo.turns.read_text() == turns
+    answer = demo.find(demo.photo, "broken", 0.5)
+    assert "broken.pth: not loaded" in answer.text and answer.png is None
+
+
+def test_page_is_local(demo):
+    page, style, config = (fetch(demo.url + name).decode() for name in ("", "theme.css", "config"))
+    fetched = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']([^\"']*)", page)
+    fetched += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]*)", style)
+    assert [a for a in fetched if re.match("(https?:)?//", a) and not a.startswith(demo.url)] == []
+    assert json.loads(config)["analytics_enabled"] is False and demo.url.startswith("http://127.0.0.1:")
+
+
+def test_models_are_the_one_in_the_box_and_those_of_work_dirs(tmp_path, monkeypatch):
+    for name in ("b", "a", "pretrained"):
+        (tmp_path / "work_dirs" / name).mkdir(parents=True)
+        (tmp_path / "work_dirs" / name / "best_model.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    seen, page = [], SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(tool, "build", lambda models, *_: seen.append(list(models)) or page)
+    monkeypatch.setattr(tool, "serve", lambda *_: "http://127.0.0.1")
+    tool.main([])
+    tool.main(["--checkpoint", "work_dirs/b/best_model.pth"])
+    tool.main(["--checkpoint", "work_dirs/b/epoch_10.pth"])
+    box = ["pretrained", "a", "b"]
+    assert seen == [box, ["b", "pretrained", "a"], ["b/epoch_10", *box]]
+
+
+def test_what_a_user_can_mend_is_one_line(demo, script, monkeypatch):
+    result = script("tools/demo.py", "--checkpoint", "none.pth", "--device", "cpu")
+    assert result.returncode == 2 and result.stderr == "error: none.pth: no such file\n"
+    assert "cannot listen" in demo.busy and "\n" not in demo.busy
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r'gradio.*: pip install "dogflw-landmarks\[demo\]"'):
+        tool.import_gradio()

@@ -1,0 +1,197 @@
+"""The contracts of the design: which file imports which, what a setting is, the edge of every script."""
+import ast
+import json
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import train_simple as trainer
+from tools.lib.checkpoints import load_checkpoint
+from tools.lib.cli import Progress, UserError, as_plain, changed_settings, from_stored, is_within, kind_of, run_script
+from train_simple import Config
+
+FILES = sorted(p.relative_to(ROOT).as_posix() for p in
+               (ROOT / "dataset.py", ROOT / "train_simple.py", *ROOT.glob("tools/**/*.py")))
+# What pip installs with us: pyproject.toml's dependencies, and what timm and scikit-image bring.
+CORE = {"torch", "torchvision", "timm", "numpy", "cv2", "PIL", "tqdm", "kagglehub", "skimage", "safetensors", "scipy"}
+
+
+# ---------------------------------------------------------------- imports
+
+def imports(source, at_start=False):
+    """The modules that a file imports, anywhere or while it is itself imported; `from a import b` is a.b."""
+    tree = ast.parse(source)
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if at_start and id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{name.name}" for name in node.names)
+
+
+def layer(module):
+    """0 for tools.lib, 1 for dataset, 2 for train_simple, 3 for a tool; None for what is not ours."""
+    for number, pattern in enumerate((r"tools\.lib\b", r"dataset\b", r"train_simple\b", r"tools\b|\.")):
+        if re.match(pattern, module):
+            return number
+    return None
+
+
+def wrong_imports(file, source):
+    """The imports of a file that go against the rule: tools/lib <- dataset <- train_simple <- a tool."""
+    own = layer(file.removesuffix(".py").replace("/", "."))
+    layers = {module: layer(module) for module in imports(source)}
+    return [m for m, number in layers.items() if number is not None and number >= own and not number == own == 0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_one_way(file):
+    assert not wrong_imports(file, (ROOT / file).read_text())
+
+
+@pytest.mark.parametrize("file,source", [
+    ("tools/lib/files.py", "import dataset"), ("tools/lib/files.py", "def f():\n    from train_simple import main"),
+    ("tools/lib/files.py", "from tools import predict"), ("dataset.py", "import train_simple as t"),
+    ("train_simple.py", "import tools.evaluate"), ("tools/predict.py", "from tools.evaluate import main"),
+    ("tools/predict.py", "from tools import evaluate"), ("tools/predict.py", "from . import evaluate")])
+def test_an_import_the_other_way_would_be_seen(file, source):
+    assert wrong_imports(file, source)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_is_optional_is_imported_where_it_is_used(file):
+    ours = {"dataset", "train_simple", "tools"}
+    names = {module.split(".")[0] for module in imports((ROOT / file).read_text(), at_start=True)}
+    assert names <= CORE | ours | set(sys.stdlib_module_names)
+
+
+# ---------------------------------------------------------------- settings
+
+def flag(field):
+    return f"--{field.name.replace('_', '-')}"
+
+
+def another(field, value):
+    """A valid value for a setting that is not `value`."""
+    about, kind = field.metadata, kind_of(field)
+    if kind is bool:
+        return not value
+    if kind in (int, float):
+        step = about["multiple"] or 1
+        tries = [kind(v) for v in ((value or 0) + step, (value or 0) - step, 0.25, 0.75)]
+        return next(v for v in tries if v != value and is_within(v, about["within"]))
+    return next(c for c in about["choices"] or ("some/where", "else") if str(c) != str(value))
+
+
+def given(field, value):
+    """A setting as the command line has it."""
+    if kind_of(field) is bool:
+        return [flag(field) if value else f"--no-{flag(field)[2:]}"]
+    return [flag(field), str(value)]
+
+
+BASE = ["--lr", "1e-3", "--sigma", "1.5", "--val-every", "2", "--work-dir", "w"]  # what others would decide
+
+
+@pytest.mark.parametrize("field", [f for f in fields(Config) if f.name != "sample"], ids=lambda f: f.name)
+def test_a_setting_is_a_flag_recorded_and_guarded(field):
+    base = trainer.parse_args(BASE)
+    wanted = another(field, getattr(base, field.name))
+    config = trainer.parse_args([*BASE, *given(field, wanted)])
+    got = getattr(config, field.name)
+    assert (str(got).endswith(wanted) if isinstance(wanted, str) else got == wanted) and got != getattr(base, field.name)
+    stored = json.loads(json.dumps(as_plain(config)))
+    assert stored.keys() == {f.name for f in fields(Config)}
+    assert as_plain(from_stored(Config, stored)) == stored
+    changed = changed_settings(config, as_plain(base))
+    assert [text.split()[0] for text in changed] == ([] if field.metadata["free"] else [flag(field)])
+
+
+def test_what_decides_the_numbers_is_guarded_at_resume():
+    guarded = {f.name for f in fields(Config) if not f.metadata["free"]}
+    assert {"backbone", "input_size", "padding", "sigma", "holdout", "epochs", "batch_size", "lr", "seed", "crps_weight",
+            "flip", "colour", "beta2", "ema", "progressive", "amp"} <= guarded
+    assert not {"data_root", "cache", "work_dir", "num_workers", "device", "resume"} & guarded
+
+
+def test_every_value_out_of_range_is_reported_at_once():
+    ranged = [f for f in fields(Config) if f.metadata["within"]]
+    assert {f.name for f in fields(Config) if kind_of(f) in (int, float)} == {f.name for f in ranged}
+    wrong = {f: next(kind_of(f)(v) for v in (-1, 0, 10**9) if not is_within(v, f.metadata["within"])) for f in ranged}
+    with pytest.raises(UserError) as e:
+        trainer.parse_args([text for f, value in wrong.items() for text in (flag(f), str(value))])
+    assert {p.split()[0] for p in str(e.value).split("; ")} == {flag(f) for f in ranged}
+    for flags, rule in ((["--input-size", "100"], "a multiple of 32"), (["--ema", "1"], "from 0 to below 1"), (["--lr", "nan"], "above 0"),
+                        (["--lr", "inf"], "above 0"), (["--epochs", "x"], "--help"), (["--bogus"], "--help")):
+        with pytest.raises(UserError, match=f"{flags[0]}.*{rule}"):
+            trainer.parse_args(flags)
+    with pytest.raises(ValueError, match="--ema"):  # a checkpoint's settings are checked as well
+        from_stored(Config, {"ema": 2.0})
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        trainer.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all(re.search(rf"^  {flag(f)}\b", shown, re.M) for f in fields(Config))
+
+
+def test_defaults_that_depend_on_others():
+    parse = trainer.parse_args
+    assert [parse(["--input-size", size]).sigma for size in ("128", "256", "512")] == [0.75, 1.5, 3]
+    assert [parse(flags).lr for flags in ([], ["--no-pretrained"], ["--no-pretrained", "--weights", "x"])] == [1e-3, 4e-3, 1e-3]
+    assert [parse(["--epochs", n]).val_every for n in ("2", "200", "201")] == [2, 2, 3]
+    assert parse(["--cache", "none"]).cache is None and parse(["--backbone", "resnet18"]).work_dir.name == "resnet18"
+    sample = parse(["--sample", "--epochs", "3"])
+    assert sample.epochs == 3 and not sample.pretrained and sample.work_dir.name == "sample"
+    assert "sample" in sample.data_root.parts and sample.lr == 4e-3
+
+
+def test_a_checkpoint_knows_its_data_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = trainer.parse_args(["--data-root", "faces", "--ann-root", "ann"])
+    assert (config.data_root, config.ann_root) == (tmp_path / "faces", tmp_path / "ann")
+    assert trainer.parse_args([]).data_root is None
+
+
+def test_every_setting_is_in_what_a_run_leaves(run, flags):
+    names = {f.name for f in fields(Config)}
+    config = as_plain(trainer.parse_args([*map(str, flags), "--work-dir", str(run.work_dir)]))
+    about = json.loads((run.work_dir / "args.json").read_text())
+    assert about.keys() == names | {"versions"} and {"python", "torch", "timm", "git"} <= about["versions"].keys()
+    for args in (about, *(load_checkpoint(run.work_dir / name)["args"] for name in ("best_model.pth", "last.pth"))):
+        assert {name: args[name] for name in names} == config
+
+
+# ---------------------------------------------------------------- the edge of every script
+
+def test_errors_show_no_control_codes(capsys):
+    def main():
+        raise UserError("name\x1b[2J.png\r\n  second line")
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: name?[2J.png?\n  second line\n"
+
+
+def test_an_error_of_a_worker_is_its_own_line(capsys):
+    """PyTorch raises it again with the worker's traceback as its text."""
+    def main():
+        raise UserError("Caught UserError in DataLoader worker process 0.\nTraceback ...\ndataset.UserError: a.png: damaged")
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err == "error: a.png: damaged\n"
+
+
+def test_a_long_epoch_shows_life_without_a_terminal(capsys):
+    def lines(**options):
+        with Progress(50, "epoch 1/2", **options) as progress:
+            for step in range(50):
+                progress.update(step + 1)
+        return capsys.readouterr().out.splitlines()
+    assert lines(interval=0) == [f"epoch 1/2: {step} of 50" for step in range(1, 51)]
+    assert lines() == [] == lines(interval=0, quiet=True)

@@ -1,0 +1,169 @@
+"""tools/lib/pictures.py: pictures of every kind come as one sees them, and what cannot be read is called by its name."""
+import sys
+import types
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.lib import pictures
+from tools.lib.cli import UserError
+from tools.lib.pictures import AVIF, GREY, format_of, read_image, read_picture, to_8_bits
+
+ISO = bytes.fromhex("00000018667479706865696300000000") + b"mif1heic" + bytes(2000)  # as every iPhone photo begins
+
+
+@pytest.fixture(scope="module")
+def image():
+    """A light disc on a colour gradient, RGB (48, 64, 3)."""
+    y, x = np.mgrid[:48, :64]
+    disc = ((x - 40) ** 2 + (y - 20) ** 2 < 150) * 60
+    return np.dstack([100 + x + disc, 120 + y + disc, 90 + x // 2 + disc]).astype(np.uint8)
+
+
+def near(read, image, tolerance=0):
+    return read.shape == image.shape and np.abs(read.astype(int) - image).max() <= tolerance
+
+
+def test_every_mode_and_depth(image, tmp_path):
+    grey, deep, upright = image[..., 0], image.astype(np.uint16) * 257, Image.fromarray(image)
+    as_grey = np.dstack([grey] * 3)
+    for name, values in {"rgb16.png": deep, "rgb16.tif": deep, "rgb12.png": deep // 16, "rgb12.tif": deep // 16,
+                         "rgb32.tif": image.astype(np.float32) / 255, "half.tif": image.astype(np.float32)}.items():
+        cv2.imwrite(str(tmp_path / name), values[..., ::-1])
+        assert near(read_image(tmp_path / name), image, 1), name
+    opaque = np.full_like(deep[..., :1], 65535)
+    cv2.imwrite(str(tmp_path / "rgba16.png"), np.concatenate([deep[..., ::-1], opaque], 2))
+    assert near(read_image(tmp_path / "rgba16.png"), image)
+    for name, values in {"grey16.png": grey * np.uint16(257), "grey12.png": grey * np.uint16(16), "grey16.tif": grey * np.uint16(257),
+                         "float.tif": grey.astype(np.float32), "fractions.tif": grey / np.float32(255)}.items():
+        cv2.imwrite(str(tmp_path / name), values)
+        assert near(read_image(tmp_path / name), as_grey, 1), name
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "int32.tif")
+    Image.fromarray(grey.astype(np.int32) * 2**20).save(tmp_path / "full32.tif")
+    for name in ("int32.tif", "full32.tif"):
+        assert near(read_image(tmp_path / name), as_grey), name
+    upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    upright.save(tmp_path / "plain.ppm")
+    upright.save(tmp_path / "plain.bmp")
+    upright.save(tmp_path / "moving.webp", save_all=True, append_images=[upright.rotate(90)], lossless=True)
+    upright.quantize(128).save(tmp_path / "moving.gif", save_all=True, append_images=[upright.rotate(90).quantize(128)])
+    upright.save(tmp_path / "portrait_mode.jpg", format="MPO", save_all=True, append_images=[upright], quality=95)
+    for name in ("cmyk.jpg", "plain.ppm", "plain.bmp", "moving.webp", "moving.gif", "portrait_mode.jpg"):
+        assert np.abs(read_image(tmp_path / name).astype(int) - image).mean() < 4, name
+
+
+def test_the_largest_value_says_how_many_bits_there_are():
+    for top, bits in ((1, 8), (255, 8), (256, 10), (1023, 10), (4095, 12), (16383, 14), (65535, 16)):
+        assert to_8_bits(np.array([0, top], np.uint16)).tolist() == [0, top >> (bits - 8)]
+    assert to_8_bits(np.array([-5, 1 << 30], np.int32)).tolist() == [0, 64]
+    assert to_8_bits(np.array([np.nan, -1, 0.5, 1])).tolist() == [0, 0, 128, 255]
+    assert to_8_bits(np.array([-np.inf, np.inf, 4095.0])).tolist() == [0, 0, 255]
+    assert to_8_bits(np.zeros((0, 3))).shape == (0, 3)
+
+
+def test_what_is_transparent_is_grey(image, tmp_path):
+    alpha = np.zeros(image.shape[:2], np.uint8)
+    alpha[:, 32:] = 255
+    cut_out = Image.fromarray(np.dstack([image, alpha]))
+    cut_out.save(tmp_path / "rgba.png")
+    cut_out.save(tmp_path / "rgba.webp", lossless=True)
+    for name in ("rgba.png", "rgba.webp"):
+        read = read_image(tmp_path / name)
+        assert near(read[:, 32:], image[:, 32:]) and (read[:, :32] == GREY).all(), name
+    palette = Image.fromarray(np.repeat([[0, 1]], 8, 0).astype(np.uint8)).convert("P")
+    palette.putpalette([9, 9, 9, 200, 100, 50])
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    assert (read_image(tmp_path / "palette.gif") == [GREY, (200, 100, 50)]).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_upright_by_exif_in_every_format(image, turn, tmp_path):
+    def tagged():
+        exif = Image.Exif()
+        exif[0x112] = turn
+        return exif  # a new one a file: saving AVIF takes the tag out of it
+    expected = pictures.TURNS[turn](image)
+    for name, options in (("a.png", {}), ("a.tif", {}), ("a.webp", {"lossless": True}), ("a.jpg", {"quality": 95}),
+                          *((("a.avif", {"quality": 95}),) if AVIF else ())):
+        Image.fromarray(image).save(tmp_path / name, exif=tagged(), **options)
+        read, size = read_picture(tmp_path / name)
+        assert size == expected.shape[1::-1] and near(read, expected, 0 if name in ("a.png", "a.tif", "a.webp") else 40), name
+    for mode, values in (("L", image[..., 0]), ("I;16", image[..., 0] * np.uint16(257))):  # Pillow maps these into memory
+        Image.fromarray(values).save(tmp_path / "grey.tif", exif=tagged())
+        assert near(read_image(tmp_path / "grey.tif")[..., 0], pictures.TURNS[turn](image[..., 0])), mode
+
+
+def test_a_large_picture_is_read_smaller(image, tmp_path, monkeypatch):
+    large = cv2.resize(image, (640, 480))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(large).save(tmp_path / "large.jpg", quality=95, exif=exif)
+    Image.fromarray(large).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.jpg").shape == (640, 480, 3)
+    for most, side in ((640 * 480, 640), (640 * 480 - 1, 320), (160 * 120, 160), (160 * 120 - 1, 80), (999, 27)):
+        pixels, size = read_picture(tmp_path / "large.jpg", most)
+        assert size == (480, 640) and pixels.shape[0] == side, most
+    pixels, size = read_picture(tmp_path / "large.png", 100_000)
+    assert size == (640, 480) and pixels.shape == (240, 320, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 // 3)  # twice as many are refused
+    assert read_picture(tmp_path / "large.jpg", 100_000)[0].shape == (320, 240, 3)
+    for name, most in (("large.jpg", np.inf), ("large.png", 100_000)):
+        with pytest.raises(UserError, match=f"{name}: has too many pixels.*make it smaller"):
+            read_picture(tmp_path / name, most)
+    monkeypatch.setattr(pictures, "LARGEST_JPEG", 1000)
+    with pytest.raises(UserError, match="too many pixels"):
+        read_picture(tmp_path / "large.jpg", 100_000)
+
+
+def test_a_file_is_what_its_content_says(image, tmp_path):
+    upright = Image.fromarray(image)
+    for kind, suffix in (("JPEG", "jfif"), ("JPEG", "HEIC"), ("PNG", "jpg"), ("WebP", "jpg"), ("GIF", "mp4"), ("BMP", ""),
+                         ("TIFF", "dat"), ("PPM", "ppm")):
+        path = tmp_path / f"{kind}.{suffix}"
+        upright.save(path, format=kind)
+        assert format_of(path) == kind and np.abs(read_image(path).astype(int) - image).mean() < 3
+    for content, name, kind in (
+            (ISO, "IMG_0001.HEIC", "HEIC"), (ISO, "renamed.jpg", "HEIC"), (ISO.replace(b"heic", b"avif"), "a.avif", "AVIF"),
+            (ISO.replace(b"heic", b"isom").replace(b"mif1", b"mp42"), "clip.jpg", "video"), (b"8BPS\0\1", "a.psd", "Photoshop"),
+            (b"%PDF-1.7", "a.pdf", "PDF"), (b"\x1aE\xdf\xa3" + bytes(40), "a.webm", "video"), (b"<svg", "a.svg", "SVG"),
+            (b"II*\0" + bytes(20), "a.dng", "raw camera"), (b"RIFF\0\0\0\0AVI LIST", "clip", "video"),
+            (b"0&\xb2u\x8ef\xcf\x11" + bytes(9), "clip.dat", "video"), (b"G" + bytes(187) + b"G", "a.ts", "video"),
+            (b"", "empty.mp4", "video"), (b"", "empty.jpg", "JPEG"), (b"hello", "notes.txt", ""), (b"P1 is", "P1", ""),
+            (b"BMW", "car.txt", ""), (b"GREAT", "note", ""), (ISO.replace(b"heic", b"M4A ").replace(b"mif1", b"isom"), "song.m4a", "")):
+        (tmp_path / name).write_bytes(content)
+        assert format_of(tmp_path / name) == kind, name
+    assert format_of(tmp_path / "missing.png") == "PNG" and format_of(tmp_path) == ""
+
+
+def test_what_cannot_be_read_is_named_with_the_way_on(image, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.fromarray(image).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    for name, content, wanted in (
+            ("IMG_0001.HEIC", ISO, "HEIC.*pip install pillow-heif, or convert it to JPEG"), ("a.psd", b"8BPS", "Photoshop.*export"),
+            ("a.dng", b"II*\0", "raw camera.*develop"), ("clip.jpg", b"\x1aE\xdf\xa3", "is a video"), ("empty.png", b"", "no picture"),
+            ("cut.jpg", whole[:len(whole) // 2], "(?i:truncated)"), ("a.tif", b"II*\0\xff\xff\xff\x7f", "cannot be read as a picture"),
+            ("broken.avif", ISO.replace(b"heic", b"avif"), "cannot be read as a picture|AVIF is not")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: .*({wanted})") as error:
+            read_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for path, wanted in ((tmp_path / "no.jpg", "no such picture"), (tmp_path / "no.heic", "no such picture"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=wanted):
+            read_image(path)
+    monkeypatch.setattr(pictures, "FORMATS", tuple(f for f in pictures.FORMATS if f != "AVIF"))
+    with pytest.raises(UserError, match="AVIF is not a format read here; pip install --upgrade"):
+        read_image(tmp_path / "broken.avif")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(image, tmp_path, monkeypatch):
+    """By a stand-in for the package, which is no dependency."""
+    def register():
+        Image.register_open("HEIF", lambda file, name: Image.fromarray(image), lambda head: head[4:12] == b"ftypheic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    (tmp_path / "IMG_0001.HEIC").write_bytes(ISO)
+    assert near(read_image(tmp_path / "IMG_0001.HEIC"), image)
+    del Image.OPEN["HEIF"]
+    Image.ID.remove("HEIF")

@@ -1,0 +1,204 @@
+"""A page in the browser: drop a photo or use the camera, and see the dogs' landmarks.
+
+    uv run python tools/demo.py                                   # http://127.0.0.1:7860
+    uv run python tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
+
+Needs gradio (pip install "dogflw-landmarks[demo]"). The page works offline, and answers this machine alone
+unless --host says otherwise. Its models are the one in the box and work_dirs/*/best_model.pth; a visitor can
+name no other file. Moving the threshold does not run the network again. A photo and what was made of it are
+deleted after an hour. As a Hugging Face Space, app.py is
+
+    from tools.demo import main; main()
+"""
+import functools
+import html
+import json
+import os
+import socket
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.draw import draw_landmarks, encode_picture, region_colours
+from tools.lib.find import FAINT, MIN_SCORE
+from tools.lib.pictures import read_picture
+from train_simple import load_predictor
+
+MAX_BYTES, MAX_PIXELS = 20 * 2 ** 20, 50_000_000  # of a photo
+SHOWN = 1280  # longer side of the picture on the page; the download is as large as the photo
+TITLE, WELCOME = "Dog face landmarks", "Drop a photo, paste one, or use the camera."
+CSS = """
+.gradio-container {max-width: 1440px !important; margin: auto; width: 100%}
+#message .html-container {padding: 0}
+.message {padding: 10px 14px; min-height: 66px; border: 1px solid #9996; border-radius: 8px}
+.message.error {border-color: #e02424}
+.legend {margin-top: 4px; font-size: 90%} .legend span {margin-right: 12px; white-space: nowrap}
+#table span {font: 12.5px system-ui, sans-serif} #table .cell-wrap {padding: 6px 5px}
+"""
+
+
+def import_gradio():
+    """gradio, told to send nothing anywhere and to keep no history. Raises UserError where it is missing."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")  # read at its import
+    try:
+        import gradio
+    except ImportError as e:
+        raise UserError(f'{e}: pip install "dogflw-landmarks[demo]" or pip install gradio') from None
+    return gradio
+
+
+def read_photo(path):
+    """An upload as (H, W, 3) uint8 RGB. Raises UserError that names no folder of this machine."""
+    try:
+        image, size = read_picture(path, MAX_PIXELS)
+    except UserError as e:
+        raise UserError(str(e).replace(str(path), Path(path).name)) from None
+    if image.shape[1::-1] != size:
+        raise UserError(f"{Path(path).name}: has {size[0]} x {size[1]} pixels; the most is {MAX_PIXELS:,}")
+    return image
+
+
+def draw_faces(image, faces, scheme, scale=1.0):
+    """The picture, resized, with the landmarks of every face; several faces get their numbers."""
+    if scale != 1:
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
+    points = [(face["points"] + 0.5) * scale - 0.5 for face in faces]
+    for face in points:
+        image = draw_landmarks(image, face, scheme)
+    picture = Image.fromarray(image)
+    size = max(12, max(picture.size) / 32)
+    for number, face in enumerate(points if len(points) > 1 else [], 1):
+        ImageDraw.Draw(picture).text(np.maximum(face.min(0) - size, size / 4), str(number), "white",
+                                     ImageFont.load_default(size), stroke_width=size / 8, stroke_fill="black")
+    return np.asarray(picture)
+
+
+def in_words(faces, found, scheme):
+    """What was found, as HTML: the scores and whose colour is whose, or why there are none."""
+    if not found:
+        return "<b>No dog found.</b> A face should look at the camera and fill a tenth of the photo."
+    if not faces:
+        best = found[0]["score"]
+        return f"<b>No dog found.</b> The best guess scores {best:.2f}: move the threshold down to see it."
+    colours, scores = region_colours(scheme), ", ".join(f"{face['score']:.2f}" for face in faces)
+    dot = '<span><b style="color: rgb{}">&#9679;</b> {}</span>'
+    legend = " ".join(dot.format(colours[indices[0]], html.escape(region))
+                      for region, indices in scheme.regions.items() if indices)
+    count = f"{len(faces)} dogs found</b>, scores" if len(faces) > 1 else "1 dog found</b>, score"
+    return f"<b>{count} {scores}.<div class=legend>{legend}</div>"
+
+
+def build(models, device="auto"):
+    """The page, gradio's Blocks. models: {name: checkpoint, None for the one in the box}, default first."""
+    load = functools.lru_cache(4)(lambda model: load_predictor(models[model], device=device))
+    load(next(iter(models)))  # what is wrong with it is said at the start
+    gr = import_gradio()
+    from gradio.processing_utils import save_bytes_to_cache
+
+    @functools.lru_cache(64)  # by path alone: gradio names a photo's folder by the photo's content
+    def look(photo, model):
+        return load(model)(read_photo(photo), min_score=FAINT)
+
+    def answer(text, kind="", shown=None, files=(None, None), rows=()):
+        buttons = [gr.update(value=file, interactive=bool(file)) for file in files]
+        return f'<div class="message {kind}">{text}</div>', shown, *buttons, list(rows)
+
+    def find(photo, model, threshold):
+        """A photo's path, a model's name, the lowest score -> message, picture, files and table."""
+        if not photo:
+            return answer(WELCOME)
+        try:
+            found, scheme, image = look(photo, model), load(model).scheme, read_photo(photo)
+        except UserError as e:
+            return answer(html.escape(str(e)), "error")
+        faces = [face for face in found if face["score"] >= threshold]
+        words = in_words(faces, found, scheme)
+        if not faces:
+            return answer(words)
+        results, rows, name = [], [], Path(photo)
+        for number, face in enumerate(faces, 1):
+            keypoints = np.column_stack([face["points"], face["scores"]]).round(3)
+            results.append({"image_id": 1, "file_name": name.name, "category_id": 1,
+                            "bbox": face["box"].round(2).tolist(), "keypoints": keypoints.ravel().tolist(),
+                            "score": round(face["score"], 4)})
+            rows += [[number, landmark, round(x, 1), round(y, 1), round(score, 2)]
+                     for landmark, (x, y, score) in zip(scheme.names, keypoints.tolist())]
+        on_page = encode_picture(draw_faces(image, faces, scheme, SHOWN / max(image.shape)), ".jpg")
+        contents = {"shown.jpg": on_page, "landmarks.png": encode_picture(draw_faces(image, faces, scheme)),
+                    "landmarks.json": json.dumps(results).encode()}
+        shown, *files = (save_bytes_to_cache(content, f"{name.stem}_{kind}", page.GRADIO_CACHE)
+                         for kind, content in contents.items())
+        return answer(words, "", shown, files, rows)
+
+    with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        lay_out(gr, list(models), find, answer(WELCOME)[0])
+    return page
+
+
+def lay_out(gr, models, find, welcome):
+    """Fill the page: photo and settings, landmarks, table."""
+    gr.Markdown(f"# {TITLE}")
+    with gr.Row():
+        with gr.Column(scale=5, min_width=240):
+            photo = gr.Image(label="Photo", type="filepath", height=320, buttons=[],
+                             sources=["upload", "webcam", "clipboard"],
+                             webcam_options=gr.WebcamOptions(mirror=False))
+            photo.preprocess = lambda upload: upload and upload.path  # opened by read_photo alone
+            threshold = gr.Slider(FAINT, 1, MIN_SCORE, step=0.01, label="Threshold")
+            model = gr.Dropdown(models, value=models[0], label="Model")
+        with gr.Column(scale=11, min_width=400):
+            message = gr.HTML(welcome, elem_id="message")
+            shown = gr.Image(label="Landmarks", interactive=False, height=560, buttons=["fullscreen"])
+            with gr.Row():
+                files = [gr.DownloadButton(f"Download {kind}", interactive=False, size="md")
+                         for kind in ("PNG", "JSON")]
+        with gr.Column(scale=8, min_width=360):
+            table = gr.Dataframe(
+                headers=["dog", "landmark", "x", "y", "score"], label="In the photo's pixels",
+                datatype=["number", "str", "number", "number", "number"], interactive=False,
+                column_widths=["10%", "48%", "15%", "15%", "12%"], max_height=660, elem_id="table")
+    asked, told = [photo, model, threshold], [message, shown, *files, table]
+    gr.on([photo.change, model.change], find, asked, told, api_name="find")
+    threshold.change(find, asked, told, api_name="threshold", trigger_mode="always_last",
+                     show_progress="hidden")
+
+
+def serve(page, host=None, port=None):
+    """Start the page's server, in threads of its own: its address. Raises UserError if it cannot."""
+    gr = import_gradio()
+    try:  # here, because gradio tries a hundred ports whatever is wrong
+        socket.create_server((host or "127.0.0.1", port or 0)).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(f"--host {host or '127.0.0.1'} --port {port or 'any'}: cannot listen ({e})") from None
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
+    return page.queue(max_size=32).launch(
+        server_name=host, server_port=port, max_file_size=MAX_BYTES, share=False, ssr_mode=False, css=CSS,
+        theme=gr.themes.Default(primary_hue="blue", **fonts), footer_links=[], quiet=True,
+        prevent_thread_lock=True)[1]
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the one in the box)")
+    add("--host", metavar="NAME", help="address to answer at, 0.0.0.0 for all of them (default: 127.0.0.1)")
+    add("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    models = {"pretrained": None}
+    if args.checkpoint:
+        run, name = args.checkpoint.resolve().parent.name, args.checkpoint.stem
+        models = {run if name == "best_model" else f"{run}/{name}": args.checkpoint} | models
+    for path in sorted(Path("work_dirs").glob("*/best_model.pth")):
+        models.setdefault(path.parent.name, path)
+    page = build(models, args.device)
+    print(f"{serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,120 @@
+"""Backbones of timm as levels of feature maps, and weights for them from wherever they come."""
+
+import timm
+import torch
+
+from tools.lib.checkpoints import load_file_safely, upgraded
+from tools.lib.cli import UserError, single_line
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
+
+
+def feature_maps(backbone):
+    """timm's network without its classifier, as levels of feature maps of stride 2 and more, with random
+    weights.
+
+    Raises UserError where timm has none of that name, or it cannot serve: a fixed input size, or one level
+    alone.
+    """
+    hrnet = (
+        {"feature_location": ""} if backbone.startswith("hrnet") else {}
+    )  # its branches, before the classifier's part
+    try:
+        about = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+        if about and about.fixed_input_size:
+            raise ValueError(f"its input is fixed to {about.input_size[-1]} pixels")
+        model = timm.create_model(backbone, features_only=True, **hrnet).eval()
+        info = model.feature_info
+        with torch.no_grad():
+            shapes = [x.shape[1:] for x in model(torch.zeros(1, 3, 128, 128))]
+        if shapes != [
+            (c, 128 // stride, 128 // stride) for c, stride in zip(info.channels(), info.reduction())
+        ]:
+            raise ValueError("its levels are no maps of channels, height and width")
+        if len(set(info.reduction())) < len(shapes) or len(shapes) < 2 or not {2, 4} & set(info.reduction()):
+            raise ValueError(f"its levels have strides {info.reduction()}")
+    except Exception as e:  # timm's models refuse in many ways
+        raise UserError(
+            f"--backbone {backbone}: timm has no feature maps of several sizes ({single_line(e)}); try "
+            "hrnet_w32, resnet50, convnext_tiny or tf_efficientnet_lite2"
+        ) from None
+    return model.train()
+
+
+def normalization(backbone):
+    """The mean and deviation (RGB, of values from 0 to 1) that a backbone's weights expect; ImageNet's where
+    timm knows none.
+    """
+    about = timm.get_pretrained_cfg(backbone)
+    return (about.mean, about.std) if about else (MEAN, STD)
+
+
+def without_counters(state):
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def matched(own, source, what, say):
+    """Tensors of `source` under the names of `own`: by name, else by order, as the same network of another
+    library has them.
+
+    What is left over in `source` (a classifier) does not count; what `own` lacks then is a UserError.
+    """
+    own, source = without_counters(own), without_counters(source)
+    by_name = {k: source[k] for k in own if k in source and source[k].shape == own[k].shape}
+    by_order = dict(zip(own, source.values()))
+    if len(by_name) < len(own) == len(by_order) and all(own[k].shape == v.shape for k, v in by_order.items()):
+        say(f"{what}: names of another library; its {len(own)} tensors fit in their order")
+        return by_order
+    lacks = [k for k in own if k not in by_name]
+    if lacks:
+        raise UserError(f"{what}: lacks {len(lacks)} tensors ({lacks[0]}, ...); is it of another backbone?")
+    return by_name
+
+
+def take_imagenet(model, backbone, say):
+    """Load timm's ImageNet weights into the feature maps `model` of a backbone. Raises UserError where they
+    cannot be had.
+    """
+    say(
+        f"ImageNet weights of {backbone}: from the hub, or its cache (--no-pretrained does without)"
+    )
+    try:
+        source = timm.create_model(backbone, pretrained=True).state_dict()
+    except Exception as e:  # whatever the hub's client raises: its own types change from version to version
+        raise UserError(
+            f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train from scratch "
+            "--no-pretrained, or give a file with --weights FILE"
+        ) from None
+    model.load_state_dict(
+        matched(model.state_dict(), source, f"--backbone {backbone}", lambda *_: None), strict=False
+    )
+
+
+def take_weights(model, path, names, say):
+    """Load a file into a LandmarkNet: a checkpoint of ours, or the bare backbone of any library.
+
+    names: the landmarks'; a checkpoint of others gives all but the last layer, which starts fresh. Raises
+    UserError.
+    """
+    stored = load_file_safely(path)
+    state = stored.get("model", stored.get("state_dict", stored)) if isinstance(stored, dict) else None
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, torch.Tensor) for v in state.values())
+    ):
+        raise UserError(f"--weights {path}: holds no weights")
+    if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
+        inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        fits = matched(model.backbone.state_dict(), inner or state, f"--weights {path}", say)
+        model.backbone.load_state_dict(fits, strict=False)
+        return
+    state = upgraded(state)
+    own = model.state_dict()
+    matched({k: v for k, v in own.items() if k.startswith("backbone.")}, state, f"--weights {path}", say)
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if HEAD not in fits or (stored.get("scheme") or {}).get("names", names) != names:
+        fits.pop(HEAD, None)
+        say(f"--weights {path}: made for other landmarks; the last layer starts fresh, all else is taken")
+    model.load_state_dict(fits, strict=False)

@@ -1,0 +1,49 @@
+"""Which faces make which batch, and the processes that cut their crops."""
+
+import os
+
+import numpy as np
+import torch
+
+from tools.lib.runtime import quiet_worker
+
+
+class EpochBatches:
+    """Micro-batches of (epoch, index, crop size) from epoch `first` on: the whole run is one pass through one
+    DataLoader.
+
+    So workers start once and fetch ahead across the end of an epoch and during validation. The order is a
+    pure function of (seed, epoch); a last, smaller batch is dropped. plan: batch_size, steps, size(epoch) and
+    config.
+    """
+
+    def __init__(self, faces, plan, first=0, rank=0, world=1):
+        self.faces, self.plan, self.first, self.rank, self.world = faces, plan, first, rank, world
+
+    def __iter__(self):
+        config, n = self.plan.config, self.plan.batch_size
+        for epoch in range(self.first, config.epochs):
+            order = np.random.default_rng((config.seed, epoch)).permutation(self.faces)
+            for step in range(self.plan.steps):
+                mine = order[step * n : (step + 1) * n][self.rank :: self.world]
+                for micro in np.array_split(mine, config.accumulate):
+                    yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
+
+
+def keep(batch):
+    return batch  # `__getitems__` has collated already
+
+
+def batches_of(dataset, sampler, workers, pin_memory=False):
+    """One pass over a sampler's batches; no more workers than there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=min(workers, cores),
+            collate_fn=keep,
+            worker_init_fn=quiet_worker,
+            pin_memory=pin_memory,
+        )
+    )

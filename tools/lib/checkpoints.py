@@ -1,0 +1,181 @@
+"""Checkpoints: written whole, read without running anything, old ones as new ones."""
+
+import io
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tools.lib.cli import UserError, as_plain, changed_settings
+from tools.lib.coco import checked_scheme
+from tools.lib.files import atomic_write
+
+FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
+
+
+def save_checkpoint(path, checkpoint):
+    """Write plain types and tensors, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    atomic_write(path, [buffer.getbuffer()])
+
+
+def lightened(checkpoint):
+    """A checkpoint to hand on: 16-bit weights, no folders of the machine that made it. Loads like any other.
+
+    Vectors (biases, batch norm) stay in 32 bits: they are few, and the statistics need the range.
+    """
+    light, args = dict(checkpoint["model"]), dict(checkpoint["args"])
+    light |= {k: v.half() for k, v in light.items() if v.ndim > 1 and v.is_floating_point()}
+    args |= {k: Path(v).name for k, v in args.items() if isinstance(v, str) and Path(v).is_absolute()}
+    kept = {k: checkpoint[k] for k in ("format", "epoch", "scheme", "size", "metrics", "versions")}
+    return kept | {"model": light, "args": args}
+
+
+class Saver:
+    """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
+
+    def __init__(self, config, metrics, versions):
+        self.config, self.metrics, self.versions, self.next = config, metrics, versions, 0.0
+
+    def contents(self, run, metrics, whole=False):
+        """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
+        epoch = run.progress["epoch"]
+        needed = {
+            "format": FORMAT,
+            "epoch": epoch,
+            "model": run.judged.state_dict(),
+            "scheme": asdict(run.scheme),
+            "size": run.plan.size(epoch - 1),
+            "args": as_plain(self.config),
+            "metrics": metrics,
+            "versions": self.versions,
+        }
+        return (
+            needed | {name: part.state_dict() for name, part in run.parts.items()} | run.progress
+            if whole
+            else needed
+        )
+
+    def save(self, run, row, chosen_on):
+        """Write what the epoch of `row` calls for. Returns whether it is the best so far, by the first of the
+        metrics.
+
+        last.pth comes last, so that what a kill left out is written by the next try. It may take a twentieth
+        of the time at most: on a fast GPU an epoch takes little longer than the writing.
+        """
+        folder, epoch, progress = self.config.work_dir, row["epoch"], run.progress
+        value, ends = row[self.metrics[0]], epoch == self.config.epochs
+        metrics = {name: row[name] for name in ("train_loss", "val_loss", *self.metrics)} | {
+            "chosen_on": chosen_on
+        }
+        best = value < progress["best"] or ends and progress["best"] == math.inf
+        if best:
+            progress["best"] = value
+            save_checkpoint(folder / "best_model.pth", self.contents(run, metrics))
+        if epoch % self.config.save_every == 0:
+            save_checkpoint(folder / f"epoch_{epoch}.pth", self.contents(run, metrics))
+        if ends or time.perf_counter() >= self.next:
+            begin = time.perf_counter()
+            save_checkpoint(folder / "last.pth", self.contents(run, metrics, whole=True))
+            now = time.perf_counter()
+            self.next = now + 19 * (now - begin)
+        return best
+
+
+def load_file_safely(path):
+    """Tensors and plain types of a .pth or .safetensors file. Runs no code from it. Raises UserError."""
+    from safetensors.torch import load_file  # timm brings it
+
+    try:
+        return (
+            load_file(path)
+            if Path(path).suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
+    except Exception as e:  # reading damaged or hostile bytes can raise almost anything
+        hostile = "weights_only" in str(e).lower()
+        reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
+        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
+
+
+def load_checkpoint(path):
+    """A checkpoint of this project as a dict: model, scheme, args, metrics, epoch, size. Raises UserError
+    otherwise.
+    """
+    checkpoint = load_file_safely(path)
+    if (
+        not isinstance(checkpoint, dict)
+        or checkpoint.get("format") not in (1, FORMAT)
+        or not all(isinstance(checkpoint.get(k), dict) for k in ("model", "scheme", "args", "metrics"))
+    ):
+        raise UserError(
+            f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a run"
+        )
+    return {"size": checkpoint["args"].get("input_size"), **checkpoint}
+
+
+def load_resumable(path, config, scheme):
+    """last.pth for --resume, or None where there is none yet. Raises UserError where this command is not its
+    run's.
+    """
+    if not config.resume or not path.exists():
+        return None
+    resumed = load_checkpoint(path)
+    if "raw" not in resumed or resumed["format"] != FORMAT:
+        raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
+    if resumed["scheme"] != scheme:
+        theirs, ours = (len(s["names"]) for s in (resumed["scheme"], scheme))
+        raise UserError(
+            f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
+            "name another --work-dir"
+        )
+    changed = changed_settings(config, resumed["args"])
+    if changed and resumed["epoch"] == resumed["args"]["epochs"]:
+        raise UserError(
+            f"--resume {path}: {changed[0]}, and that run is finished; train on from its best_model.pth with "
+            f"--weights {path.with_name('best_model.pth')} and another --work-dir"
+        )
+    if changed:
+        raise UserError(
+            f"--resume {path}: {changed[0]}; repeat the first command, or name another --work-dir"
+        )
+    return resumed
+
+
+def upgraded(state):
+    """The weights of a checkpoint of the first format as today's: the stem had no lateral, so it gets one
+    that changes nothing.
+    """
+    if "mean" in state:
+        return state
+    width = state["laterals.0.0.weight"].shape[0]
+    lateral = {
+        "0.weight": torch.eye(width)[..., None, None],
+        "1.weight": torch.ones(width),
+        "1.bias": torch.zeros(width),
+        "1.running_mean": torch.zeros(width),
+        "1.running_var": torch.ones(width) - 1e-5,
+        "1.num_batches_tracked": torch.tensor(0),
+    }
+    moved = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition("laterals.")
+        moved[f"laterals.{int(rest[0]) + 1}{rest[1:]}" if rest else name] = tensor
+    return (
+        moved
+        | {f"laterals.0.{k}": v for k, v in lateral.items()}
+        | {"mean": torch.tensor((0.485, 0.456, 0.406)), "std": torch.tensor((0.229, 0.224, 0.225))}
+    )
+
+
+def stored_scheme(stored, where):
+    """The scheme of a checkpoint as a Scheme's arguments, checked as a COCO category is. Raises UserError."""
+    skeleton = [[i + 1, j + 1] for i, j in stored["skeleton"]]  # COCO counts from 1
+    return checked_scheme({**stored, "keypoints": stored["names"], "skeleton": skeleton}, where)

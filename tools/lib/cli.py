@@ -1,0 +1,245 @@
+"""The edge of every script: one kind of error for what the user can mend, and the command line made from a
+dataclass.
+"""
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
+
+
+def printable(text):
+    """Text from a file as the terminal may show it: one line without control codes."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def single_line(error, length=100):
+    """The first line of an error's text, cut to `length`."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])[:length]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a bad command line as one line (UserError), and shows the docstring as it is."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def run_script(main):
+    """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        # From a DataLoader's worker the message comes wrapped in the worker's traceback.
+        message = str(e).split("UserError: ")[-1].strip()
+        print("error:", "\n".join(map(printable, message.split("\n"))), file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has gone (`| head`); Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: standard output was closed; what was written to files is whole", file=sys.stderr)
+    except OSError as e:
+        if e.errno not in (
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOENT,
+            errno.EDQUOT,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+        ):
+            raise
+        print(f"error: {e.filename or 'writing'}: {e.strerror}; nothing older is lost", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2)
+
+
+class Progress:
+    """A bar in a terminal; elsewhere (a log, a notebook's cell) a line every `interval` seconds."""
+
+    def __init__(self, total, title, quiet=False, interval=20.0):
+        self.total, self.title, self.done, self.spoken = total, title, 0, time.perf_counter()
+        self.quiet, self.interval = quiet, interval
+        self.bar = tqdm(total=total, desc=title, leave=False, disable=True if quiet else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def show(self, **values):
+        """Show these beside the bar from now on."""
+        self.bar.set_postfix(values, refresh=False)
+
+    def update(self, done):
+        """`done` of the total are behind us."""
+        self.bar.update(done - self.done)
+        self.done = done
+        if self.bar.disable and not self.quiet and time.perf_counter() - self.spoken >= self.interval:
+            self.spoken = time.perf_counter()
+            print(f"{self.title}: {done} of {self.total}", flush=True)
+
+
+# ---------------------------------------------------------------- settings: one line of a dataclass each
+
+
+def setting(default, help, within=None, *, group=None, choices=None, multiple=None, free=False):
+    """A field of a settings dataclass that is also a flag.
+
+    within: an interval such as "[0, 1)" that a number must lie in; multiple: what it must divide by. group:
+    the heading in --help from here on. free: a resumed run may have another value. A default of None is
+    worked out later.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "within": within,
+            "group": group,
+            "choices": choices,
+            "multiple": multiple,
+            "free": free,
+        },
+    )
+
+
+def in_words(interval):
+    """What an interval asks for: "[0, 1)" -> "from 0 to below 1"."""
+    low, high = interval[1:-1].split(", ")
+    if high == "inf":
+        return f"{'at least' if interval[0] == '[' else 'above'} {low}"
+    start, end = "from" if interval[0] == "[" else "above", "to" if interval[-1] == "]" else "to below"
+    return f"{start} {low} {end} {high}"
+
+
+def is_within(value, interval):
+    """Whether a number lies in an interval such as "[0, 1)"; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(", "))
+    return (low <= value if interval[0] == "[" else low < value) and (
+        value <= high if interval[-1] == "]" else value < high
+    )
+
+
+def kind_of(field):
+    """The type of a setting: `Path | None` is a Path."""
+    kind = field.type
+    return (
+        next(k for k in typing.get_args(kind) if k is not types.NoneType) if typing.get_args(kind) else kind
+    )
+
+
+def path_or_none(text):
+    """A flag's path; the word none means that there is none."""
+    return None if text == "none" else Path(text)
+
+
+def add_settings(parser, settings, names=None):
+    """Give a parser a flag for every setting of a dataclass, or for those of `names`."""
+    group = parser
+    for field in dataclasses.fields(settings):
+        about, kind, default = field.metadata, kind_of(field), field.default
+        if about["group"]:
+            group = parser.add_argument_group(about["group"])
+        if names and field.name not in names:
+            continue
+        flag, text = f"--{field.name.replace('_', '-')}", about["help"]
+        shown = "on" if default is True else default
+        text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            group.add_argument(flag, action=action, default=default, help=text)
+        else:
+            metavar = None if about["choices"] else {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
+            group.add_argument(
+                flag,
+                type=path_or_none if kind is Path else kind,
+                default=default,
+                choices=about["choices"],
+                metavar=metavar,
+                help=text,
+            )
+
+
+def problems_of(settings):
+    """What is out of range in a settings object: one text a setting."""
+    found = []
+    for field in dataclasses.fields(settings):
+        value, about = getattr(settings, field.name), field.metadata
+        if value is None or kind_of(field) not in (int, float):
+            continue
+        rules = [
+            (
+                about["within"] and not is_within(value, about["within"]),
+                about["within"] and in_words(about["within"]),
+            ),
+            (about["multiple"] and value % about["multiple"], f"a multiple of {about['multiple']}"),
+        ]
+        found += [
+            f"--{field.name.replace('_', '-')} {value}: must be {rule}" for broken, rule in rules if broken
+        ]
+    return found
+
+
+def parse_settings(settings, description, argv=None, presets=None):
+    """The command line as an object of the dataclass `settings`, in range. Raises UserError with every
+    problem at once.
+
+    presets: {"sample": {name: value}}: what the flag --sample changes in the defaults.
+    """
+    parser = Parser(description=description)
+    add_settings(parser, settings)
+    for name, values in (presets or {}).items():
+        if getattr(parser.parse_known_args(argv)[0], name):
+            parser.set_defaults(**values)
+    given = settings(**vars(parser.parse_args(argv)))
+    if problems := problems_of(given):
+        raise UserError("; ".join(problems))
+    return given
+
+
+def as_plain(settings):
+    """Settings as JSON and checkpoints can hold them: {name: value}."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def from_stored(settings, stored):
+    """Settings from what `as_plain` made; those that a file lacks are at their defaults. Raises ValueError
+    out of range.
+    """
+    config = settings(**{f.name: stored[f.name] for f in dataclasses.fields(settings) if f.name in stored})
+    if problems := problems_of(config):
+        raise ValueError(problems[0])
+    return config
+
+
+def changed_settings(settings, stored):
+    """What a stored run had otherwise, among the settings that are not free: one text each."""
+    now = as_plain(settings)
+    names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
+    return [
+        f"--{name.replace('_', '-')} was {stored.get(name)}, now {now[name]}"
+        for name in names
+        if stored.get(name) != now[name]
+    ]
+
+
+def as_text(values, names):
+    """Some of a dict's numbers in a line: "nme 0.0271, nme_iod 0.0980"."""
+    return ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)

@@ -1,0 +1,213 @@
+"""Landmarks on pictures, contact sheets, curves, the log of a run."""
+
+import io
+import json
+import math
+from collections import defaultdict
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tools.lib.cli import UserError
+from tools.lib.files import as_csv, atomic_write
+
+REGION_COLOURS = (
+    (66, 133, 244),
+    (15, 157, 88),
+    (244, 180, 0),
+    (219, 68, 55),
+    (171, 71, 188),
+    (0, 172, 193),
+    (255, 112, 67),
+)
+
+
+def region_colours(scheme):
+    """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; white for those of no region."""
+    return defaultdict(
+        lambda: (255, 255, 255),
+        {
+            i: REGION_COLOURS[n % len(REGION_COLOURS)]
+            for n, region in enumerate(scheme.regions.values())
+            for i in region
+        },
+    )
+
+
+def draw_landmarks(image, points, scheme, visible=None, truth=None):
+    """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks: a colour a region, left filled, right a
+    ring.
+
+    Sizes fit the face. `truth` (K, 2) is drawn as thin white lines from prediction to truth.
+    """
+    image = np.ascontiguousarray(image).copy()
+    shown = np.flatnonzero(np.isfinite(points).all(1) & (True if visible is None else visible))
+    if not len(shown):
+        return image
+    extent = np.ptp(points[shown], axis=0).max()
+    radius, width = max(1, round(extent / 90)), max(1, round(extent / 250))
+    colour = region_colours(scheme)
+    right = {j for _, j in scheme.flip_pairs}
+
+    def at(p):  # cv2 draws with 4 fractional bits
+        return tuple(np.round(np.clip(p, -1e4, 1e5) * 16).astype(int).tolist())
+
+    for i, j in scheme.skeleton:
+        if i in shown and j in shown:
+            cv2.line(image, at(points[i]), at(points[j]), colour[i], width, cv2.LINE_AA, 4)
+    for i in shown:
+        if truth is not None:
+            cv2.line(image, at(points[i]), at(truth[i]), (255, 255, 255), width, cv2.LINE_AA, 4)
+        cv2.circle(image, at(points[i]), radius * 16, colour[i], width if i in right else -1, cv2.LINE_AA, 4)
+    return image
+
+
+def caption(tile, text):
+    """The picture with a line of text below it."""
+    strip = Image.new("RGB", (tile.shape[1], 22), (30, 30, 30))
+    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
+    return np.vstack([tile, np.asarray(strip)])
+
+
+def contact_sheet(tiles, columns):
+    """Equal-sized pictures in rows; the last row is filled with black."""
+    tiles = list(tiles)
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+
+
+def encode_picture(image, suffix=".png"):
+    """RGB uint8 -> the bytes of a picture file."""
+    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
+
+
+def as_png(figure):
+    """The bytes of a matplotlib figure's picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def plot_curves(path, runs):
+    """Losses and errors of a run {name: rows} over the epochs, or of several to compare. False without
+    matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, columns in zip(figure.subplots(1, 2), (("train_loss", "val_loss"), ("nme", "nme_iod"))):
+        for n, (name, rows) in enumerate(runs.items()):
+            for column in columns if len(runs) == 1 else columns[:1]:
+                # Not NaN.
+                points = [(row["epoch"], row[column]) for row in rows if 0 < row[column] < math.inf]
+                # matplotlib reads $ as mathematics, and leaves a label that begins with _ out of the legend
+                axes.plot(
+                    *zip(*points) if points else ([], []),
+                    marker="." if len(points) < 20 else None,
+                    # One beneath another stays visible.
+                    linewidth=1.5 + 1.5 * (len(runs) - 1 - n) / len(runs),
+                    label=f" {name if len(runs) > 1 else column}".replace("$", r"\$"),
+                )
+        axes.set(xlabel="epoch", ylabel=", ".join(columns) if len(runs) == 1 else columns[0], yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend(fontsize=9)
+    atomic_write(path, [as_png(figure)])
+    return True
+
+
+def mean_face(faces):
+    """Every landmark's mean place in sides of the face's box (K, 2), the box's middle at 0; NaN where never
+    labelled.
+    """
+    seen, boxes = (faces.visible > 0)[..., None], faces.boxes
+    places = (faces.points - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None]) / boxes[:, 2:].max(1)[:, None, None]
+    with np.errstate(invalid="ignore"):
+        return np.where(seen, places, 0).sum(0) / seen.sum(0)
+
+
+def face_sheet(dataset, points=None):
+    """A contact sheet of a dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines
+    to the truth.
+    """
+    tiles, batch = [], {k: v.numpy() for k, v in dataset.__getitems__(range(min(16, len(dataset)))).items()}
+    for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
+        matrix = batch["matrix"][i]
+        drawn = truth if points is None else points[i] @ matrix[:, :2].T + matrix[:, 2]
+        tiles.append(
+            draw_landmarks(
+                crop,
+                drawn,
+                dataset.faces.scheme,
+                batch["visibility"][i] > 0,
+                truth=None if points is None else truth,
+            )
+        )
+    return contact_sheet(tiles, 4)
+
+
+class Log:
+    """What a run shows of itself: a line an epoch, metrics.csv, curves.png, two contact sheets, TensorBoard's
+    events.
+
+    rows: the epochs so far, {column: value}; the caller adds to them.
+    """
+
+    def __init__(self, config, columns, rows, quiet=False):
+        self.config, self.columns, self.rows, self.quiet, self.board = config, columns, rows, quiet, None
+        if config.tensorboard and not quiet:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: needs tensorboard; pip install tensorboard") from None
+            self.board = SummaryWriter(config.work_dir, purge_step=len(rows) + 1)
+
+    def begin(self, dataset, settings):
+        """A new run's args.json and train_batch.jpg."""
+        if self.rows and not self.quiet:  # a kill may have come before the last one was written
+            atomic_write(self.config.work_dir / "metrics.csv", [as_csv(self.columns, self.rows)])
+        elif not self.quiet:
+            atomic_write(self.config.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
+            atomic_write(
+                self.config.work_dir / "train_batch.jpg", [encode_picture(face_sheet(dataset), ".jpg")]
+            )
+
+    def epoch(self, best, dataset, points):
+        """Write and print the last row. dataset, points: the faces that were predicted, None in an epoch
+        without validation.
+        """
+        row, folder = self.rows[-1], self.config.work_dir
+        if self.quiet:
+            return
+        atomic_write(folder / "metrics.csv", [as_csv(self.columns, self.rows)])
+        sheet = face_sheet(dataset, points) if best else None
+        if best:
+            atomic_write(folder / "val_predictions.jpg", [encode_picture(sheet, ".jpg")])
+        if row["epoch"] % self.config.save_every == 0 or row["epoch"] == self.config.epochs:
+            self.curves()
+        scores = f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}" + "  best" * best
+        scores *= points is not None
+        print(
+            f"epoch {row['epoch']:3d}/{self.config.epochs}  {row['size']} px  {row['seconds']:6.1f} s  "
+            f"{row['images_per_s']:6.0f} "
+            f"images/s  train loss {row['train_loss']:.2e}{scores}",
+            flush=True,
+        )
+        if self.board:
+            for name in self.columns:
+                self.board.add_scalar(name, row[name], row["epoch"])
+            if best:
+                self.board.add_image("val_predictions", sheet, row["epoch"], dataformats="HWC")
+
+    def curves(self):
+        """Draw curves.png, or say once, at the end, what it needs."""
+        drawn = plot_curves(self.config.work_dir / "curves.png", {"": self.rows})
+        if not drawn and self.rows[-1]["epoch"] == self.config.epochs:
+            print("no curves.png: it needs matplotlib; metrics.csv holds the same numbers")
+
+    def close(self):
+        if self.board:
+            self.board.close()

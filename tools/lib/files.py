@@ -1,0 +1,214 @@
+"""Files that appear whole or not at all, locks, paths that stay in the data root, JSON, CSV, a face cache."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tools.lib.cli import UserError
+from tools.lib.pictures import FORMATS, read_image  # noqa: F401 read here by everyone
+
+
+def atomic_write(path, parts):
+    """Write pieces of bytes to a file, which appears under `path` whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_free(flag, folder, force):
+    """Raises UserError for an output folder that holds something, unless `force`."""
+    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
+
+
+@contextlib.contextmanager
+def file_lock(path, busy=None):
+    """Hold a file's lock, which goes with the process however that ends. Where another has it: waits, or
+    UserError(busy).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            import fcntl
+
+            # Not flock, which a killed run's data workers would hold on to until they notice.
+            fcntl.lockf(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except ImportError:
+            pass  # Windows has no such lock
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError as e:
+            # Some network file systems have none either.
+            if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        yield
+
+
+def load_json(path):
+    """Parse a JSON file. Raises UserError where it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
+
+
+def picture_path(root, name, where=""):
+    """The path of a picture that a file names relative to the data root. Raises UserError where it leads out
+    of it.
+    """
+    if not name.isprintable():
+        raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
+    path = Path(root, name)
+    # The names of other systems too: a file written on Windows must not mean another place there than here.
+    if (
+        Path(name).is_absolute()
+        or re.match(r"[A-Za-z]:|\\", name)
+        or ".." in re.split(r"[/\\]", name)
+        or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    ):
+        raise UserError(
+            f"{where}file_name {name!r} leaves the data root {root}; names must be "
+            "relative to it, links stay in it"
+        )
+    return path
+
+
+class RecordFile:
+    """Byte arrays one after the other in a file that is made once and then read: `records[i]` is number i.
+
+    lengths: their sizes in bytes. make: called where the file is not whole; yields them in order. Another
+    process that makes the same file is waited for.
+    """
+
+    def __init__(self, path, lengths, make):
+        self.path, self.offsets = Path(path), np.cumsum([0, *lengths])
+        if not self._is_whole():
+            with file_lock(self.path.with_name(".lock")):
+                if not self._is_whole():
+                    atomic_write(self.path, (record.tobytes() for record in make()))
+
+    def _is_whole(self):
+        return self.path.is_file() and self.path.stat().st_size == self.offsets[-1]
+
+    def __getitem__(self, i):
+        # A plain read: mapped pages would count as this process's memory, in every worker.
+        length = self.offsets[i + 1] - self.offsets[i]
+        try:
+            record = np.fromfile(self.path, np.uint8, length, offset=self.offsets[i])
+        except OSError:
+            record = ()
+        if len(record) < length:
+            raise UserError(f"{self.path}: the face cache is gone or cut off; start again to build it anew")
+        return record
+
+
+def in_threads(function, count, title):
+    """function(0), function(1), ... in order, made by as many threads as there are cores, with a bar."""
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=count, desc=title, leave=False, disable=None) as bar,
+    ):
+        for start in range(0, count, 256):  # in chunks, so that finished ones do not pile up
+            for result in pool.map(function, range(start, min(start + 256, count))):
+                yield result
+                bar.update()
+
+
+def one_ahead(function, items):
+    """function(item) for every item, each result made by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        results = (thread.submit(function, item) for item in items)
+        ahead = next(results, None)
+        while ahead:
+            ready, ahead = ahead, next(results, None)
+            yield ready.result()
+
+
+def as_csv(columns, rows):
+    """Rows {column: value} as the bytes of a CSV file; other columns are left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def data_root(given, flag="--data-root"):
+    """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
+    root = Path(str(given)) if given else find_dogflw()
+    if root is None or not root.is_dir():
+        raise UserError(
+            f"{flag}{f' {given}' if given else ''}: no such folder; name the one of the pictures, fetch "
+            "DogFLW by tools/convert_dogflw_to_coco.py --download, or try train_simple.py --sample"
+        )
+    return root
+
+
+def find_dogflw(*folders):
+    """The folder that holds train/images, at or below `folders`: kagglehub's cache by default (newest
+    version), or where
+    Kaggle and Colab put it. None where there is none."""
+    if not folders:
+        cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
+        versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
+        folders = [
+            *sorted(versions, key=lambda p: (len(p.name), p.name), reverse=True),  # 10 is newer than 9
+            Path("/kaggle/input/dogflw"),
+            Path("/kaggle/input/datasets/georgemartvel/dogflw"),
+        ]
+    found = (images for folder in folders for images in sorted(folder.glob("**/train/images")))
+    return next((images.parent.parent for images in found), None)
+
+
+def make_sample(data_root, ann_root):
+    """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails; its
+    message is above.
+    """
+    tools = Path(__file__).resolve().parent.parent
+    with file_lock(ann_root.parent / ".lock"):  # every process of a job comes here
+        for made, command in (
+            (data_root, ["make_sample_dataset.py", "--out", data_root]),
+            (
+                ann_root / "val.json",
+                ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root],
+            ),
+        ):
+            words = [sys.executable, tools / command[0], *command[1:]]
+            if not made.exists() and subprocess.run(words).returncode:
+                raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
+
+
+def run_directory(work_dir, resume):
+    """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return contextlib.nullcontext()
+    if not resume and work_dir.is_dir() and any(p.name != ".lock" for p in work_dir.iterdir()):
+        raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")
+    return file_lock(
+        work_dir / ".lock",
+        f"--work-dir {work_dir}: another run is writing there; wait for it or name another",
+    )

@@ -1,0 +1,212 @@
+"""Boxes (N, 4) of x, y, width, height, and finding faces by looking at windows of a picture."""
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tools.lib.cli import UserError
+from tools.lib.runtime import choose_device
+
+BOXED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the model in the box
+
+# Mean of the landmarks' scores, which are probabilities of being about right; chosen on held-out train faces.
+MIN_SCORE = 0.5
+FAINT = 0.1  # what scores less is dropped before its second look already
+# Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far
+# than true ones, and a box that is too small loses hanging ears for good, while one too large mends itself at
+# the next look.
+MARGIN = 0.2
+# The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half.
+# A locator was trained on faces of all sizes, so it needs fewer.
+FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2)
+# IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
+STABLE = 0.5
+SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
+# Of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face.
+OVERLAP = 0.5
+
+
+# ---------------------------------------------------------------- boxes
+
+def whole_box(size):
+    """The box x, y, w, h of a whole picture of `size` (width, height)."""
+    return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
+
+
+def intersections(a, b):
+    """Shared area of every box x, y, w, h of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
+    return np.maximum(high - low, 0).prod(-1)
+
+
+def overlaps(a, b):
+    """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
+    shared = intersections(a, b)
+    return shared / np.maximum(a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared, 1e-9)
+
+
+def hull_boxes(points):
+    """Landmarks (N, K, 2) -> the boxes around them (N, 4), at least two pixels wide."""
+    low, high = points.min(1), points.max(1)
+    extent = np.maximum(high - low, 2)
+    return np.concatenate([(low + high) / 2 - extent * (0.5 + MARGIN), extent * (1 + 2 * MARGIN)], axis=1)
+
+
+def suppress(boxes, scores, nested=True):
+    """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
+
+    That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
+    """
+    area, limit = boxes[:, 2:].prod(1), OVERLAP if nested else SAME
+    shared = overlaps(boxes, boxes)
+    if nested:
+        shared = intersections(boxes, boxes) / np.minimum(area[:, None], area)
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        if not kept or shared[i, kept].max() <= limit:
+            kept.append(i)
+    return np.array(kept, dtype=int)
+
+
+def windows(image, sides):
+    """The whole picture and squares that cover it, each overlapping the next by half or more: (N, 4)."""
+    height, width = image.shape[:2]
+
+    def starts(length, side):
+        """Where the squares begin along a side of the picture; a larger one lies around its middle."""
+        if length <= side:
+            return [(length - side) / 2]
+        return np.linspace(0, length - side, math.ceil(2 * (length - side) / side) + 1)
+    boxes = [whole_box((width, height))]
+    for side in (max(2.0, max(width, height) * part) for part in sides):
+        boxes += [(x, y, side - 1, side - 1) for y in starts(height, side) for x in starts(width, side)]
+    return np.array(boxes)
+
+
+# ---------------------------------------------------------------- the predictor
+
+@dataclass
+class Look:
+    """What a network saw in a box of a picture."""
+    picture: int  # which of the pictures
+    box: np.ndarray  # (4,) that was looked at
+    points: np.ndarray  # (K, 2) in the picture
+    scores: np.ndarray  # (K,) of 0..1
+
+    @cached_property
+    def score(self):
+        """The mean of the landmarks' scores."""
+        return float(self.scores.mean())
+
+    @cached_property
+    def tight(self):
+        """The box (4,) around the landmarks."""
+        return hull_boxes(self.points[None])[0]
+
+    @cached_property
+    def stability(self):
+        """How well the box reproduced itself: its IoU with the box around the landmarks."""
+        return float(overlaps(self.box[None], self.tight[None])[0, 0])
+
+    def as_face(self, box):
+        """What a Predictor returns of it."""
+        return {"box": box, "points": self.points, "scores": self.scores, "score": self.score}
+
+
+class Predictor:
+    """Landmarks of the faces in a picture; made by `load_predictor`.
+
+    face, locator: what has look([(image, box), ...], flip) -> points (N, K, 2), scores (N, K), and `whole`,
+    `scheme`.
+    """
+
+    def __init__(self, face, locator=None):
+        self.face, self.locator, self.scheme = face, locator, face.scheme
+
+    def __call__(self, image, boxes=None, min_score=MIN_SCORE):
+        """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
+
+        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score":
+        their mean}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those with a
+        score below min_score are left out.
+        """
+        return self.many([image], [boxes], min_score)[0]
+
+    def many(self, images, boxes, min_score=MIN_SCORE):
+        """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
+        faces, given, sought = [[] for _ in images], [], []
+        for i, wanted in enumerate(boxes):
+            if wanted is not None:
+                given += [(i, box) for box in np.reshape(wanted, (-1, 4))]
+            elif self.face.whole:
+                given.append((i, whole_box(images[i].shape[1::-1])))
+            else:
+                sought.append(i)
+        for look in see(self.face, images, given):
+            faces[look.picture].append(look.as_face(look.box))
+        for look in self._find(images, sought, min_score):
+            faces[look.picture].append(look.as_face(look.tight))
+        return faces
+
+    def _find(self, images, sought, min_score):
+        """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
+
+        A part of a face can score higher than all of it, so what overlaps is kept until the face model has
+        looked; then the box that best reproduces itself stays, the larger of similar ones, and what is not
+        stable is no face. More looks would not help: boxes inside a face shrink from look to look, and
+        displace it (measured on held-out faces).
+        """
+        network, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
+        faint = min(FAINT, min_score)
+        boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
+        candidates = best_of(see(network, images, boxes, flip=False), faint)
+        looks = see(self.face, images, [(look.picture, look.tight) for look in candidates])
+        second = best_of(looks, faint, again=True)
+        faces = [look for look in second if look.score >= min_score and look.stability >= STABLE]
+        return sorted(faces, key=lambda look: -look.score)
+
+
+def see(network, images, boxes, flip=True):
+    """Look at boxes [(picture, box), ...] in full batches: a list of Looks."""
+    if not boxes:
+        return []
+    points, scores = network.look([(images[i], box) for i, box in boxes], flip)
+    return [Look(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
+
+
+def best_of(looks, faint, again=False):
+    """The looks that score `faint` or more, without those that show the same face as a better one.
+
+    Better is a larger score, and the larger of similar ones; at the second look (`again`) also the more
+    stable one, and of nested faces only one stays.
+    """
+    found = []
+    for picture in dict.fromkeys(look.picture for look in looks):
+        mine = [look for look in looks if look.picture == picture and look.score >= faint]
+        if mine:
+            ranks = np.array([look.score * math.sqrt(look.tight[2:].max()) for look in mine])
+            if again:
+                ranks *= [look.stability for look in mine]
+            found += [mine[n] for n in suppress(np.stack([look.tight for look in mine]), ranks, again)]
+    return found
+
+
+def predictor_of(open_checkpoint, checkpoint=None, locator=None, device="auto", batch_size=32):
+    """A Predictor from a face checkpoint; None is the one in the box.
+
+    open_checkpoint(path, device, batch_size) opens one.
+    locator: a checkpoint trained with `--crop image`; None takes locator.pth beside the checkpoint, or
+    ../locator/best_model.pth of a neighbouring run, where there is one; False does without.
+    """
+    device, checkpoint = choose_device(device), Path(checkpoint or BOXED)
+    beside = (checkpoint.parent / "locator.pth", checkpoint.parent.parent / "locator" / "best_model.pth")
+    if locator is None:
+        locator = next((p for p in beside if p.is_file() and p.resolve() != checkpoint.resolve()), None)
+    face = open_checkpoint(checkpoint, device, batch_size)
+    locator = open_checkpoint(locator, device, batch_size) if locator and not face.whole else None
+    if locator and not locator.whole:
+        raise UserError("the locator was trained on faces; train one with: train_simple.py --crop image")
+    return Predictor(face, locator)

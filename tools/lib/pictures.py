@@ -1,0 +1,212 @@
+"""Pictures of every kind: what a file is by its first bytes, and its pixels as one sees them."""
+import math
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, JpegImagePlugin, features
+
+from tools.lib.cli import UserError
+
+# Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not
+# by suffix.
+# From Pillow 11.3 on.
+AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif") else ()
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
+GREY = (124, 116, 104)  # seen through transparent pixels; the same lies outside a picture in crops
+LARGEST_JPEG = 500_000_000  # pixels: a progressive one takes three bytes each, however small it is read
+warnings.filterwarnings("ignore", module="PIL")  # Pillow's remarks about odd but readable files
+
+# What Pillow does not read, and the way on.
+UNREAD = {
+    "HEIC": "pip install pillow-heif, or convert it to JPEG",
+    "AVIF": "pip install --upgrade 'pillow>=11.3', or convert it to JPEG",
+    "JPEG XL": "convert it to JPEG",
+    "JPEG 2000": "convert it to JPEG",
+    "Photoshop": "export it as JPEG or PNG",
+    "SVG": "export it as PNG",
+    "PDF": "export its pages as PNG",
+    "raw camera": "develop it to JPEG first",
+}
+# Where a file holds what, and what it is then; the first that fits counts.
+HEADS = [
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
+    (8, b"CR\x02\x00", "raw camera"), (0, b"FUJIFILMCCD-RAW", "raw camera"), (0, b"IIU\x00", "raw camera"),
+    (0, b"IIRO", "raw camera"), (0, b"II*\x00", "TIFF"), (0, b"MM\x00*", "TIFF"), (0, b"II+\x00", "TIFF"),
+    (0, b"MM\x00+", "TIFF"), (0, b"8BPS", "Photoshop"), (0, b"%PDF", "PDF"),
+    (4, b"jP  \r\n", "JPEG 2000"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL \r\n", "JPEG XL"),
+    (8, b"AVI ", "video"), (0, b"\x1aE\xdf\xa3", "video"), (0, b"0&\xb2u\x8ef\xcf\x11", "video"),
+    (0, b"FLV\x01", "video"), (0, b"\x00\x00\x01\xba", "video"), (0, b"\x00\x00\x01\xb3", "video"),
+    (4, b"moov", "video"), (4, b"mdat", "video"), (4, b"wide", "video"),
+]
+# Where the first bytes say nothing (a damaged or empty file), and for the camera makers' variants of TIFF.
+SUFFIXES = {suffix: kind for kind, suffixes in {
+    "JPEG": "jpg jpeg jpe jfif jif mpo", "PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp dib",
+    "TIFF": "tif tiff", "PPM": "pbm pgm ppm pnm", "HEIC": "heic heif hif", "AVIF": "avif", "JPEG XL": "jxl",
+    "JPEG 2000": "jp2 j2k", "Photoshop": "psd psb", "SVG": "svg", "PDF": "pdf",
+    "raw camera": "cr2 cr3 nef nrw arw dng orf rw2 raf pef srw",
+    "video": "mp4 mov avi mkv webm m4v wmv asf flv mpg mpeg mts m2ts 3gp ogv",
+}.items() for suffix in suffixes.split()}
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+def format_of(path):
+    """A picture format's name, "video", or "" for anything else: by a file's content, else by its suffix."""
+    suffix = SUFFIXES.get(Path(path).suffix[1:].lower(), "")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(192)
+    except OSError:
+        return suffix
+    if suffix == "raw camera":
+        return suffix
+    if head[4:8] == b"ftyp":  # an ISO media file: its brands say whether it is a picture
+        end = min(len(head), int.from_bytes(head[:4], "big"))
+        brands = {head[8:12], *(head[i:i + 4] for i in range(16, end, 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & HEIC_BRANDS:
+            return "HEIC"
+        return "raw camera" if b"crx " in brands else "" if head[8:11] in (b"M4A", b"M4B") else "video"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "BMP"
+    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace() and suffix != "":
+        return "PPM"
+    if head[:4] == b"OggS":
+        return "video" if b"theora" in head else ""
+    if head[:1] == b"G" and head[188:189] == b"G":
+        return "video"  # an MPEG transport stream: packets of 188 bytes
+    return next((name for start, magic, name in HEADS if head[start:start + len(magic)] == magic), suffix)
+
+
+def read_image(path):
+    """Decode a picture of any kind: (H, W, 3) uint8 RGB, upright, as one sees it. Raises UserError naming it.
+
+    The rules are `read_picture`'s.
+    """
+    return read_picture(path)[0]
+
+
+def read_picture(path, at_most=math.inf):
+    """Decode a picture: ((h, w, 3) uint8 RGB, its own (width, height)). Raises UserError naming it.
+
+    Upright by its EXIF tag; of an animation the first frame; what is transparent shows GREY. Values of more
+    than 8 bits come as `to_8_bits` says. A picture of more than `at_most` pixels is returned smaller: a JPEG
+    is decoded at a half, a quarter or an eighth at once, so that memory stays bounded; others are decoded
+    whole first, and refused where Pillow takes them for a decompression bomb (179 megapixels).
+    """
+    try:
+        return decode(path, at_most)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; check --data-root") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a picture") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; mend its permissions") from None
+    except (MemoryError, Image.DecompressionBombError):
+        raise UserError(f"{path}: has too many pixels to decode at once; make it smaller, as by: "
+                        "magick IN -resize 50% OUT.jpg") from None
+    except Exception as e:  # reading damaged or hostile bytes can raise almost anything
+        kind = format_of(path)
+        if kind == "video":
+            raise UserError(f"{path}: is a video, not a picture; tools/predict.py takes it") from None
+        if kind in UNREAD and not can_read(kind):
+            raise UserError(f"{path}: {kind} is not a format read here; {UNREAD[kind]}") from None
+        unknown = isinstance(e, Image.UnidentifiedImageError)
+        why = "no picture format known here, or damaged" if unknown else str(e)[:80] or type(e).__name__
+        raise UserError(f"{path}: cannot be read as a picture ({why}); restore it or convert again") from None
+
+
+def can_read(kind):
+    """Whether one of UNREAD is read after all: HEIC by the optional pillow-heif, AVIF by a new Pillow."""
+    if kind == "HEIC":
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            return False
+        register_heif_opener()
+        return True
+    return kind in FORMATS
+
+
+def decode(path, at_most):
+    """`read_picture` without its words for what goes wrong."""
+    with open(path, "rb") as file:  # by its name Pillow would map a TIFF into memory, and turn it wrongly
+        image = open_picture(path, file, at_most)
+        colours_of_16_bits, own = ";16" in str(getattr(image, "tile", "")), None
+        if math.prod(image.size) > at_most and isinstance(image, JpegImagePlugin.JpegImageFile):
+            own = image.size
+            step = next((s for s in (2, 4) if math.prod(own) <= at_most * s * s), 8)
+            image.draft(None, (own[0] // step, own[1] // step))
+        image.load()
+        own = own or image.size
+        turn = image.getexif().get(0x112, 1)  # now: a TIFF turns itself while it loads, and drops the tag
+        if image.mode[0] in "IF":
+            image = Image.fromarray(to_8_bits(np.asarray(image)))
+        elif colours_of_16_bits:
+            image = Image.fromarray(decode_deep(path))
+        transparent = image.has_transparency_data
+        image = image.convert("RGBA" if transparent else "RGB")
+        shrink = math.ceil(math.sqrt(math.prod(image.size) / at_most))
+        image = image.reduce(shrink) if shrink > 1 else image
+        if transparent:
+            ground = Image.new("RGB", image.size, GREY)
+            ground.paste(image, mask=image.getchannel("A"))
+            image = ground
+        pixels = np.ascontiguousarray(TURNS.get(turn, TURNS[1])(np.asarray(image)))
+        return pixels, own[::-1] if turn in (5, 6, 7, 8) else own
+
+
+# The EXIF tag Orientation -> what brings the rows and columns upright.
+TURNS = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+         5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+         7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
+
+
+def open_picture(path, file, at_most):
+    """The picture as Pillow opens it: its header is read, its pixels are not."""
+    kind = format_of(path)
+    readable = can_read(kind) if kind in UNREAD else True
+    try:
+        return Image.open(file, formats=FORMATS + (("HEIF",) if kind == "HEIC" and readable else ()))
+    except Image.DecompressionBombError:
+        if kind != "JPEG" or at_most == math.inf:
+            raise
+        file.seek(0)
+        image = JpegImagePlugin.JpegImageFile(file)  # is no bomb when it is read smaller
+        if math.prod(image.size) > LARGEST_JPEG:
+            raise
+        return image
+    except Image.UnidentifiedImageError:
+        if kind != "TIFF":
+            raise
+        return Image.fromarray(decode_deep(path))  # colours of 32 bits
+
+
+def decode_deep(path):
+    """A picture whose upper 8 bits alone Pillow would keep: (H, W) or (H, W, 3 or 4) uint8."""
+    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise ValueError("damaged, or a kind that OpenCV does not know")
+    if values.ndim == 2:
+        return to_8_bits(values)
+    full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    alpha = (values[..., 3:] / full * 255).astype(np.uint8)
+    return np.concatenate([to_8_bits(values[..., 2::-1]), alpha], axis=2)
+
+
+def to_8_bits(values):
+    """Numbers of any kind -> uint8 of the same shape.
+
+    A file says how many bits hold a value, not how many of them the camera used. So the largest value
+    decides: the whole range is the least power of two with an even exponent that holds it, 2^8, 2^10, 2^12,
+    2^14, 2^16 or more, and is mapped to 0..255. Floats up to 1 are fractions of it. Negative values and NaN
+    are black.
+    """
+    values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+    top = values.max(initial=0)
+    if values.dtype.kind == "f" and top <= 1:
+        return (values.clip(0) * 255).round().astype(np.uint8)
+    bits = max(8, int(top).bit_length() + int(top).bit_length() % 2)
+    return (values.clip(0) // 2 ** (bits - 8)).astype(np.uint8)

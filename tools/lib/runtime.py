@@ -1,0 +1,384 @@
+"""What a run needs of the machine: device, precision, processes, CUDA graphs, signals, averaged weights."""
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import signal
+import subprocess
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tools.lib.cli import UserError, single_line
+
+# ---------------------------------------------------------------- device and precision
+
+
+WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
+
+
+def choose_device(name, training=False):
+    """torch.device for --device; auto is cuda, mps or cpu, in this order. Raises UserError where it fails.
+
+    An NVIDIA GPU that this PyTorch cannot use is an error for `training`, which would take days on the CPU;
+    else a note.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, of drivers and old GPUs: what they mean is said here
+        if name == "auto" and not torch.cuda.is_available() and nvidia_gpu_here():
+            problem = f"there is an NVIDIA GPU, but this PyTorch cannot use it ({why_no_cuda()})"
+            if training:
+                raise UserError(f"--device auto: {problem}. {WAYS_OUT}")
+            print(f"note: {problem}; on the CPU instead", file=sys.stderr)
+        if name == "auto":
+            mps = torch.backends.mps.is_available()
+            name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        try:
+            device = torch.device(name)
+            if device.type == "cuda":
+                index, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+                device = torch.device("cuda", index)
+                if 0 < count <= index:
+                    raise UserError(f"--device {name}: no GPU number {index}, this machine has {count}")
+            torch.zeros(1, device=device).add_(1).item()  # a kernel: this build may have none for an old GPU
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {name}: does not work here ({single_line(e)}). {WAYS_OUT}") from None
+    return device
+
+
+def nvidia_gpu_here():
+    """Whether the system shows an NVIDIA GPU that may be used: a device file, or a line of nvidia-smi's.
+
+    Not /proc/driver/nvidia: a container that was given no GPU shows its host's.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "x") in ("", "-1"):
+        return False
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    try:  # Windows, and Linux on it, have no device file
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.startswith("GPU ")
+
+
+def why_no_cuda():
+    """PyTorch's own reason for not starting CUDA: its first sentence."""
+    if not torch.backends.cuda.is_built():
+        return "a build without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        return single_line(e, 300).split(". ")[0]
+    return "no device found"
+
+
+def choose_amp(device, wanted=True):
+    """bfloat16 where the device computes in it, float16 where its tensor cores know that alone, else None."""
+    if not wanted or device.type == "mps":
+        return None
+    if device.type == "cuda":
+        generation = torch.cuda.get_device_capability(device)[0]
+        return torch.bfloat16 if generation >= 8 else torch.float16 if generation == 7 else None
+    computes = (getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if any(ask and ask() for ask in computes) else None  # else float32 is faster
+
+
+def autocast(device, amp):
+    """The context of a forward pass; amp is None, torch.bfloat16 or torch.float16."""
+    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
+
+
+def precision_name(amp):
+    """bfloat16, float16 or float32."""
+    return str(amp or torch.float32).removeprefix("torch.")
+
+
+def prepare(device):
+    """Settings of the process that make steps on this device fast."""
+    if device.type == "cpu" and sys.platform == "linux":
+        # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages
+        # again costs a third of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where a tensor is not in 16 bits
+
+
+# ---------------------------------------------------------------- one process or many
+
+class Processes:
+    """The processes of a job as torchrun starts them. For one process every method does nothing.
+
+    Use as a context: the process group is closed at its end.
+    """
+
+    def __init__(self, device_name="auto"):
+        self.rank, self.world, self.local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.device = choose_device(device_name, training=True)
+        prepare(self.device)
+        if self.world > 1:
+            cuda = self.device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
+                                    device_id=self.device if cuda else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.world > 1 and kind is None:
+            # DistributedDataParallel refers to itself and to the group. Left to the interpreter's end, a
+            # thread of gloo that then drops the last broadcast's tensor would abort the process.
+            gc.collect()
+            dist.destroy_process_group()
+
+    @property
+    def first(self):
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    def say(self, *text):
+        """Print, in the first process alone."""
+        if self.first:
+            print(*text, flush=True)
+
+    def wrap(self, model):
+        """The model whose gradients are averaged over the processes."""
+        if self.world == 1:
+            return model
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # `average_buffers` does better, once, where they are used
+        return wrapped
+
+    def without_sync(self, model, wanted):
+        """The context of a micro-batch whose gradients only add up, where another one follows."""
+        return model.no_sync() if wanted and self.world > 1 else contextlib.nullcontext()
+
+    def sum(self, tensor):
+        """A tensor's sum over the processes, on their device; of one process the tensor itself."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average_buffers(self, model):
+        """Make the processes' batch norm statistics their mean: each saw other faces. One call for all."""
+        buffers = [b for name, b in model.named_buffers() if ".running_" in name] if self.world > 1 else []
+        if buffers:
+            flat = self.sum(torch.cat([b.flatten() for b in buffers])) / self.world
+            for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
+                buffer.copy_(mean.view_as(buffer))
+
+    def from_first(self, make):
+        """What make() returns in the first process, for all: nodes may not share a disk."""
+        box = [make() if self.first else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    @contextlib.contextmanager
+    def first_on_node_first(self):
+        """A block that a node's first process runs before the others: it fills caches, they read them."""
+        if self.world > 1 and self.local_rank > 0:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.local_rank == 0:
+            dist.barrier()
+
+
+# ---------------------------------------------------------------- fewer launches
+
+def for_training(model, config, plan, processes, amp):
+    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes.
+
+    Raises UserError for flags that exclude each other.
+    """
+    if config.graphs and (config.compile or config.accumulate > 1):
+        other = "--compile" if config.compile else "--accumulate"
+        raise UserError(f"--graphs: not together with {other}; leave one of them out")
+    if config.graphs:
+        faces = plan.batch_size // processes.world
+        model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
+    elif config.compile:
+        model = torch.compile(model, dynamic=False)
+    return processes.wrap(model)
+
+
+class Graphed(nn.Module):
+    """A model whose training passes are replayed as CUDA graphs; other shapes, and eval mode, go through it.
+
+    captured: {shape of a batch: function}.
+    """
+
+    def __init__(self, model, captured):
+        super().__init__()
+        self.model, self.captured = model, captured
+
+    def forward(self, images):
+        captured = self.captured.get(tuple(images.shape)) if self.training else None
+        return (captured or self.model)(images)
+
+
+class WithAutocast(nn.Module):
+    """A model and its autocast in one pass: so backward is captured outside of autocast, as a step has it."""
+
+    def __init__(self, model, device, amp):
+        super().__init__()
+        self.model, self.device, self.amp = model, device, amp
+
+    def forward(self, images):
+        # Cached casts of weights would be captured once, and replayed with the weights of that moment.
+        dtype, wanted = self.amp or torch.bfloat16, bool(self.amp)
+        with torch.autocast(self.device.type, dtype, enabled=wanted, cache_enabled=False):
+            return self.model(images)
+
+
+def graphed(model, sizes, faces, device, amp, say):
+    """Capture training passes of `faces` crops of each of `sizes` pixels: two launches instead of thousands.
+
+    The same kernels on the same numbers (torch.cuda.make_graphed_callables). Gradients are the graph's own
+    buffers, which the next backward pass overwrites: not with accumulation. Without CUDA the model itself and
+    a word. Call it before DistributedDataParallel wraps the model, and before other threads use CUDA. Raises
+    UserError where capture fails: CUDA's state cannot be trusted after that.
+    """
+    if device.type != "cuda":
+        say(f"--graphs: needs CUDA; on {device.type} steps run as ever")
+        return model
+    before, captured = [b.clone() for b in model.buffers()], {}
+    model.train()
+    for size in sizes:
+        images = torch.zeros(faces, 3, size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        try:
+            captured[tuple(images.shape)] = torch.cuda.make_graphed_callables(
+                WithAutocast(model, device, amp), (images,), allow_unused_input=True)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--graphs: a step of {faces} faces at {size} pixels cannot be captured "
+                            f"({single_line(e)}); do without, or take a smaller --batch-size") from None
+    for buffer, value in zip(model.buffers(), before):
+        buffer.copy_(value)  # the warm-up passes counted in batch norm's statistics
+    say(f"--graphs: steps of {faces} faces at {' and '.join(map(str, sizes))} pixels captured")
+    return Graphed(model, captured)
+
+
+# ---------------------------------------------------------------- how a run ends
+
+def stop(signum, _):
+    raise KeyboardInterrupt(signum)
+
+
+@contextlib.contextmanager
+def explained_ends(last):
+    """Turn what ends a run early into one line and an exit code: a signal, a lost process, no memory left."""
+    signal.signal(signal.SIGINT, stop)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        signal.signal(signal.SIGTERM, stop)  # torchrun's others wait in C++, where no handler runs
+    try:
+        yield
+        return
+    except KeyboardInterrupt as e:
+        reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        reason, code = reason_of(e), 2
+        if not reason:
+            raise
+    where = f" from {last}" if last.exists() else ""
+    print(f"error: {reason}. The same command with --resume goes on{where}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def reason_of(error):
+    """What a RuntimeError means to the user, or None: PyTorch has no types for most of these."""
+    text = str(error)
+    if "DataLoader worker (pid" in text:  # not an error inside one, which keeps its traceback
+        return ("a data worker was ended from outside (memory? then lower --num-workers; in a container, "
+                "raise --shm-size)")
+    if is_out_of_memory(error):
+        return "out of memory on the device; raise --accumulate"
+    if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection")):
+        return f"another process of this job ended, or cannot be reached ({single_line(text, 160)})"
+    return None
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError means that; cuDNN without room for an algorithm says that it finds no engine."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
+
+
+def quiet_worker(_):
+    """A data worker's first act: signals go to the parent, which ends its workers; one thread each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure
+    sys.excepthook = lambda *_: None  # of the thread that hands batches over, when the parent has ended
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- weights over time
+
+class WeightAverage:
+    """An exponential moving average of a model's weights and batch norm statistics (Polyak & Juditsky 1992).
+
+    The decay warms up with the steps, so that the first ones are soon forgotten.
+    """
+
+    def __init__(self, model, average, decay):
+        self.decay = decay
+        self.pair = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model)]
+
+    def update(self, step):
+        torch._foreach_lerp_(*self.pair, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
+class FiniteWatch:
+    """Remembers on the device, without waiting for it, after how many steps the loss was first not finite."""
+
+    def __init__(self, device, files, title, last):
+        self.first, self.recent = torch.full((), -1, device=device), []
+        self.files, self.title, self.last = files, title, last
+
+    def add(self, loss, faces):
+        """The loss of a step, and the faces in it."""
+        self.first = torch.where(loss.isfinite() | (self.first >= 0), self.first, len(self.recent))
+        self.recent.append(faces)
+
+    def check(self, scaler, model=None):
+        """Look at the steps since the last check; waits for the device. With `model`, at its weights too.
+
+        float16 skips steps whose gradients overflow, but not without end. Raises UserError naming the faces.
+        """
+        first, recent, self.recent = int(self.first), self.recent, []
+        if first < 0 and model is not None and not nn.utils.get_total_norm(model.parameters()).isfinite():
+            first = len(recent) - 1  # the last step's own gradient
+        if first >= 0 or scaler.is_enabled() and scaler.get_scale() < 1:
+            names = [self.files[i] for i in recent[max(first, 0)]]
+            named = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise UserError(f"{self.title}: the loss is not finite at or before the batch of {named}; "
+                            "look at these faces, or lower --lr; the epochs before are in "
+                            f"{self.last}")
+
+
+def versions(root):
+    """What a run was made with, as plain strings."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,
+            "numpy": np.__version__, "git": git or "unknown"}
