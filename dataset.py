@@ -9,6 +9,7 @@ Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and hea
 h = (x + 0.5) / s - 0.5.
 """
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tools.lib.cli import UserError, setting
 from tools.lib.coco import read_coco
 from tools.lib.find import whole_box
 from tools.lib.pictures import read_image  # noqa: F401, handed on
-from tools.lib.windows import Windows, apply_matrix, cut_window, face_window, warp, window_matrix
+from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp
 
 ROOT = Path(__file__).resolve().parent
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
@@ -124,9 +125,8 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
 
 def predict_crop(image, box, size, padding):
     """A picture and a box -> crop (size, size, 3) uint8, matrix picture -> crop, exactly as in validation."""
-    window, kept = face_window(box, image.shape[1::-1], size, padding, 1.0)
     matrix = crop_matrix(box, size, padding)
-    return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size), matrix
+    return crop_of(image, box, matrix, size, padding), matrix
 
 
 @dataclass
@@ -138,6 +138,7 @@ class Augmentation:
     shift: float = setting(0.05, "of the crop's side, uniform in +-", "[0, 1]")
     colour: float = setting(0.25, "strength of contrast, brightness, saturation and channel gain", "[0, 1]")
     occlusion: float = setting(0.2, "chance of one flat rectangle over the crop", "[0, 1]")
+    empty: float = setting(0.0, "a locator's: chance of no face in a crop; others lie anywhere", "[0, 0.9]")
 
     @property
     def reach(self):
@@ -147,8 +148,10 @@ class Augmentation:
     def draw(self, rng, can_mirror):
         """One draw: crop_matrix's arguments, colour matrix (3, 4), rectangle in sides of the crop, fill."""
         u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
-        geometry = {"rotation": self.rotation * u[0], "scale": (1 + self.scale) ** u[1],
-                    "shift": self.shift * u[2:4], "mirror": bool(can_mirror and rng.random() < self.flip)}
+        scale = (1 + self.scale) ** u[1]
+        shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
+        geometry = {"rotation": self.rotation * u[0], "scale": scale, "shift": shift,
+                    "mirror": bool(can_mirror and rng.random() < self.flip)}
         contrast, saturation = np.exp(self.colour * u[4]), np.exp(2 * self.colour * u[5])
         luma, gain = np.array([0.299, 0.587, 0.114]), 1 + self.colour / 4 * u[6:9]
         linear = contrast * gain[:, None] * (saturation * np.eye(3) + (1 - saturation) * luma)
@@ -167,7 +170,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     """Faces as training samples. `dataset[i]` is one sample in full, ready to look at:
 
         image     (3, S, S) float, normalised     heatmaps   (K, S/2, S/2) float
-        keypoints (K, 2) float, crop pixels       visibility (K,) 1 where the landmark trains, else 0
+        keypoints (K, 2) float, crop pixels       visibility (K,) 1: it trains, -1: nothing here, 0
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
     A DataLoader calls `__getitems__` instead: whole batches of uint8 crops, from which the device makes
@@ -180,7 +183,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
         self.sigma = sigma or default_sigma(input_size)
         self.augment = augment or Augmentation(0, 0, 0, 0, 0, 0)
         self.flip_index = faces.scheme.flip_index
-        self.windows = Windows(faces, input_size, padding, self.augment.reach, cache)
+        finest = 1 + self.augment.scale * (self.augment.empty > 0)  # how far a locator's crops zoom in
+        self.windows = Windows(faces, input_size * finest, padding, self.augment.reach, cache)
 
     def __len__(self):
         return len(self.faces)
@@ -193,6 +197,16 @@ class DogFLWDataset(torch.utils.data.Dataset):
         return {"image": images[0], "heatmaps": heatmaps[0],
                 **{k: batch[k][0] for k in ("keypoints", "visibility", "matrix", "index")}}
 
+    def place(self, i, size, rng):
+        """A random crop of face i: matrix, points (K, 2), labelled (K,), colour, a part to fill, and how."""
+        geometry, colour, (left, top, right, bottom), fill = self.augment.draw(rng, self.flip_index)
+        matrix = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
+        points, labelled = apply_matrix(matrix, self.faces.points[i]), self.faces.visible[i] > 0
+        if geometry["mirror"]:
+            points, labelled = points[self.flip_index], labelled[self.flip_index]
+        part = slice(int(top * size), int(bottom * size)), slice(int(left * size), int(right * size))
+        return matrix, points, labelled, colour, part, fill
+
     def __getitems__(self, items):
         items = [(*(item if isinstance(item, tuple) else (0, item)), self.size)[:3] for item in items]
         n, size, k = len(items), items[0][2], len(self.faces.scheme.names)
@@ -200,18 +214,14 @@ class DogFLWDataset(torch.utils.data.Dataset):
         points, visible = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
         colour, matrices = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3))
         for row, (epoch, i, _) in enumerate(items):
-            geometry, colour[row], (left, top, right, bottom), fill = self.augment.draw(
-                np.random.default_rng((self.seed, epoch, i)), self.flip_index)
-            pixels, to_picture = self.windows[i]
-            matrices[row] = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
-            warp(pixels, to_picture, matrices[row], size, out=crops[row])
-            crops[row, int(top * size):int(bottom * size), int(left * size):int(right * size)] = fill
-            places, labelled = apply_matrix(matrices[row], self.faces.points[i]), self.faces.visible[i] > 0
-            if geometry["mirror"]:
-                places, labelled = places[self.flip_index], labelled[self.flip_index]
-            points[row] = places
+            rng, empty = np.random.default_rng((self.seed, epoch, i)), self.augment.empty
+            place = partial(self.place, size=size, rng=rng)
+            matrices[row], points[row], labelled, colour[row], part, fill = (
+                scene(crops[row], i, place, self.windows, empty, rng) if empty else place(i))
+            warp(*self.windows[i], matrices[row], size, out=crops[row], over=empty > 0)
+            crops[row][part] = fill
             # What the crop cut off cannot be learnt from a heatmap; validation scores it all the same.
-            visible[row] = labelled & (places > -0.5).all(-1) & (places < size - 0.5).all(-1)
+            visible[row] = labelled * (inside(points[row], size) | (labelled < 0))
         arrays = {"image": crops, "keypoints": points, "visibility": visible, "colour": colour,
                   "matrix": matrices, "index": np.array([i for _, i, _ in items])}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -263,7 +273,7 @@ def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
     size, sharp = heatmaps.shape[-1], heatmaps * heatmaps.pow(power - 1)
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
     sums = torch.stack([sharp.sum(2), sharp.sum(3)], 2)  # (B, K, 2, size), of columns and of rows
-    centre = (sums @ cells) / sums.sum(3).clamp(min=1e-12)
+    centre = (sums * cells).sum(3) / sums.sum(3).clamp(min=1e-12)
     near_x, near_y = (radius * size + 0.5 - (cells - centre.unsqueeze(-1)).abs()).clamp(0, 1).unbind(2)
     near = ((heatmaps @ near_x.unsqueeze(-1)).squeeze(-1) * near_y).sum(-1)
     return (centre + 0.5) * STRIDE - 0.5, near / heatmaps.sum((2, 3)).clamp(min=1e-12)

@@ -36,21 +36,19 @@ from tools.lib.trained import TrainedModel
 from tools.lib.windows import invert_matrix
 
 SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sample/annotations",
-          "epochs": 20, "backbone": "hrnet_w18_small", "pretrained": False, "input_size": 128}
+          "epochs": 5, "backbone": "hrnet_w18_small", "pretrained": False, "input_size": 128}
 
 
 @dataclass
 class Config(Augmentation):
     """Every setting, once: flag, default, meaning, range. At --resume all but the `free` must be the same."""
-    data_root: Path | None = setting(None, "folder of the file names (default: kagglehub's cache)",
-                                     group="data", free=True)
+    data_root: Path | None = setting(None, "pictures (default: kagglehub's cache)", group="data", free=True)
     ann_root: Path = setting(ROOT / "data/dogflw/annotations", "folder of train.json and val.json", free=True)
     category: str | None = setting(None, "what to train on, where categories have different landmarks")
     sample: bool = setting(False, "train on drawn faces, with settings for a CPU (made when missing)")
     holdout: float = setting(0.0, "fraction of train, by breed and picture, that chooses the checkpoint; "
                              "val.json, where there is one, is then scored once, at the end", "[0, 0.9]")
-    crop: str = setting("face", "what the model sees: the face's box, or the whole picture (a locator)",
-                        choices=["face", "image"])
+    crop: str = setting("face", "train on faces, or on whole pictures (a locator)", choices=["face", "image"])
     cache: Path | None = setting(ROOT / "data/cache", "folder for decoded faces, or none", free=True)
     num_workers: int = setting(4, "processes that cut crops", "[0, inf)", free=True)
     backbone: str = setting("hrnet_w32", "any convolutional timm model", group="model")
@@ -58,15 +56,13 @@ class Config(Augmentation):
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
-    sigma: float | None = setting(None, "the targets' final deviation in heatmap cells (default: 1.5 at 256 "
-                                  "pixels, else in proportion)", "[0.3, 100]")
+    sigma: float | None = setting(None, "the targets', in cells (default: 1.5 * input / 256)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
     score_radius: float = setting(0.05, "a score is the chance of an error below this, in crops", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step: the same in less memory", "[1, inf)", free=True)
-    lr: float | None = setting(None, "Adam's rate at this batch size; scale it by the batch's root "
-                               "(default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
+    lr: float | None = setting(None, "Adam's rate (default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
     beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
     beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
@@ -80,12 +76,12 @@ class Config(Augmentation):
     seed: int = setting(0, "of order, augmentation and new weights", "[0, inf)")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
-    val_every: int | None = setting(None, "epochs between validations, which cost 5 to 10 %% of one "
-                                    "(default: 2, and at most 100 in a run)", "[1, inf)", free=True)
+    val_every: int | None = setting(None, "epochs a validation (default: 2 or more)", "[1, inf)", free=True)
     save_every: int = setting(10, "epochs between epoch_N.pth", "[1, inf)", free=True)
     tensorboard: bool = setting(False, "also write scalars and a picture for TensorBoard", free=True)
     device: str = setting("auto", "cuda, mps or cpu", free=True)
     amp: bool = setting(True, "16-bit arithmetic where the device has it")
+    graphs: bool = setting(False, "replay steps as CUDA graphs (not measured here)", free=True)
     compile: bool = setting(False, "torch.compile the model (slow on a CPU)", free=True)
 
     @property
@@ -112,12 +108,11 @@ def parse_args(argv=None):
 class LandmarkNet(nn.Module):
     """Features of the whole backbone at stride 2, and a small head: (B, 3, S, S) -> (B, K, S/2, S/2).
 
-    Every heatmap is a softmax over its cells: float32, a probability for each place, summing to 1.
-
-    Each level of the backbone is brought to `width` channels by a 1 x 1 convolution at its own resolution,
-    then enlarged and added (Lin et al. 2017, "Feature pyramid networks"). timm's first level of an HRNet is
-    the *stem*, which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError where
-    there are no levels.
+    Every heatmap is a softmax over its cells: float32, a probability for each place, summing to 1. Each level
+    of the backbone is brought to `width` channels by a 1 x 1 convolution at its own resolution, then enlarged
+    and added (Lin et al. 2017, "Feature pyramid networks"). timm's first level of an HRNet is the *stem*,
+    which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError where there are no
+    levels.
     """
 
     def __init__(self, backbone, num_landmarks, width=64):
@@ -182,14 +177,14 @@ def divergence(heatmaps, offsets, sigma):
 def heatmap_losses(heatmaps, points, visibility, sigma, mse_weight=1.0, crps_weight=1.0, kl_weight=0.3):
     """MSE weighted by visibility between maps and Gaussians, plus the maps' errors as forecasts: (B, K).
 
-    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K); sigma in cells.
-    For the MSE a map is scaled so that a perfect one peaks at 1, as the Gaussian does; "nothing" costs 1. MSE
-    alone is cheapest at "nothing" where a place is uncertain, and learns the ears last. The other terms are
-    least for the honest distribution. The continuous ranked probability score of x and of y, in fractions of
-    the crop (Gneiting & Raftery 2007, "Strictly proper scoring rules", eq. 20), knows how far away a wrong
-    map is. The `divergence` pulls to the truth where a map is broad or wrong. Take the mean over all B * K
-    maps, labelled or not: a constant divisor makes the sum over micro-batches and over GPUs exactly the
-    gradient of the whole batch.
+    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K), -1 where a map is
+    to be flat; sigma in cells. For the MSE a map is scaled so that a perfect one peaks at 1, as the Gaussian
+    does; "nothing" costs 1. MSE alone is cheapest at "nothing" where a place is uncertain, and learns the
+    ears last. The other terms are least for the honest distribution. The continuous ranked probability score
+    of x and of y, in fractions of the crop (Gneiting & Raftery 2007, "Strictly proper scoring rules", eq.
+    20), knows how far away a wrong map is. The `divergence` pulls to the truth where a map is broad or wrong.
+    Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches
+    and over GPUs exactly the gradient of the whole batch.
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
@@ -206,10 +201,9 @@ def heatmap_losses(heatmaps, points, visibility, sigma, mse_weight=1.0, crps_wei
         losses = losses + crps_weight * (below - steps).square().sum((2, 3)) / size
     if kl_weight:
         losses = losses + kl_weight * divergence(heatmaps, offsets, sigma)
-    return losses * visibility
+    nothing = kl_weight * (square * size**2).log()  # from a uniform map: Rényi's divergence of order 2
+    return torch.where(visibility < 0, nothing, losses * visibility)
 
-
-# ---------------------------------------------------------------- metrics
 
 def crop_side(faces, padding):
     """The side of every face's crop in picture pixels (N,)."""
@@ -247,6 +241,7 @@ def nme(points, faces, length):
 METRICS = {"nme": lambda points, faces, padding: nme(points, faces, crop_side(faces, padding)),
            "nme_iod": lambda points, faces, padding: nme(points, faces, eye_distance(faces)),
            "nme_box": lambda points, faces, padding: nme(points, faces, box_diagonal(faces))}
+COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
 
 def nan_mean(values):
@@ -259,8 +254,6 @@ def mean_metrics(points, faces, padding):
     """Every metric's mean over the faces: {"nme": ..., ...}; NaN where no face counts, never 0."""
     return {name: nan_mean(metric(points, faces, padding)) for name, metric in METRICS.items()}
 
-
-# ---------------------------------------------------------------- prediction
 
 @torch.inference_mode()
 def predict_heatmaps(model, images, flip_index=None, amp=None):
@@ -276,7 +269,7 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
 def see(model, crops, matrices, config, flip_index=None, amp=None):
     """Crops (B, S, S, 3), matrices (B, 2, 3) -> heatmaps, points (B, K, 2) in the picture, scores (B, K)."""
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
-    points, scores = (found.double().cpu().numpy() for found in data.decode_heatmaps(
+    points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
         heatmaps, config.decode_power, config.score_radius))
     return heatmaps, data.apply_matrix(invert_matrix(matrices), points), scores
 
@@ -299,7 +292,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
             targets = (batch[name].to(device) for name in ("keypoints", "visibility"))
             table[share, :, 3] = heatmap_losses(heatmaps, *targets, sigma, **config.loss_weights).cpu()
     # Every entry is nonzero in one process only, so the sum is exact.
-    table = processes.sum(torch.from_numpy(table).to(device)).cpu().numpy()
+    table = processes.sum(torch.from_numpy(table)).cpu().numpy()
     return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma is not None else math.nan
 
 
@@ -374,15 +367,14 @@ class Run:
         self.judged = copy.deepcopy(self.bare).requires_grad_(False) if config.ema else self.bare
         self.optimizer = build_optimizer(self.bare, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.parts = {"model": self.judged, "raw": self.bare} | {
-            "optimizer": self.optimizer, "scaler": self.scaler}
+        self.parts = dict(model=self.judged, raw=self.bare, optimizer=self.optimizer, scaler=self.scaler)
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
             for name, part in self.parts.items():
                 part.load_state_dict(resumed[name])
         self.average = runtime.WeightAverage(self.bare, self.judged, config.ema) if config.ema else None
-        self.model = processes.wrap(torch.compile(self.bare, dynamic=False) if config.compile else self.bare)
+        self.model = runtime.for_training(self.bare, config, plan, processes, self.amp)
 
 
 def train_step(run, batches, step):
@@ -435,8 +427,8 @@ def validate(run, dataset):
     """The averaged weights' points (N, K, 2) in picture pixels, mean loss, and the mean of every metric."""
     run.processes.average_buffers(run.judged)
     sigma = run.plan.sigma(run.progress["epoch"] * run.plan.steps, dataset.size)
-    micro = run.config.batch_size // run.config.accumulate
-    points, _, loss = predict(run.judged, dataset, run.config, run.processes, run.amp, micro, sigma=sigma)
+    points, _, loss = predict(run.judged, dataset, run.config, run.processes, run.amp,
+                              run.processes.predict_batch, sigma=sigma)
     return points, loss, mean_metrics(points, dataset.faces, run.config.padding)
 
 
@@ -464,9 +456,6 @@ def load_sets(config, processes):
     return rest, held, val, "held out of train"
 
 
-COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
-
-
 def test_once(run, datasets, chosen_on):
     """Say which epoch was chosen; score it once where there are faces that chose nothing: test.json."""
     path, say = run.config.work_dir / "best_model.pth", run.processes.say
@@ -474,10 +463,10 @@ def test_once(run, datasets, chosen_on):
     say(f"best: epoch {chosen['epoch']}, {as_text(chosen['metrics'], METRICS)} on the faces that chose it")
     if datasets:
         run.judged.load_state_dict(chosen["model"])
-        _, _, metrics = validate(run, datasets[chosen["size"]])
-        say(f"on {len(datasets[chosen['size']])} faces that chose nothing: {as_text(metrics, METRICS)}")
+        number, (_, _, metrics) = len(datasets[chosen["size"]]), validate(run, datasets[chosen["size"]])
+        say(f"on {number} faces that chose nothing: {as_text(metrics, METRICS)}")
         if run.processes.first:
-            text = json.dumps({"chosen_on": chosen_on, **metrics}, indent=1)
+            text = json.dumps({"faces": number, "chosen_on": chosen_on, **metrics}, indent=1)
             atomic_write(path.with_name("test.json"), [text.encode()])
 
 

@@ -8,6 +8,7 @@ import dataset as data
 from tools import align_faces as tool
 from tools.lib.cli import UserError
 from tools.lib.pictures import read_image
+from tools.lib.windows import invert_matrix
 
 TOOL = "tools/align_faces.py"
 
@@ -57,7 +58,7 @@ def test_the_aligned_picture_shows_what_the_matrix_says(angle, scale):
     matrix = np.column_stack([linear, np.array([39.5, 39.5]) - linear @ [150, 150]])
     pixels = tool.align(image, matrix, 80)
     at = np.array([[40.0, 40.0], [50.0, 30.0], [28.0, 47.0]])
-    source = data.apply_matrix(data.invert_matrix(matrix), at)
+    source = data.apply_matrix(invert_matrix(matrix), at)
     for (u, v), want in zip(at.astype(int), source * 0.8):
         assert np.abs(pixels[v, u, :2] - want).max() < 2
 

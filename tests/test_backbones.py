@@ -143,7 +143,7 @@ def test_imagenet_weights_are_taken_whole_or_refused(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("no network")
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="ImageNet weights of hrnet_w18_small .*ConnectionError.*--no-pretrained"):
+    with pytest.raises(UserError, match="ImageNet weights of hrnet_w18_small .*ConnectionError.*with --no-pretrained"):
         take_imagenet(model.backbone, "hrnet_w18_small", lambda _: None)
 
 

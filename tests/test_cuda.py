@@ -172,8 +172,9 @@ def test_the_launches_of_a_step_stay_few(walked):
 def test_prediction_on_cuda_mixes_no_devices(cuda, monkeypatch):
     """Normalise, mirror, decode, score, loss: with no float64 on the device, which MPS does not have."""
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: self)  # a fake has no numbers
-    monkeypatch.setattr(data, "invert_matrix", lambda matrices: matrices)
-    monkeypatch.setattr(data, "apply_matrix", lambda matrices, points: points)
+    for module in (trainer, data):
+        monkeypatch.setattr(module, "invert_matrix", lambda matrices: matrices, raising=False)
+        monkeypatch.setattr(module, "apply_matrix", lambda matrices, points: points, raising=False)
     run, batch = run_on(cuda)
     run.judged.eval()
     index = torch.tensor(SCHEME.flip_index, device=cuda)

@@ -9,6 +9,7 @@ import torch
 from conftest import FORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dataset as data
 from dataset import Augmentation, DogFLWDataset
@@ -16,7 +17,6 @@ from tools.lib.cli import UserError
 from tools.lib.pictures import read_image
 from tools.lib.windows import Windows, apply_matrix, cut_window, face_window, invert_matrix
 from train_simple import parse_args
-
 
 numbers = st.floats(-300, 300)
 boxes = st.tuples(numbers, numbers, st.floats(5, 400), st.floats(5, 400))
@@ -249,6 +249,12 @@ def test_normalize_folds_the_colour_matrix():
     assert plain.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_decompression_bomb_is_named(tmp_path):
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")  # 110 kB, 2.7 GB of pixels
+    with pytest.raises(UserError, match="bomb.png: has too many pixels"):
+        read_image(tmp_path / "bomb.png")
+
+
 # ---------------------------------------------------------------- splits
 
 def pictures(faces, counts, breeds):
@@ -286,3 +292,18 @@ def test_a_picture_can_teach_one_face_only_as_a_whole(faces):
     np.testing.assert_array_equal(whole.boxes, np.column_stack([np.zeros((len(faces), 2)), faces.sizes - 1]))
     with pytest.raises(UserError, match="--crop image"):
         replace(faces, files=[faces.files[0]] * len(faces)).whole_pictures()
+
+
+def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
+    faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).whole_pictures()
+    dataset = DogFLWDataset(faces, 64, 1.0, augment=Augmentation(scale=1.5, empty=0.4))
+    batch = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
+    visible, points = batch["visibility"].numpy(), batch["keypoints"].numpy()
+    nothing = (visible < 0).any(1)
+    assert 0.3 < nothing.mean() < 0.7
+    assert (visible[nothing] == -1).all() or (faces.visible == 0).any()
+    assert ((visible[~nothing] > 0).mean(1) > 0.2).all()
+    sides = np.ptp(points[~nothing], axis=1).max(1) / 64
+    assert sides.min() < 0.3 and sides.max() > 0.8
+    again = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
+    assert torch.equal(batch["image"], again["image"])

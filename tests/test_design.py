@@ -10,7 +10,16 @@ from conftest import ROOT
 
 import train_simple as trainer
 from tools.lib.checkpoints import load_checkpoint
-from tools.lib.cli import Progress, UserError, as_plain, changed_settings, from_stored, is_within, kind_of, run_script
+from tools.lib.cli import (
+    Progress,
+    UserError,
+    as_plain,
+    changed_settings,
+    from_stored,
+    is_within,
+    kind_of,
+    run_script,
+)
 from train_simple import Config
 
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in

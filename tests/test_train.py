@@ -399,7 +399,7 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
         assert metrics == pytest.approx({k: trained.metrics[k] for k in metrics}, abs=1e-6)
     test = json.loads((tmp_path / "uncut/test.json").read_text())
     once = score("uncut/best_model.pth", data.load_coco(sample.ann_root / "val.json", sample.data_root))[1]
-    assert test.pop("chosen_on") == "held out of train" and test == pytest.approx(once, abs=1e-6)
+    assert test == {"chosen_on": "held out of train", "faces": 12, **{k: pytest.approx(v, abs=1e-6) for k, v in once.items()}}
     assert "on the faces that chose it" in said and "12 faces that chose nothing" in said
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
@@ -670,3 +670,13 @@ def test_float16_that_never_finds_a_scale_ends_the_run(spoilt, refused, flags, t
     monkeypatch.setattr(runtime, "autocast", lambda *_: nullcontext())
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0))
     assert named(refused(*flags, *LIGHT, "--work-dir", tmp_path / "w"))
+
+
+def test_where_there_is_nothing_the_best_map_is_flat():
+    flat = torch.full((1, 1, 32, 32), 1 / 32**2)
+    peaked = data.encode_heatmaps(torch.tensor([[[20.0, 30.0]]]), 32, 1.2)
+    peaked = peaked / peaked.sum()
+    nowhere, nothing = torch.zeros(1, 1, 2), torch.full((1, 1), -1.0)
+    half = trainer.heatmap_losses((flat + peaked) / 2, nowhere, nothing, 1.2).item()
+    assert trainer.heatmap_losses(flat, nowhere, nothing, 1.2).item() == pytest.approx(0, abs=1e-5)
+    assert 0 < half < trainer.heatmap_losses(peaked, nowhere, nothing, 1.2).item()

@@ -144,7 +144,7 @@ class Parts:
         for owner, prefix in ((model.backbone, "backbone."), (model, "")):
             for name, child in owner.named_children():
                 part = "backbone.stem" if prefix and name[:-1] in ("conv", "bn", "act") else prefix + name
-                several = isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential))  # may be called one by one
+                several = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)  # called one by one
                 for module in child if several else [child]:
                     if module is not model.backbone:
                         enter, leave = (lambda *_, part=part: self.enter(part)), (lambda *_: self.leave())

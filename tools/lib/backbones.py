@@ -84,7 +84,7 @@ def take_imagenet(model, backbone, say):
     except Exception as e:  # whatever the hub's client raises: its own types change from version to version
         raise UserError(
             f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train from scratch "
-            "--no-pretrained, or give a file with --weights FILE"
+            "with --no-pretrained, or give a file with --weights FILE"
         ) from None
     model.load_state_dict(
         matched(model.state_dict(), source, f"--backbone {backbone}", lambda *_: None), strict=False

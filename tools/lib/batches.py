@@ -37,13 +37,15 @@ def keep(batch):
 def batches_of(dataset, sampler, workers, pin_memory=False):
     """One pass over a sampler's batches; no more workers than there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return iter(
-        torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=min(workers, cores),
-            collate_fn=keep,
-            worker_init_fn=quiet_worker,
-            pin_memory=pin_memory,
-        )
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=min(workers, cores),
+        collate_fn=keep,
+        worker_init_fn=quiet_worker,
+        pin_memory=pin_memory,
     )
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent
+        raise RuntimeError("DataLoader worker (pid unknown) ended while it handed a batch over") from e

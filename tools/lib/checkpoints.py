@@ -67,6 +67,8 @@ class Saver:
         of the time at most: on a fast GPU an epoch takes little longer than the writing.
         """
         folder, epoch, progress = self.config.work_dir, row["epoch"], run.progress
+        if not (folder / ".lock").exists():  # without this, the next write would make an empty folder anew
+            raise UserError(f"--work-dir {folder}: was moved or deleted, and the checkpoints with it")
         value, ends = row[self.metrics[0]], epoch == self.config.epochs
         metrics = {name: row[name] for name in ("train_loss", "val_loss", *self.metrics)} | {
             "chosen_on": chosen_on

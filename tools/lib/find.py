@@ -11,16 +11,17 @@ from tools.lib.runtime import choose_device
 
 BOXED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the model in the box
 
-# Mean of the landmarks' scores, which are probabilities of being about right; chosen on held-out train faces.
-MIN_SCORE = 0.5
-FAINT = 0.1  # what scores less is dropped before its second look already
+# Of a face's score, below; chosen on held-out train faces.
+MIN_SCORE = 0.55
+FAINT = 0.15  # what scores less is dropped before its next look already
 # Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far
 # than true ones, and a box that is too small loses hanging ears for good, while one too large mends itself at
 # the next look.
 MARGIN = 0.2
 # The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half.
-# A locator was trained on faces of all sizes, so it needs fewer.
-FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2)
+# A locator was trained on faces from a quarter of a window to all of it, so it needs fewer.
+FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2, 1 / 4)
+CLOSER = 2.0  # side of the locator's closer look / the longer side of the landmarks' hull
 # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
 STABLE = 0.5
 SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
@@ -53,6 +54,12 @@ def hull_boxes(points):
     low, high = points.min(1), points.max(1)
     extent = np.maximum(high - low, 2)
     return np.concatenate([(low + high) / 2 - extent * (0.5 + MARGIN), extent * (1 + 2 * MARGIN)], axis=1)
+
+
+def frame(box):
+    """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
+    side = max(box[2:]) / (1 + 2 * MARGIN) * CLOSER
+    return np.array([*(box[:2] + box[2:] / 2 - side / 2), side, side])
 
 
 def suppress(boxes, scores, nested=True):
@@ -94,12 +101,17 @@ class Look:
     picture: int  # which of the pictures
     box: np.ndarray  # (4,) that was looked at
     points: np.ndarray  # (K, 2) in the picture
-    scores: np.ndarray  # (K,) of 0..1
+    scores: np.ndarray  # (K,) of 0..1, probabilities of being about right
+    located: float | None = None  # the score of the locator's closer look, where it found the box
 
     @cached_property
     def score(self):
-        """The mean of the landmarks' scores."""
-        return float(self.scores.mean())
+        """The mean of the landmarks' scores; after a locator's look the geometric mean of it, twice, and its.
+
+        The locator knows what is no face, which the face model never saw, and the face model has more pixels.
+        """
+        mean = float(self.scores.mean())
+        return mean if self.located is None else (mean**2 * self.located) ** (1 / 3)
 
     @cached_property
     def tight(self):
@@ -154,19 +166,30 @@ class Predictor:
     def _find(self, images, sought, min_score):
         """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
 
-        A part of a face can score higher than all of it, so what overlaps is kept until the face model has
+        A locator looks at each finding again, in a square that it half fills, before the face model does. A
+        part of a face can score higher than all of it, so what overlaps is kept until the face model has
         looked; then the box that best reproduces itself stays, the larger of similar ones, and what is not
-        stable is no face. More looks would not help: boxes inside a face shrink from look to look, and
-        displace it (measured on held-out faces).
+        stable is no face. What stays is looked at once more in the box of its own landmarks, mirrored too:
+        the first box may have cut off an ear.
         """
         network, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
         faint = min(FAINT, min_score)
         boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
-        candidates = best_of(see(network, images, boxes, flip=False), faint)
-        looks = see(self.face, images, [(look.picture, look.tight) for look in candidates])
-        second = best_of(looks, faint, again=True)
-        faces = [look for look in second if look.score >= min_score and look.stability >= STABLE]
+        found = best_of(see(network, images, boxes, flip=False), faint)
+        if self.locator:
+            closer = see(network, images, [(look.picture, frame(look.tight)) for look in found], flip=False)
+            found = [look for look in closer if look.score >= faint]
+        second = best_of(self._again(images, found, flip=False), faint, again=True)
+        stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]
+        faces = [look for look in self._again(images, stable) if look.score >= min_score]
         return sorted(faces, key=lambda look: -look.score)
+
+    def _again(self, images, looks, flip=True):
+        """The face model's looks at the boxes of other looks' landmarks."""
+        again = see(self.face, images, [(look.picture, look.tight) for look in looks], flip)
+        for look, before in zip(again, looks, strict=True):
+            look.located = before.score if self.locator and before.located is None else before.located
+        return again
 
 
 def see(network, images, boxes, flip=True):

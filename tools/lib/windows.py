@@ -1,6 +1,7 @@
 """The part of a picture that a face's crops can need: cut once, shrunk once, kept in a file."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import cv2
@@ -54,12 +55,65 @@ def window_matrix(window, kept):
     return np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
 
 
-def warp(pixels, to_picture, matrix, size, out=None):
-    """Sample a (size, size, 3) crop bilinearly, outside is mid-grey. `to_picture` maps pixels -> picture,
-    `matrix` on to the crop.
+def warp(pixels, to_picture, matrix, size, out=None, over=False):
+    """Sample a (size, size, 3) crop bilinearly; outside is mid-grey, or (`over`) what `out` held.
+
+    `to_picture` maps pixels -> picture, `matrix` on to the crop. With `over`, pixels much finer than the
+    crop's are shrunk first, by area, so that nothing aliases.
     """
     to_crop = matrix @ np.vstack([to_picture, [0, 0, 1]])
-    return cv2.warpAffine(pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderValue=GREY)
+    if over and (shrink := math.sqrt(abs(np.linalg.det(to_crop[:, :2])))) < 0.7:
+        whole = (0, 0, *pixels.shape[1::-1])
+        kept = tuple(max(1, round(side * shrink)) for side in whole[2:])
+        pixels = cut_window(pixels, whole, kept)
+        to_crop = to_crop @ np.vstack([window_matrix(whole, kept), [0, 0, 1]])
+    border = cv2.BORDER_TRANSPARENT if over else cv2.BORDER_CONSTANT
+    return cv2.warpAffine(
+        pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderMode=border, borderValue=GREY
+    )
+
+
+def crop_of(image, box, matrix, size, padding):
+    """The crop (size, size, 3) that `matrix` makes of the face in `box`, shrunk by area first."""
+    window, kept = face_window(box, image.shape[1::-1], size, padding, 1.0)
+    return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
+
+
+def inside(points, size):
+    """Which points (..., 2) lie in a crop."""
+    return (points > -0.5).all(-1) & (points < size - 0.5).all(-1)
+
+
+def scene(crop, i, place, windows, empty, rng):
+    """What a locator learns from: a crop of picture i, on a part of another picture, or with no face in it.
+
+    place(i) -> a random matrix, points (K, 2), labelled (K,) and more; the same is returned. `crop` is filled
+    with what lies behind. At the chance `empty` the crop lies where the face is not, or what lies behind
+    shows in the face's place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all.
+    """
+
+    def shows(drawn):
+        return (drawn[2] & inside(drawn[1], len(crop))).sum() >= 0.25 * drawn[2].sum()
+
+    def elsewhere(i):
+        return next((drawn for drawn in (place(i) for _ in range(19)) if not shows(drawn)), place(i))
+
+    crop[:] = GREY
+    if rng.random() < 0.7:
+        j = int(rng.integers(len(windows.paths)))
+        warp(*windows[j], elsewhere(j)[0], len(crop), out=crop)
+    empty, hidden = rng.random() < empty, rng.random() < 0.5
+    drawn = elsewhere(i) if empty and not hidden else place(i)
+    matrix, points, labelled, colour, part, fill = drawn
+    if not shows(drawn):
+        labelled = -1.0 * labelled
+    elif empty and hidden:
+        seen = points[labelled & inside(points, len(crop))]
+        margin = 0.2 * np.ptp(seen, axis=0)
+        low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
+        part = slice(low[1], high[1]), slice(low[0], high[0])
+        labelled, fill = -1.0 * labelled, crop[part].copy()
+    return matrix, points, labelled, colour, part, fill
 
 
 class Windows:
