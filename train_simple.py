@@ -490,7 +490,7 @@ def train(config, processes):
     log = Log(config, COLUMNS, run.progress["rows"], quiet=not processes.first)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
-                  f"{config.backbone} on {processes.world} x {processes.device}")
+                  f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")
     for epoch in range(first, config.epochs):
         begin, size, points = time.perf_counter(), plan.size(epoch), None
         row = dict.fromkeys(COLUMNS, math.nan) | {"epoch": epoch + 1, "size": size}

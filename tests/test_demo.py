@@ -134,7 +134,7 @@ def test_photo_without_a_dog_says_so(demo):
 
 
 def test_trained_checkpoint_looks_at_the_photo(demo):
-    assert re.match(r"(No|\d+) dogs? found", demo.find(demo.photo, "trained", 0.1).text)
+    assert re.match(r"(No|\d+) dogs? found", demo.find(demo.photo, "trained", 0.2).text)
 
 
 def test_what_is_no_picture_is_refused_in_one_sentence(demo, tmp_path):
