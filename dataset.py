@@ -138,7 +138,7 @@ class Augmentation:
     shift: float = setting(0.05, "of the crop's side, uniform in +-", "[0, 1]")
     colour: float = setting(0.25, "strength of contrast, brightness, saturation and channel gain", "[0, 1]")
     occlusion: float = setting(0.2, "chance of one flat rectangle over the crop", "[0, 1]")
-    empty: float = setting(0.0, "a locator's: chance of no face in a crop; others lie anywhere", "[0, 0.9]")
+    empty: float = setting(0.0, "a locator's chance of a crop without a face; needs --kl-weight", "[0, 0.9]")
 
     @property
     def reach(self):
@@ -181,7 +181,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
         self.faces, self.size, self.padding, self.seed = faces, input_size, padding, seed
         self.sigma = sigma or default_sigma(input_size)
-        self.augment = augment or Augmentation(0, 0, 0, 0, 0, 0)
+        self.augment = augment or Augmentation(*[0] * len(fields(Augmentation)))
         self.flip_index = faces.scheme.flip_index
         finest = 1 + self.augment.scale * (self.augment.empty > 0)  # how far a locator's crops zoom in
         self.windows = Windows(faces, input_size * finest, padding, self.augment.reach, cache)

@@ -44,7 +44,7 @@ class Config(Augmentation):
     """Every setting, once: flag, default, meaning, range. At --resume all but the `free` must be the same."""
     data_root: Path | None = setting(None, "pictures (default: kagglehub's cache)", group="data", free=True)
     ann_root: Path = setting(ROOT / "data/dogflw/annotations", "folder of train.json and val.json", free=True)
-    category: str | None = setting(None, "what to train on, where categories have different landmarks")
+    category: str | None = setting(None, "the category to train on, if several have different landmarks")
     sample: bool = setting(False, "train on drawn faces, with settings for a CPU (made when missing)")
     holdout: float = setting(0.0, "fraction of train, by breed and picture, that chooses the checkpoint; "
                              "val.json, where there is one, is then scored once, at the end", "[0, 0.9]")
@@ -56,27 +56,27 @@ class Config(Augmentation):
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
-    sigma: float | None = setting(None, "the targets', in cells (default: 1.5 * input / 256)", "[0.3, 100]")
+    sigma: float | None = setting(None, "of the targets, in cells (default: 1.5 * input / 256)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score is the chance of an error below this, in crops", "(0, 1]")
+    score_radius: float = setting(0.05, "a score is the chance that the error is below, in crops", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
-    accumulate: int = setting(1, "micro-batches a step: the same in less memory", "[1, inf)", free=True)
+    accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
     lr: float | None = setting(None, "Adam's rate (default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
     beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
     beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
     warmup_epochs: float = setting(1.0, "linear warm-up before the cosine", "[0, inf)")
     mse_weight: float = setting(1.0, "of the squared error of the maps", "[0, inf)")
-    crps_weight: float = setting(1.0, "of the maps' error as forecasts of a place", "[0, inf)")
-    kl_weight: float = setting(0.3, "of the divergence from the target", "[0, inf)")
-    wide: float = setting(2.0, "the targets' deviation at the first step / at the last", "[1, 16]")
+    crps_weight: float = setting(1.0, "of the ranked probability score (CRPS) along x and y", "[0, inf)")
+    kl_weight: float = setting(0.3, "of the Kullback-Leibler divergence from the target", "[0, inf)")
+    wide: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
-    progressive: float = setting(0.3, "fraction of the epochs, the first, on half the size", "[0, 0.9]")
+    progressive: float = setting(0.3, "first part of the epochs, on half the size, at least 128", "[0, 0.9]")
     seed: int = setting(0, "of order, augmentation and new weights", "[0, inf)")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
-    val_every: int | None = setting(None, "epochs a validation (default: 2 or more)", "[1, inf)", free=True)
+    val_every: int | None = setting(None, "validate every N epochs (default: >= 2)", "[1, inf)", free=True)
     save_every: int = setting(10, "epochs between epoch_N.pth", "[1, inf)", free=True)
     tensorboard: bool = setting(False, "also write scalars and a picture for TensorBoard", free=True)
     device: str = setting("auto", "cuda, mps or cpu", free=True)
@@ -316,8 +316,8 @@ class Plan:
     def __init__(self, config, faces, world=1):
         self.config, parts = config, config.accumulate * world
         if config.batch_size % parts or parts > faces:
-            raise UserError(f"--batch-size {config.batch_size}: it and {faces} faces must fill {parts} parts "
-                            f"(--accumulate {config.accumulate} x {world} processes)")
+            raise UserError(f"--batch-size {config.batch_size}: must divide by {parts} (--accumulate x "
+                            f"processes), and there must be {parts} faces or more; there are {faces}")
         self.batch_size = min(config.batch_size, faces - faces % parts)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
@@ -487,7 +487,7 @@ def train(config, processes):
     sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
     batches = batches_of(train_set, sampler, config.num_workers, pin_memory=cuda)
     saver = Saver(config, list(METRICS), runtime.versions(ROOT))
-    log = Log(config, COLUMNS, run.progress["rows"], quiet=not processes.first)
+    log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
                   f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")

@@ -1,11 +1,11 @@
 """Find dog faces and their landmarks in pictures, videos and what a camera sees.
 
-    uv run python tools/predict.py photo.jpg                             # the model in the box uv run python
-    tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/hrnet_w32/best_model.pth uv run
-    python tools/predict.py face.jpg --box 120 80 200 210 uv run python tools/predict.py val.json --data-root
-    DogFLW --boxes val.json uv run python tools/predict.py 0                                     # a camera,
-    until Ctrl-C; or rtsp://... uv run python tools/predict.py photos/ --coco mine.json              # to
-    correct in a labelling tool, and train on
+    uv run python tools/predict.py photo.jpg                              # the model in the box
+    uv run python tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/mine/best_model.pth
+    uv run python tools/predict.py face.jpg --box 120 80 200 210
+    uv run python tools/predict.py val.json --data-root DogFLW --boxes val.json
+    uv run python tools/predict.py 0                                      # a camera, until Ctrl-C; or rtsp://...
+    uv run python tools/predict.py photos/ --coco mine.json               # correct it, then train on it
 
 INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
 number of a camera, or the address of a stream. What a file is, its content says. Without boxes the faces are

@@ -169,7 +169,7 @@ def add_settings(parser, settings, names=None):
             metavar = None if about["choices"] else {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
             group.add_argument(
                 flag,
-                type=path_or_none if kind is Path else kind,
+                type=path_or_none if field.name == "cache" else kind,
                 default=default,
                 choices=about["choices"],
                 metavar=metavar,

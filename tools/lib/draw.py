@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.lib.cli import UserError
+from tools.lib.cli import UserError, as_text
 from tools.lib.files import as_csv, atomic_write
 
 REGION_COLOURS = (
@@ -153,11 +153,12 @@ class Log:
     """What a run shows of itself: a line an epoch, metrics.csv, curves.png, two contact sheets, TensorBoard's
     events.
 
-    rows: the epochs so far, {column: value}; the caller adds to them.
+    rows: the epochs so far, {column: value}; the caller adds to them. metrics: the columns to print.
     """
 
-    def __init__(self, config, columns, rows, quiet=False):
-        self.config, self.columns, self.rows, self.quiet, self.board = config, columns, rows, quiet, None
+    def __init__(self, config, columns, metrics, rows, quiet=False):
+        self.config, self.columns, self.metrics, self.rows = config, columns, list(metrics), rows
+        self.quiet, self.board = quiet, None
         if config.tensorboard and not quiet:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -188,8 +189,7 @@ class Log:
             atomic_write(folder / "val_predictions.jpg", [encode_picture(sheet, ".jpg")])
         if row["epoch"] % self.config.save_every == 0 or row["epoch"] == self.config.epochs:
             self.curves()
-        scores = f"  val nme {row['nme']:.4f}  nme_iod {row['nme_iod']:.4f}" + "  best" * best
-        scores *= points is not None
+        scores = "" if points is None else f"  val {as_text(row, self.metrics)}" + "  best" * best
         print(
             f"epoch {row['epoch']:3d}/{self.config.epochs}  {row['size']} px  {row['seconds']:6.1f} s  "
             f"{row['images_per_s']:6.0f} "

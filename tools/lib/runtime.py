@@ -298,7 +298,7 @@ def explained_ends(last):
         return
     except KeyboardInterrupt as e:
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
-    except (torch.OutOfMemoryError, RuntimeError) as e:
+    except RuntimeError as e:
         reason, code = reason_of(e), 2
         if not reason:
             raise
@@ -371,11 +371,10 @@ class FiniteWatch:
         if first < 0 and model is not None and not nn.utils.get_total_norm(model.parameters()).isfinite():
             first = len(recent) - 1  # the last step's own gradient
         if first >= 0 or scaler.is_enabled() and scaler.get_scale() < 1:
-            names = [self.files[i] for i in recent[max(first, 0)]]
+            names = [self.files[i] for i in recent[first]]  # -1, the last: float16 gave up on gradients
             named = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise UserError(f"{self.title}: the loss is not finite at or before the batch of {named}; "
-                            "look at these faces, or lower --lr; the epochs before are in "
-                            f"{self.last}")
+            raise UserError(f"{self.title}: the loss or its gradient is not finite at or before the batch of "
+                            f"{named}; look at these faces, or lower --lr; the epochs before are in {self.last}")
 
 
 def versions(root):
