@@ -374,7 +374,7 @@ class FiniteWatch:
             names = [self.files[i] for i in recent[first]]  # -1, the last: float16 gave up on gradients
             named = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise UserError(f"{self.title}: the loss or its gradient is not finite at or before the batch of "
-                            f"{named}; look at these faces, or lower --lr; the epochs before are in {self.last}")
+                            f"{named}; look at these faces, or lower --lr; earlier epochs are in {self.last}")
 
 
 def versions(root):
