@@ -314,7 +314,7 @@ class Plan:
     """
 
     def __init__(self, config, faces, world=1):
-        self.config, parts = config, config.accumulate * world
+        self.config, self.faces, parts = config, faces, config.accumulate * world
         if config.batch_size % parts or parts > faces:
             raise UserError(f"--batch-size {config.batch_size}: must divide by {parts} (--accumulate x "
                             f"processes), and there must be {parts} faces or more; there are {faces}")
@@ -481,7 +481,7 @@ def train(config, processes):
         select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
                                   for some in (select, test))
     last = config.work_dir / "last.pth"
-    resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme)))
+    resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme), plan.faces))
     run = Run(config, faces.scheme, plan, processes, resumed)
     first, cuda = run.progress["epoch"], processes.device.type == "cuda"
     sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)

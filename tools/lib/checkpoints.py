@@ -51,7 +51,7 @@ class Saver:
             "size": run.plan.size(epoch - 1),
             "args": as_plain(self.config),
             "metrics": metrics,
-            "versions": self.versions,
+            "versions": self.versions, "faces": run.plan.faces,
         }
         return (
             needed | {name: part.state_dict() for name, part in run.parts.items()} | run.progress
@@ -123,7 +123,7 @@ def load_checkpoint(path):
     return {"size": checkpoint["args"].get("input_size"), **checkpoint}
 
 
-def load_resumable(path, config, scheme):
+def load_resumable(path, config, scheme, faces):
     """last.pth for --resume, or None where there is none yet. Raises UserError where this command is not its
     run's.
     """
@@ -136,6 +136,11 @@ def load_resumable(path, config, scheme):
         theirs, ours = (len(s["names"]) for s in (resumed["scheme"], scheme))
         raise UserError(
             f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
+            "name another --work-dir"
+        )
+    if resumed.get("faces", faces) != faces:
+        raise UserError(
+            f"--resume {path}: that run had {resumed['faces']} faces, {config.ann_root} has {faces}; "
             "name another --work-dir"
         )
     changed = changed_settings(config, resumed["args"])

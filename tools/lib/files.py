@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from tools.lib.cli import UserError
+from tools.lib.cli import Progress, UserError
 from tools.lib.pictures import FORMATS, read_image  # noqa: F401 read here by everyone
 
 
@@ -130,12 +129,14 @@ def in_threads(function, count, title):
     """function(0), function(1), ... in order, made by as many threads as there are cores, with a bar."""
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=count, desc=title, leave=False, disable=None) as bar,
+        Progress(count, title) as progress,
     ):
+        done = 0
         for start in range(0, count, 256):  # in chunks, so that finished ones do not pile up
             for result in pool.map(function, range(start, min(start + 256, count))):
                 yield result
-                bar.update()
+                done += 1
+                progress.update(done)
 
 
 def one_ahead(function, items):
