@@ -18,13 +18,12 @@ import torch
 from tools.lib.cli import UserError, setting
 from tools.lib.coco import read_coco
 from tools.lib.find import whole_box
-from tools.lib.pictures import read_image  # noqa: F401, handed on
+from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401, read_image for who imports it here
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp
 
 ROOT = Path(__file__).resolve().parent
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; a backbone may have others
 
 
 # ---------------------------------------------------------------- the COCO file

@@ -5,8 +5,8 @@ import torch
 
 from tools.lib.checkpoints import load_file_safely, upgraded
 from tools.lib.cli import UserError, single_line
+from tools.lib.pictures import MEAN, STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
 
 

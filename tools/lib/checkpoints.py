@@ -11,6 +11,7 @@ import torch
 from tools.lib.cli import UserError, as_plain, changed_settings
 from tools.lib.coco import checked_scheme
 from tools.lib.files import atomic_write
+from tools.lib.pictures import MEAN, STD
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 
@@ -178,7 +179,7 @@ def upgraded(state):
     return (
         moved
         | {f"laterals.0.{k}": v for k, v in lateral.items()}
-        | {"mean": torch.tensor((0.485, 0.456, 0.406)), "std": torch.tensor((0.229, 0.224, 0.225))}
+        | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from tools.lib.cli import Progress, UserError
-from tools.lib.pictures import FORMATS, read_image  # noqa: F401 read here by everyone
 
 
 def atomic_write(path, parts):

@@ -9,12 +9,12 @@ from PIL import Image, JpegImagePlugin, features
 
 from tools.lib.cli import UserError
 
-# Named, because Pillow also knows formats that are programs (EPS runs Ghostscript) and goes by content, not
-# by suffix.
-# From Pillow 11.3 on.
+# Named, because Pillow also knows formats that are programs (EPS runs Ghostscript), and goes by content.
+# AVIF comes with Pillow 11.3.
 AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif") else ()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
 GREY = (124, 116, 104)  # seen through transparent pixels; the same lies outside a picture in crops
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
 LARGEST_JPEG = 500_000_000  # pixels: a progressive one takes three bytes each, however small it is read
 warnings.filterwarnings("ignore", module="PIL")  # Pillow's remarks about odd but readable files
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from tools.lib.cli import UserError
 from tools.lib.files import RecordFile, in_threads
-from tools.lib.pictures import read_image
+from tools.lib.pictures import GREY, read_image
 
-GREY = (124, 116, 104)  # what lies outside the picture
 cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
 
 
