@@ -142,10 +142,10 @@ class Augmentation:
     @property
     def reach(self):
         """How much wider than the plain crop augmented ones can reach, corners of rotated ones left out."""
-        return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90)))) + 2 * self.shift
+        return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
-        """One draw: crop_matrix's arguments, colour matrix (3, 4), rectangle in sides of the crop, fill."""
+        """One draw of what is computed, not painted: crop_matrix's arguments, and a colour matrix (3, 4)."""
         u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
@@ -155,9 +155,13 @@ class Augmentation:
         luma, gain = np.array([0.299, 0.587, 0.114]), 1 + self.colour / 4 * u[6:9]
         linear = contrast * gain[:, None] * (saturation * np.eye(3) + (1 - saturation) * luma)
         offset = 128 * (1 - contrast) + 128 * self.colour * u[9]
+        return geometry, np.column_stack([linear, np.full(3, offset)])
+
+    def paint(self, crop, rng):
+        """Change a crop (S, S, 3) uint8 in place: what hides a part of the face."""
         half, middle = rng.uniform(0.05, 0.2, 2) * (rng.random() < self.occlusion), rng.uniform(0, 1, 2)
-        rectangle = *np.maximum(0, middle - half), *middle + half  # empty without occlusion
-        return geometry, np.column_stack([linear, np.full(3, offset)]), rectangle, rng.integers(0, 256, 3)
+        low, high = ((side * len(crop)).astype(int) for side in ((middle - half).clip(0), middle + half))
+        crop[low[1]:high[1], low[0]:high[0]] = rng.integers(0, 256, 3)  # empty without occlusion
 
 
 def default_sigma(input_size):
@@ -197,14 +201,13 @@ class DogFLWDataset(torch.utils.data.Dataset):
                 **{k: batch[k][0] for k in ("keypoints", "visibility", "matrix", "index")}}
 
     def place(self, i, size, rng):
-        """A random crop of face i: matrix, points (K, 2), labelled (K,), colour, a part to fill, and how."""
-        geometry, colour, (left, top, right, bottom), fill = self.augment.draw(rng, self.flip_index)
+        """A random crop of face i: matrix, points (K, 2), labelled (K,), colour."""
+        geometry, colour = self.augment.draw(rng, self.flip_index)
         matrix = crop_matrix(self.faces.boxes[i], size, self.padding, **geometry)
         points, labelled = apply_matrix(matrix, self.faces.points[i]), self.faces.visible[i] > 0
         if geometry["mirror"]:
             points, labelled = points[self.flip_index], labelled[self.flip_index]
-        part = slice(int(top * size), int(bottom * size)), slice(int(left * size), int(right * size))
-        return matrix, points, labelled, colour, part, fill
+        return matrix, points, labelled, colour
 
     def __getitems__(self, items):
         items = [(*(item if isinstance(item, tuple) else (0, item)), self.size)[:3] for item in items]
@@ -213,12 +216,15 @@ class DogFLWDataset(torch.utils.data.Dataset):
         points, visible = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
         colour, matrices = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3))
         for row, (epoch, i, _) in enumerate(items):
-            rng, empty = np.random.default_rng((self.seed, epoch, i)), self.augment.empty
+            rng = np.random.default_rng((self.seed, epoch, i))
             place = partial(self.place, size=size, rng=rng)
-            matrices[row], points[row], labelled, colour[row], part, fill = (
-                scene(crops[row], i, place, self.windows, empty, rng) if empty else place(i))
-            warp(*self.windows[i], matrices[row], size, out=crops[row], over=empty > 0)
-            crops[row][part] = fill
+            if self.augment.empty:
+                drawn = scene(crops[row], i, place, self.windows, self.augment.empty, rng)
+            else:
+                drawn = place(i)
+                warp(*self.windows[i], drawn[0], size, out=crops[row])
+            matrices[row], points[row], labelled, colour[row] = drawn
+            self.augment.paint(crops[row], rng)
             # What the crop cut off cannot be learnt from a heatmap; validation scores it all the same.
             visible[row] = labelled * (inside(points[row], size) | (labelled < 0))
         arrays = {"image": crops, "keypoints": points, "visibility": visible, "colour": colour,

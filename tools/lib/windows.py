@@ -43,7 +43,7 @@ def face_window(box, picture_size, size, padding, reach):
 def cut_window(image, window, kept):
     """Cut and shrink (H, W, 3) -> (kept h, kept w, 3)."""
     x, y, w, h = window
-    part = image[y : y + h, x : x + w]
+    part = image[y:y + h, x:x + w]
     return part if (w, h) == tuple(kept) else cv2.resize(part, kept, interpolation=cv2.INTER_AREA)
 
 
@@ -67,9 +67,8 @@ def warp(pixels, to_picture, matrix, size, out=None, over=False):
         pixels = cut_window(pixels, whole, kept)
         to_crop = to_crop @ np.vstack([window_matrix(whole, kept), [0, 0, 1]])
     border = cv2.BORDER_TRANSPARENT if over else cv2.BORDER_CONSTANT
-    return cv2.warpAffine(
-        pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderMode=border, borderValue=GREY
-    )
+    return cv2.warpAffine(pixels, to_crop, (size, size), dst=out, flags=cv2.INTER_LINEAR, borderMode=border,
+                          borderValue=GREY)
 
 
 def crop_of(image, box, matrix, size, padding):
@@ -86,9 +85,9 @@ def inside(points, size):
 def scene(crop, i, place, windows, empty, rng):
     """What a locator learns from: a crop of picture i, on a part of another picture, or with no face in it.
 
-    place(i) -> a random matrix, points (K, 2), labelled (K,) and more; the same is returned. `crop` is filled
-    with what lies behind. At the chance `empty` the crop lies where the face is not, or what lies behind
-    shows in the face's place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all.
+    place(i) -> a random matrix, points (K, 2), labelled (K,), colour; the same is returned, and `crop` is
+    filled. At the chance `empty` the crop lies where the face is not, or what lies behind shows in the face's
+    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all.
     """
 
     def shows(drawn):
@@ -103,16 +102,18 @@ def scene(crop, i, place, windows, empty, rng):
         warp(*windows[j], elsewhere(j)[0], len(crop), out=crop)
     empty, hidden = rng.random() < empty, rng.random() < 0.5
     drawn = elsewhere(i) if empty and not hidden else place(i)
-    matrix, points, labelled, colour, part, fill = drawn
-    if not shows(drawn):
-        labelled = -1.0 * labelled
-    elif empty and hidden:
+    matrix, points, labelled, colour = drawn
+    behind = crop.copy()
+    warp(*windows[i], matrix, len(crop), out=crop, over=True)
+    if shows(drawn) and not (empty and hidden):
+        return drawn
+    if shows(drawn):
         seen = points[labelled & inside(points, len(crop))]
         margin = 0.2 * np.ptp(seen, axis=0)
         low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
         part = slice(low[1], high[1]), slice(low[0], high[0])
-        labelled, fill = -1.0 * labelled, crop[part].copy()
-    return matrix, points, labelled, colour, part, fill
+        crop[part] = behind[part]
+    return matrix, points, -1.0 * labelled, colour
 
 
 class Windows:
@@ -132,22 +133,16 @@ class Windows:
         if folder:
             stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
             key = hashlib.sha256(repr((stats, self.geometry)).encode()).hexdigest()[:16]
-            self.records = RecordFile(
-                Path(folder) / f"{key}.bin",
-                [3 * w * h for _, (w, h) in self.geometry],
-                lambda: in_threads(self._decode, len(self.paths), "decoding"),
-            )
+            self.records = RecordFile(Path(folder) / f"{key}.bin", [3 * w * h for _, (w, h) in self.geometry],
+                                      lambda: in_threads(self._decode, len(self.paths), "decoding"))
 
     def _decode(self, i):
         image, size = read_image(self.paths[i]), tuple(self.sizes[i])
         if image.shape[1::-1] != size:
-            turned = "; its EXIF tag turns it, so its landmarks were drawn on the picture as stored" * (
-                image.shape[:2] == size
-            )
-            raise UserError(
-                f"{self.paths[i]}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file says "
-                f"{size[0]} x {size[1]}{turned}; export the annotations again"
-            )
+            turned = "; its EXIF tag turns it, so its landmarks were drawn on the picture as stored"
+            raise UserError(f"{self.paths[i]}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file "
+                            f"says {size[0]} x {size[1]}{turned * (image.shape[:2] == size)}; export the "
+                            "annotations again")
         return cut_window(image, *self.geometry[i])
 
     def __getitem__(self, i):
