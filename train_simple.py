@@ -70,7 +70,7 @@ class Config(Augmentation):
     mse_weight: float = setting(1.0, "of the squared error of the maps", "[0, inf)")
     crps_weight: float = setting(1.0, "of the ranked probability score (CRPS) along x and y", "[0, inf)")
     kl_weight: float = setting(0.3, "of the Kullback-Leibler divergence from the target", "[0, inf)")
-    wide: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
+    sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
     progressive: float = setting(0.3, "first part of the epochs, on half the size, at least 128", "[0, 0.9]")
     seed: int = setting(0, "of order, augmentation and new weights", "[0, inf)")
@@ -83,11 +83,6 @@ class Config(Augmentation):
     amp: bool = setting(True, "16-bit arithmetic where the device has it")
     graphs: bool = setting(False, "replay steps as CUDA graphs (not measured here)", free=True)
     compile: bool = setting(False, "torch.compile the model (slow on a CPU)", free=True)
-
-    @property
-    def loss_weights(self):
-        """The arguments of `heatmap_losses` that are settings."""
-        return {name: getattr(self, name) for name in ("mse_weight", "crps_weight", "kl_weight")}
 
 
 def parse_args(argv=None):
@@ -174,15 +169,16 @@ def divergence(heatmaps, offsets, sigma):
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
-def heatmap_losses(heatmaps, points, visibility, sigma, mse_weight=1.0, crps_weight=1.0, kl_weight=0.3):
+def heatmap_losses(heatmaps, points, visibility, sigma, config):
     """MSE weighted by visibility between maps and Gaussians, plus the maps' errors as forecasts: (B, K).
 
     heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K), -1 where a map is
-    to be flat; sigma in cells. For the MSE a map is scaled so that a perfect one peaks at 1, as the Gaussian
-    does; "nothing" costs 1. MSE alone is cheapest at "nothing" where a place is uncertain, and learns the
-    ears last. The other terms are least for the honest distribution. The continuous ranked probability score
-    of x and of y, in fractions of the crop (Gneiting & Raftery 2007, "Strictly proper scoring rules", eq.
-    20), knows how far away a wrong map is. The `divergence` pulls to the truth where a map is broad or wrong.
+    to be flat; sigma in cells; config: the terms' weights. For the MSE a map is scaled so that a perfect one
+    peaks at 1, as the Gaussian does; "nothing" costs 1. MSE alone is cheapest at "nothing" where a place is
+    uncertain, and learns the ears last. The other terms are least for the honest distribution. The continuous
+    ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery 2007, "Strictly
+    proper scoring rules", eq. 20), knows how far away a wrong map is. The `divergence` pulls to the truth
+    where a map is broad or wrong.
     Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches
     and over GPUs exactly the gradient of the whole batch.
     """
@@ -194,14 +190,14 @@ def heatmap_losses(heatmaps, points, visibility, sigma, mse_weight=1.0, crps_wei
     inner = (columns[:, :, 0] * x).sum(2)
     square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()
     mse = height**2 * square - 2 * height * inner + x.square().sum(2) * y.square().sum(2)
-    losses = mse_weight * mse / (math.pi * sigma**2)
-    if crps_weight:
+    losses = config.mse_weight * mse / (math.pi * sigma**2)
+    if config.crps_weight:
         below = torch.stack([columns[:, :, 1], heatmaps.sum(3)], 2).cumsum(3)
         steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
-        losses = losses + crps_weight * (below - steps).square().sum((2, 3)) / size
-    if kl_weight:
-        losses = losses + kl_weight * divergence(heatmaps, offsets, sigma)
-    nothing = kl_weight * (square * size**2).log()  # from a uniform map: Rényi's divergence of order 2
+        losses = losses + config.crps_weight * (below - steps).square().sum((2, 3)) / size
+    if config.kl_weight:
+        losses = losses + config.kl_weight * divergence(heatmaps, offsets, sigma)
+    nothing = config.kl_weight * (square * size**2).log()  # from a uniform map: Rényi's divergence of order 2
     return torch.where(visibility < 0, nothing, losses * visibility)
 
 
@@ -210,12 +206,12 @@ def crop_side(faces, padding):
     return faces.boxes[:, 2:].max(1) * padding
 
 
-def box_diagonal(faces):
+def box_diagonal(faces, _):
     """The diagonal of every face's box in picture pixels (N,)."""
     return np.linalg.norm(faces.boxes[:, 2:], axis=1)
 
 
-def eye_distance(faces):
+def eye_distance(faces, _):
     """The distance of the interocular landmarks in picture pixels (N,); NaN where not both are labelled."""
     if not faces.scheme.interocular:
         return np.full(len(faces), np.nan)
@@ -224,23 +220,22 @@ def eye_distance(faces):
     return np.where((faces.visible[:, [i, j]] > 0).all(1) & (length > 0), length, np.nan)
 
 
-def nme(points, faces, length):
+def nme(points, faces, padding, some=True, *, length):
     """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or length.
 
-    points (N, K, 2) and length (N,) in picture pixels. The mean is over a face's labelled landmarks; those
-    that the crop cut off count.
+    points (N, K, 2) in picture pixels; length(faces, padding) -> (N,) pixels. The mean is over a face's
+    labelled landmarks, or those in the mask `some` (N, K); landmarks that the crop cut off count.
     """
     errors = np.linalg.norm(np.asarray(points, np.float64) - faces.points, axis=-1)
-    labelled = faces.visible > 0
+    labelled = (faces.visible > 0) & some
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / length
+        return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / length(faces, padding)
 
 
-# What is reported, and how a face is measured: name -> function(points (N, K, 2), faces, padding) -> (N,),
-# NaN where it cannot be. The first selects best_model.pth, so less must be better.
-METRICS = {"nme": lambda points, faces, padding: nme(points, faces, crop_side(faces, padding)),
-           "nme_iod": lambda points, faces, padding: nme(points, faces, eye_distance(faces)),
-           "nme_box": lambda points, faces, padding: nme(points, faces, box_diagonal(faces))}
+# What is reported, and how a face is measured: name -> function(points, faces, padding, some) as nme is. The
+# first selects best_model.pth, so less must be better.
+METRICS = {"nme": partial(nme, length=crop_side), "nme_iod": partial(nme, length=eye_distance),
+           "nme_box": partial(nme, length=box_diagonal)}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
 
@@ -266,7 +261,7 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
     return (plain + mirrored.flip(3)[:, flip_index]) / 2
 
 
-def see(model, crops, matrices, config, flip_index=None, amp=None):
+def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
     """Crops (B, S, S, 3), matrices (B, 2, 3) -> heatmaps, points (B, K, 2) in the picture, scores (B, K)."""
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
     points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
@@ -286,11 +281,11 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
     mine = range(processes.rank, n, processes.world)
     shares = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
     for share, batch in zip(shares, one_ahead(dataset.__getitems__, shares)):
-        heatmaps, table[share, :, :2], table[share, :, 2] = see(
+        heatmaps, table[share, :, :2], table[share, :, 2] = predict_crops(
             model, batch["image"], batch["matrix"].numpy(), config, flip_index, amp)
         if sigma is not None:
             targets = (batch[name].to(device) for name in ("keypoints", "visibility"))
-            table[share, :, 3] = heatmap_losses(heatmaps, *targets, sigma, **config.loss_weights).cpu()
+            table[share, :, 3] = heatmap_losses(heatmaps, *targets, sigma, config).cpu()
     # Every entry is nonzero in one process only, so the sum is exact.
     table = processes.sum(torch.from_numpy(table)).cpu().numpy()
     return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma is not None else math.nan
@@ -299,7 +294,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
 class Trained(TrainedModel):
     """A checkpoint ready to use: Trained(path, device).look([(image, box), ...]) -> points, scores."""
     Config, Scheme, Network = Config, Scheme, LandmarkNet
-    crop, see = staticmethod(data.predict_crop), staticmethod(see)
+    crop, predict_crops = staticmethod(data.predict_crop), staticmethod(predict_crops)
 
 
 load_predictor = partial(predictor_of, Trained)  # (checkpoint=None, locator=None, device="auto")
@@ -338,7 +333,8 @@ class Plan:
 
     def sigma(self, step, size):
         """The targets' deviation in cells: wide at first, where a place is learnt fast, then ever sharper."""
-        return self.config.sigma * size / self.config.input_size * self.config.wide ** (1 - step / self.total)
+        narrowing = self.config.sigma_ratio ** (1 - step / self.total)
+        return self.config.sigma * size / self.config.input_size * narrowing
 
     def lr(self, step):
         """Linear warm-up, then half a cosine to 0 (Loshchilov & Hutter 2017, "SGDR", eq. 5)."""
@@ -363,18 +359,18 @@ class Run:
         self.config, self.scheme, self.plan, self.processes = config, scheme, plan, processes
         device, self.amp = processes.device, runtime.choose_amp(processes.device, config.amp)
         start = replace(config, pretrained=False, weights=None) if resumed else config
-        self.bare = build_model(start, scheme, processes.say).to(device, memory_format=torch.channels_last)
-        self.judged = copy.deepcopy(self.bare).requires_grad_(False) if config.ema else self.bare
-        self.optimizer = build_optimizer(self.bare, config)
+        self.model = build_model(start, scheme, processes.say).to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else self.model
+        self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.parts = dict(model=self.judged, raw=self.bare, optimizer=self.optimizer, scaler=self.scaler)
+        self.parts = dict(model=self.ema, raw=self.model, optimizer=self.optimizer, scaler=self.scaler)
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
             for name, part in self.parts.items():
                 part.load_state_dict(resumed[name])
-        self.average = runtime.WeightAverage(self.bare, self.judged, config.ema) if config.ema else None
-        self.model = runtime.for_training(self.bare, config, plan, processes, self.amp)
+        self.average = runtime.WeightAverage(self.model, self.ema, config.ema) if config.ema else None
+        self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
 
 
 def train_step(run, batches, step):
@@ -385,12 +381,12 @@ def train_step(run, batches, step):
         faces += batch["index"].tolist()
         image, points, visible, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
                                           for k in ("image", "keypoints", "visibility", "colour"))
-        images = data.normalize(image, run.bare.mean, run.bare.std, colour)
-        with run.processes.without_sync(run.model, left):
+        images = data.normalize(image, run.model.mean, run.model.std, colour)
+        with run.processes.without_sync(run.wrapped, left):
             with runtime.autocast(device, run.amp):
-                heatmaps = run.model(images)
+                heatmaps = run.wrapped(images)
             sigma = run.plan.sigma(step, image.shape[1])
-            losses = heatmap_losses(heatmaps, points, visible, sigma, **config.loss_weights)
+            losses = heatmap_losses(heatmaps, points, visible, sigma, config)
             loss = losses.mean() / config.accumulate
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
@@ -406,7 +402,7 @@ def train_step(run, batches, step):
 
 def train_one_epoch(run, batches, files):
     """The steps of the next epoch: the mean loss. Raises UserError naming the faces that spoilt it."""
-    run.model.train()
+    run.wrapped.train()
     steps, epoch, total = run.plan.steps, run.progress["epoch"], 0
     title = f"epoch {epoch + 1}/{run.config.epochs}"
     watch = runtime.FiniteWatch(run.processes.device, files, title, run.config.work_dir / "last.pth")
@@ -416,7 +412,7 @@ def train_one_epoch(run, batches, files):
             total = total + loss
             watch.add(loss, faces)
             if step % 50 == 49 or step == steps - 1:  # a device-to-host copy, which waits
-                watch.check(run.scaler, run.bare if step == steps - 1 else None)
+                watch.check(run.scaler, run.model if step == steps - 1 else None)
                 progress.show(loss=f"{float(total) / (step + 1):.2e}")
             progress.update(step + 1)
     run.progress["epoch"] += 1
@@ -425,9 +421,9 @@ def train_one_epoch(run, batches, files):
 
 def validate(run, dataset):
     """The averaged weights' points (N, K, 2) in picture pixels, mean loss, and the mean of every metric."""
-    run.processes.average_buffers(run.judged)
+    run.processes.average_buffers(run.ema)
     sigma = run.plan.sigma(run.progress["epoch"] * run.plan.steps, dataset.size)
-    points, _, loss = predict(run.judged, dataset, run.config, run.processes, run.amp,
+    points, _, loss = predict(run.ema, dataset, run.config, run.processes, run.amp,
                               run.processes.predict_batch, sigma=sigma)
     return points, loss, mean_metrics(points, dataset.faces, run.config.padding)
 
@@ -462,7 +458,7 @@ def test_once(run, datasets, chosen_on):
     chosen = run.processes.from_first(lambda: load_checkpoint(path))
     say(f"best: epoch {chosen['epoch']}, {as_text(chosen['metrics'], METRICS)} on the faces that chose it")
     if datasets:
-        run.judged.load_state_dict(chosen["model"])
+        run.ema.load_state_dict(chosen["model"])
         number, (_, _, metrics) = len(datasets[chosen["size"]]), validate(run, datasets[chosen["size"]])
         say(f"on {number} faces that chose nothing: {as_text(metrics, METRICS)}")
         if run.processes.first:

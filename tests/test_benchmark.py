@@ -42,12 +42,12 @@ def test_a_step_is_the_trainers_own_and_its_enqueueing_is_timed_apart(monkeypatc
     monkeypatch.setattr(trainer, "train_step", train_step)
     monkeypatch.setattr(benchmark, "synchronize", lambda _: time.sleep(max(0, done[0] - time.perf_counter())))
     monkeypatch.setattr(benchmark, "resident", lambda bench, faces, size: {"size": (faces, size)})
-    bench = SimpleNamespace(run=SimpleNamespace(model=torch.nn.Identity()), device=CPU, repeat=5, micro_batch=16,
+    bench = SimpleNamespace(run=SimpleNamespace(wrapped=torch.nn.Identity()), device=CPU, repeat=5, micro_batch=16,
                             config=SimpleNamespace(accumulate=2, input_size=256))
     assert benchmark.step_seconds(bench, {"size": None}) >= 0.01 and len(calls) == 7
     calls.clear()
     assert 0.001 <= benchmark.enqueue_seconds(bench) < 0.01 and set(calls) == {(2, 64)}
-    bench.run.model = runtime.Graphed(torch.nn.Identity(), {})
+    bench.run.wrapped = runtime.Graphed(torch.nn.Identity(), {})
     calls.clear()
     benchmark.enqueue_seconds(bench)
     assert set(calls) == {(16, 256)}  # the shape that is captured

@@ -116,7 +116,7 @@ def cuda(monkeypatch):
 def step_of(run, batch, number):
     """A step; autograd needs a driver for CUDA tensors, so on those the gradients are there already."""
     if run.processes.device.type == "cuda":
-        for parameter in run.bare.parameters():
+        for parameter in run.model.parameters():
             parameter.grad = torch.empty_like(parameter)
     return trainer.train_step(run, iter([batch] * run.config.accumulate), number)
 
@@ -126,7 +126,7 @@ def test_a_step_on_cuda_mixes_no_devices_and_copies_nothing_back(cuda, monkeypat
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     run, batch = run_on(cuda, "--accumulate", 2)
     watch = runtime.FiniteWatch(cuda, ["a", "b"], "epoch 1", Path("last.pth"))
-    run.model.train()
+    run.wrapped.train()
     step_of(run, batch, 0)  # the optimizer makes its averages
     with Walk() as walk:
         loss, faces = step_of(run, batch, 1)
@@ -135,21 +135,21 @@ def test_a_step_on_cuda_mixes_no_devices_and_copies_nothing_back(cuda, monkeypat
     assert walk.waits == [] and walk.copies == [("cuda", True)] * 8
     assert walk.float64 == []  # MPS has none
     assert len(walk.convolutions) > 150 and set(walk.convolutions) == {(torch.float16, True)}
-    assert {(p.device, p.dtype) for p in [*run.bare.parameters(), *run.judged.parameters()]} == {(cuda, torch.float32)}
+    assert {(p.device, p.dtype) for p in [*run.model.parameters(), *run.ema.parameters()]} == {(cuda, torch.float32)}
 
 
 @pytest.fixture(scope="module")
 def walked():
     """A whole step and a prediction on the CPU, seen operator by operator."""
     run, batch = run_on(CPU, "--no-amp")
-    run.model.train()
+    run.wrapped.train()
     step_of(run, batch, 0)
     with Walk() as step:
         loss, faces = step_of(run, batch, 1)
         runtime.FiniteWatch(CPU, ["a", "b"], "epoch 1", Path("last.pth")).add(loss, faces)
-    run.judged.eval()
+    run.ema.eval()
     with Walk() as prediction:
-        data.decode_heatmaps(trainer.predict_heatmaps(run.judged, batch["image"], torch.tensor(SCHEME.flip_index)))
+        data.decode_heatmaps(trainer.predict_heatmaps(run.ema, batch["image"], torch.tensor(SCHEME.flip_index)))
     return step, prediction
 
 
@@ -176,12 +176,12 @@ def test_prediction_on_cuda_mixes_no_devices(cuda, monkeypatch):
         monkeypatch.setattr(module, "invert_matrix", lambda matrices: matrices, raising=False)
         monkeypatch.setattr(module, "apply_matrix", lambda matrices, points: points, raising=False)
     run, batch = run_on(cuda)
-    run.judged.eval()
+    run.ema.eval()
     index = torch.tensor(SCHEME.flip_index, device=cuda)
     with Walk() as walk:
-        heatmaps, points, scores = trainer.see(run.judged, batch["image"], None, run.config, index, torch.float16)
+        heatmaps, points, scores = trainer.predict_crops(run.ema, batch["image"], None, run.config, index, torch.float16)
         targets = batch["keypoints"].to(cuda), batch["visibility"].to(cuda)
-        losses = trainer.heatmap_losses(heatmaps, *targets, 1.0, **run.config.loss_weights)
+        losses = trainer.heatmap_losses(heatmaps, *targets, 1.0, run.config)
     assert heatmaps.shape == (2, K, 32, 32) and points.shape == (2, K, 2) and scores.shape == losses.shape == (2, K)
     assert heatmaps.dtype == losses.dtype == torch.float32 and heatmaps.device == losses.device == cuda
     assert walk.waits == [] and walk.float64 == []

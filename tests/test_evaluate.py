@@ -13,7 +13,7 @@ from tools import evaluate as tool
 from tools.lib.cli import UserError
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
 from tools.lib.pictures import read_image
-from tools.lib.report import as_html
+from tools.lib.report import as_html, as_table
 
 
 def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
@@ -168,6 +168,22 @@ def drawn_face(ears, nose=(0, 60)):
     return data.Faces(scheme, None, ["a.png"], np.array([[600, 600]]), np.array([[200, 200, 200, 200.0]]),
                       points,
                       np.full((1, 9), 2), np.array([1]), np.array([1]), ["a"])
+
+
+def test_a_new_metric_reaches_every_report(tmp_path, monkeypatch):
+    """One line of METRICS is all it takes, in the groups of the report too."""
+    def largest(points, faces, padding, some=True):
+        return np.where((faces.visible > 0) & some, np.linalg.norm(points - faces.points, axis=2), 0).max(1)
+    monkeypatch.setitem(tool.METRICS, "largest", largest)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(coco(np.random.default_rng(0), [1] * 5)))
+    faces = data.load_coco(path, tmp_path)
+    points = faces.points.copy()
+    points[:, 1] += [3, 4]
+    report, _ = tool.score(points, faces, 1.25)
+    assert report["metrics"]["largest"] == pytest.approx(5)
+    low, high = (report["region"][name]["largest"] for name in ("low", "high"))
+    assert high == 0 and low > 0 and b"largest" in as_table(report)
 
 
 LEFT, RIGHT = (-60, 60), (60, 60)  # where the ears begin

@@ -51,29 +51,27 @@ def maps_and_points(seed=0, sharpness=1):
 
 def losses(maps, points, visible=None, **parts):
     """heatmap_losses with the parts that are named, and no other."""
-    weights = dict.fromkeys(("mse_weight", "crps_weight", "kl_weight"), 0.0) | parts
-    return trainer.heatmap_losses(maps, points, torch.ones(maps.shape[:2]) if visible is None else visible, 1.2, **weights)
+    config = replace(config_of("--mse-weight", 0, "--crps-weight", 0, "--kl-weight", 0), **parts)
+    return trainer.heatmap_losses(maps, points, torch.ones(maps.shape[:2]) if visible is None else visible, 1.2, config)
 
 
 def test_loss_counts_labelled_landmarks_alone():
     points, visible = torch.rand(2, 5, 2) * 60, torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0.0]])
     maps = torch.rand(2, 5, 32, 32)
-    loss = trainer.heatmap_losses(maps, points, visible, 1.2)
+    loss = trainer.heatmap_losses(maps, points, visible, 1.2, config_of())
     assert ((loss > 0) == (visible > 0)).all()
     changed = maps.clone()
     changed[visible == 0] += 5
-    assert torch.equal(trainer.heatmap_losses(changed, points, visible, 1.2), loss)
+    assert torch.equal(trainer.heatmap_losses(changed, points, visible, 1.2, config_of()), loss)
 
 
 def test_loss_is_the_weighted_sum_of_its_parts():
     _, maps, points = maps_and_points()
     parts = [losses(maps, points, **{f"{name}_weight": 1}) for name in ("mse", "crps", "kl")]
     config = config_of("--mse-weight", 2, "--crps-weight", 0.5, "--kl-weight", 4)
-    whole = trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2, **config.loss_weights)
+    whole = trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2, config)
     torch.testing.assert_close(whole, 2 * parts[0] + 0.5 * parts[1] + 4 * parts[2])
     assert all(part.min() > 0 for part in parts) and not losses(maps, points).any()
-    default = trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2)
-    assert torch.equal(default, trainer.heatmap_losses(maps, points, torch.ones(3, 5), 1.2, **config_of().loss_weights))
 
 
 def test_loss_is_the_mse_of_maps_written_out():
@@ -250,7 +248,7 @@ def test_decoding_and_losses_follow_the_settings(predict, val, trained):
     inverse = invert_matrix(batch["matrix"].numpy())
     np.testing.assert_allclose(points, apply_matrix(inverse, expected.double().numpy()), atol=0.01)
     np.testing.assert_allclose(scores, confidence, atol=1e-4)
-    each = trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], 1.2, 2.0, 0.0, 0.0)
+    each = trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], 1.2, config)
     assert loss == pytest.approx(each.mean().item(), rel=1e-4)
     assert np.abs(points - predict(val, flip=False)[0]).max() > 0.1 and math.isnan(predict(val)[2])
 
@@ -274,7 +272,7 @@ def test_targets_narrow_over_the_run():
     assert sigmas[0] == 3.0 and sigmas[-1] == 1.5 and sigmas == sorted(sigmas, reverse=True)
     assert sigmas[50] ** 2 == pytest.approx(sigmas[0] * sigmas[100])
     assert plan.sigma(50, 128) == sigmas[50] / 2
-    plan = Plan(config_of("--batch-size", 1, "--epochs", 10, "--sigma", 2, "--wide", 1), 10)
+    plan = Plan(config_of("--batch-size", 1, "--epochs", 10, "--sigma", 2, "--sigma-ratio", 1), 10)
     assert {plan.sigma(step, 256) for step in range(plan.total)} == {2.0}
 
 
@@ -349,7 +347,7 @@ def test_one_batch_is_learnt(sample):
     while len(errors) < 120 and min(errors, default=1) > 0.015:
         heatmaps = model(images)
         optimizer.zero_grad()
-        trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], 1.2).mean().backward()
+        trainer.heatmap_losses(heatmaps, batch["keypoints"], batch["visibility"], 1.2, config_of()).mean().backward()
         optimizer.step()
         points, _ = data.decode_heatmaps(heatmaps.detach())
         distance = (points - batch["keypoints"]).norm(dim=-1) * batch["visibility"]
@@ -408,7 +406,7 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
     """MSE alone, no average, no progression, one sigma: the specification's; the loss falls. All is held out of train."""
     (tmp_path / "ann").mkdir()
     shutil.copy(sample.ann_root / "train.json", tmp_path / "ann")
-    options = [*flags, *LIGHT, "--ann-root", tmp_path / "ann", "--crps-weight", 0, "--kl-weight", 0, "--ema", 0, "--progressive", 0, "--wide", 1, "--sigma", 1.5,
+    options = [*flags, *LIGHT, "--ann-root", tmp_path / "ann", "--crps-weight", 0, "--kl-weight", 0, "--ema", 0, "--progressive", 0, "--sigma-ratio", 1, "--sigma", 1.5,
                "--epochs", 5, "--lr", 0.01, "--work-dir", tmp_path / "w"]
     assert "no val.json" in (line := refused(*options)) and "--holdout" in line
     trainer.main([*map(str, options), "--holdout", "0.2", "--resume"])
@@ -677,6 +675,6 @@ def test_where_there_is_nothing_the_best_map_is_flat():
     peaked = data.encode_heatmaps(torch.tensor([[[20.0, 30.0]]]), 32, 1.2)
     peaked = peaked / peaked.sum()
     nowhere, nothing = torch.zeros(1, 1, 2), torch.full((1, 1), -1.0)
-    half = trainer.heatmap_losses((flat + peaked) / 2, nowhere, nothing, 1.2).item()
-    assert trainer.heatmap_losses(flat, nowhere, nothing, 1.2).item() == pytest.approx(0, abs=1e-5)
-    assert 0 < half < trainer.heatmap_losses(peaked, nowhere, nothing, 1.2).item()
+    half = trainer.heatmap_losses((flat + peaked) / 2, nowhere, nothing, 1.2, config_of()).item()
+    assert trainer.heatmap_losses(flat, nowhere, nothing, 1.2, config_of()).item() == pytest.approx(0, abs=1e-5)
+    assert 0 < half < trainer.heatmap_losses(peaked, nowhere, nothing, 1.2, config_of()).item()

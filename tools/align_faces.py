@@ -19,7 +19,7 @@ from skimage.transform import SimilarityTransform
 from tqdm import tqdm
 
 import dataset as data
-from tools.lib.checkpoint_flag import or_boxed
+from tools.lib.checkpoint_flag import add_checkpoint, or_boxed
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
@@ -135,8 +135,7 @@ def parse_args(argv):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ann", type=Path, metavar="FILE", help="COCO keypoint file")
     source.add_argument("--predictions", type=Path, metavar="FILE", help="predictions.json of predict.py")
-    add("--checkpoint", type=Path, metavar="FILE",
-        help="what made the predictions; it names the landmarks (default: the model in the box)")
+    add_checkpoint(parser, "what made the predictions; it names the landmarks", positional=False)
     add("--category", metavar="NAME", help="of --ann, where it has several with different landmarks")
     add("--data-root", type=Path, required=True, metavar="DIR", help="folder that file names are relative to")
     add("--out", type=Path, default=Path("aligned"), metavar="DIR", help="(default: aligned)")

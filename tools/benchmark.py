@@ -90,7 +90,7 @@ def resident(bench, faces, size):
 def step_seconds(bench, batch, repeat=None):
     """Seconds to finish a bare step (a micro-batch of it): the trainer's own, on a batch on the device."""
     repeat = repeat or bench.repeat
-    bench.run.model.train()
+    bench.run.wrapped.train()
     batches = itertools.repeat(batch)
     for step in range(repeat + 2):  # the first two choose kernels
         if step == 2:
@@ -107,7 +107,7 @@ def enqueue_seconds(bench, repeat=5):
     With graphs the step itself. Else one of two small faces: the same kernels with little to compute, because
     a device that falls behind by about a thousand kernels makes the process wait for it.
     """
-    graphs = isinstance(bench.run.model, runtime.Graphed)
+    graphs = isinstance(bench.run.wrapped, runtime.Graphed)
     batch = resident(bench, *(bench.micro_batch, bench.config.input_size) if graphs else (2, 64))
     found = []
     step_seconds(bench, batch, 2)
@@ -178,14 +178,14 @@ class Parts:
         self.parts = {}
         self.enter("fusion, softmax")
         with runtime.autocast(self.device, bench.run.amp):
-            bench.run.bare(images)
+            bench.run.model(images)
         self.leave()
         return self.parts
 
 
 def profile_parts(bench, batch):
     """{part: (seconds of a forward pass, bytes kept for backward)} of the bare model."""
-    model = bench.run.bare
+    model = bench.run.model
     images, parts = normalize(batch["image"], model.mean, model.std), Parts(model, bench.device)
     parts.forward(bench, images)
     with torch.autograd.graph.saved_tensors_hooks(parts.keep, lambda t: t):  # slow: this pass is not timed

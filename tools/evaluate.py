@@ -37,17 +37,7 @@ from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
 from tools.lib.runtime import Processes
-from train_simple import (
-    METRICS,
-    Config,
-    Trained,
-    box_diagonal,
-    crop_side,
-    eye_distance,
-    nan_mean,
-    nme,
-    predict,
-)
+from train_simple import METRICS, Config, Trained, crop_side, nan_mean, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
 RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
@@ -145,37 +135,34 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
     """All numbers of a report, as plain types; and every face's error under the main normaliser."""
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
-    lengths = {"nme": crop_side(faces, padding), "nme_iod": eye_distance(faces),
-               "nme_box": box_diagonal(faces)}
-    lengths = {name: length for name, length in lengths.items() if name in errors}
     main = "nme_iod" if "nme_iod" in errors else "nme_box"
+    length = METRICS[main].keywords["length"](faces, padding)
 
-    def part(visible, rows=slice(None)):
-        """The scores of some landmarks of some faces."""
-        some = replace(faces, visible=visible)
-        return {"labelled": int((visible[rows] > 0).sum()),
-                **{name: nan_mean(nme(points, some, length)[rows]) for name, length in lengths.items()}}
+    def part(some=True, rows=slice(None)):
+        """The scores of some landmarks (N, K) of some faces."""
+        return {"labelled": int(((faces.visible > 0) & some)[rows].sum()),
+                **{name: nan_mean(METRICS[name](points, faces, padding, some)[rows]) for name in errors}}
 
     names, breeds = faces.scheme.names, np.array(faces.breeds)
-    k, directions = np.arange(len(names)), along_and_across(points, faces, lengths[main])
+    k, directions = np.arange(len(names)), along_and_across(points, faces, length)
 
     def landmarks(index):
         """The scores of some landmarks of all faces."""
         along, across = map(nan_mean, directions[index].T)
-        return {**part(faces.visible * np.isin(k, index)), "along": along, "across": across}
+        return {**part(np.isin(k, index)), "along": along, "across": across}
 
     report = {
         "main": main, "errors": list(errors), "faces": len(faces),
         "faces_by_main": int(np.isfinite(errors[main]).sum()),
         "metrics": {**{name: nan_mean(e) for name, e in errors.items()},
-                    "pck_0.05": pck(points, faces, lengths[main], 0.05),
-                    "pck_0.10": pck(points, faces, lengths[main], 0.10),
+                    "pck_0.05": pck(points, faces, length, 0.05),
+                    "pck_0.10": pck(points, faces, length, 0.10),
                     "failure_rate": failure_rate(errors[main]), "auc": area_under_curve(errors[main])},
         "region": {name: landmarks(index) for name, index in faces.scheme.regions.items()},
-        "ear": {kind: part(faces.visible * mask) for kind, mask in ear_kinds(faces).items()},
-        "pose": {pose: part(faces.visible, rows) for pose, rows in poses(faces).items()},
+        "ear": {kind: part(mask) for kind, mask in ear_kinds(faces).items()},
+        "pose": {pose: part(rows=rows) for pose, rows in poses(faces).items()},
         "landmark": {f"{i} {name}": landmarks([i]) for i, name in enumerate(names)},
-        "breed": {name: part(faces.visible, breeds == name) for name in sorted(set(faces.breeds))},
+        "breed": {name: part(rows=breeds == name) for name in sorted(set(faces.breeds))},
         "face": [{"id": faces.ids[i].item(), "file": faces.files[i],
                   "labelled": int((faces.visible[i] > 0).sum()),
                   **{name: float(e[i]) for name, e in errors.items()}} for i in range(len(faces))],
@@ -335,7 +322,7 @@ def by_results(args, trained, faces, processes):
                    "these")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
-        ours, boxed = (nme(p, faces, crop_side(faces, trained.config.padding)) for p in (points, in_boxes))
+        ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))
         finding |= {"nme_true_boxes": nan_mean(boxed), "error_ratio": nan_mean(ours) / nan_mean(boxed),
                     "share_within_1.15": float((ours <= 1.15 * boxed).sum() / total)}
         source += (f", {finding['error_ratio']:.3f} times the error in the true boxes; of all faces "

@@ -18,7 +18,7 @@ from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import plot_curves
 from train_simple import METRICS, Trained
 
-CURVES = ("epoch", "train_loss", "val_loss", "nme", "nme_iod")  # what plot_curves draws
+CURVES = ("train_loss", "val_loss", *METRICS)
 
 
 def show(value):
@@ -50,7 +50,8 @@ def read_curves(checkpoint):
     path = checkpoint.with_name("metrics.csv")
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            return [{k: float(row[k]) for k in CURVES} for row in csv.DictReader(f)]
+            return [{k: float(row[k]) for k in ("epoch", *CURVES) if k == "epoch" or k in row}
+                    for row in csv.DictReader(f)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --plot draws the curves in it") from None
     except (KeyError, TypeError, ValueError, csv.Error) as e:
@@ -121,7 +122,8 @@ def main(argv=None):
     else:
         print_several(names, runs)
     if args.plot:
-        if not plot_curves(args.plot, {name: read_curves(run["path"]) for name, run in zip(names, runs)}):
+        curves = {name: read_curves(run["path"]) for name, run in zip(names, runs)}
+        if not plot_curves(args.plot, curves, METRICS):
             raise UserError("--plot: needs matplotlib; pip install matplotlib")
         print(f"\ncurves: {args.plot}")
 

@@ -37,6 +37,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from tools.lib.checkpoint_flag import add_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, check_free, load_json, picture_path
@@ -372,8 +373,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("input", nargs="+", metavar="INPUT",
         help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
-    add("--checkpoint", type=Path, metavar="FILE",
-        help="best_model.pth of a run (default: the model in the box); may also come first, before INPUT")
+    add_checkpoint(parser, "best_model.pth of a run, which may also stand before INPUT", positional=False)
     add("--data-root", type=Path, metavar="DIR", help="folder that a COCO file's names are relative to")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # scikit-image brings scipy
 
 import dataset as data
 from dataset import MEAN, STD, Augmentation, DogFLWDataset

@@ -11,15 +11,13 @@ HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
 
 
 def feature_maps(backbone):
-    """timm's network without its classifier, as levels of feature maps of stride 2 and more, with random
-    weights.
+    """timm's network without its classifier, as levels of feature maps, with random weights.
 
     Raises UserError where timm has none of that name, or it cannot serve: a fixed input size, or one level
     alone.
     """
-    hrnet = (
-        {"feature_location": ""} if backbone.startswith("hrnet") else {}
-    )  # its branches, before the classifier's part
+    # An HRNet's branches, before the classifier's part.
+    hrnet = {"feature_location": ""} if backbone.startswith("hrnet") else {}
     try:
         about = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
         if about and about.fixed_input_size:
@@ -28,24 +26,18 @@ def feature_maps(backbone):
         info = model.feature_info
         with torch.no_grad():
             shapes = [x.shape[1:] for x in model(torch.zeros(1, 3, 128, 128))]
-        if shapes != [
-            (c, 128 // stride, 128 // stride) for c, stride in zip(info.channels(), info.reduction())
-        ]:
+        if shapes != [(c, 128 // s, 128 // s) for c, s in zip(info.channels(), info.reduction())]:
             raise ValueError("its levels are no maps of channels, height and width")
         if len(set(info.reduction())) < len(shapes) or len(shapes) < 2 or not {2, 4} & set(info.reduction()):
             raise ValueError(f"its levels have strides {info.reduction()}")
     except Exception as e:  # timm's models refuse in many ways
-        raise UserError(
-            f"--backbone {backbone}: timm has no feature maps of several sizes ({single_line(e)}); try "
-            "hrnet_w32, resnet50, convnext_tiny or tf_efficientnet_lite2"
-        ) from None
+        raise UserError(f"--backbone {backbone}: timm has no feature maps of several sizes "
+                        f"({single_line(e)}); try hrnet_w32, resnet50 or tf_efficientnet_lite2") from None
     return model.train()
 
 
 def normalization(backbone):
-    """The mean and deviation (RGB, of values from 0 to 1) that a backbone's weights expect; ImageNet's where
-    timm knows none.
-    """
+    """Mean and deviation (of RGB from 0 to 1) that a backbone's weights expect, else ImageNet's."""
     about = timm.get_pretrained_cfg(backbone)
     return (about.mean, about.std) if about else (MEAN, STD)
 
@@ -55,8 +47,7 @@ def without_counters(state):
 
 
 def matched(own, source, what, say):
-    """Tensors of `source` under the names of `own`: by name, else by order, as the same network of another
-    library has them.
+    """Tensors of `source` under the names of `own`: by name, else by order, as another library has them.
 
     What is left over in `source` (a classifier) does not count; what `own` lacks then is a UserError.
     """
@@ -73,22 +64,15 @@ def matched(own, source, what, say):
 
 
 def take_imagenet(model, backbone, say):
-    """Load timm's ImageNet weights into the feature maps `model` of a backbone. Raises UserError where they
-    cannot be had.
-    """
-    say(
-        f"ImageNet weights of {backbone}: from the hub, or its cache (--no-pretrained does without)"
-    )
+    """Load timm's ImageNet weights into feature maps. Raises UserError where they cannot be had."""
+    say(f"ImageNet weights of {backbone}: from the hub, or its cache (--no-pretrained does without)")
     try:
         source = timm.create_model(backbone, pretrained=True).state_dict()
     except Exception as e:  # whatever the hub's client raises: its own types change from version to version
-        raise UserError(
-            f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train from scratch "
-            "with --no-pretrained, or give a file with --weights FILE"
-        ) from None
-    model.load_state_dict(
-        matched(model.state_dict(), source, f"--backbone {backbone}", lambda *_: None), strict=False
-    )
+        raise UserError(f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train "
+                        "from scratch with --no-pretrained, or give a file with --weights FILE") from None
+    fits = matched(model.state_dict(), source, f"--backbone {backbone}", lambda *_: None)
+    model.load_state_dict(fits, strict=False)
 
 
 def take_weights(model, path, names, say):
@@ -99,11 +83,7 @@ def take_weights(model, path, names, say):
     """
     stored = load_file_safely(path)
     state = stored.get("model", stored.get("state_dict", stored)) if isinstance(stored, dict) else None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(v, torch.Tensor) for v in state.values())
-    ):
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"--weights {path}: holds no weights")
     if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
         inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}

@@ -9,8 +9,7 @@ from tools.lib.runtime import quiet_worker
 
 
 class EpochBatches:
-    """Micro-batches of (epoch, index, crop size) from epoch `first` on: the whole run is one pass through one
-    DataLoader.
+    """Micro-batches of (epoch, index, crop size) from epoch `first` on, for one DataLoader and one pass.
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a
     pure function of (seed, epoch); a last, smaller batch is dropped. plan: batch_size, steps, size(epoch) and
@@ -25,7 +24,7 @@ class EpochBatches:
         for epoch in range(self.first, config.epochs):
             order = np.random.default_rng((config.seed, epoch)).permutation(self.faces)
             for step in range(self.plan.steps):
-                mine = order[step * n : (step + 1) * n][self.rank :: self.world]
+                mine = order[step * n:(step + 1) * n][self.rank::self.world]
                 for micro in np.array_split(mine, config.accumulate):
                     yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
 
@@ -37,14 +36,8 @@ def keep(batch):
 def batches_of(dataset, sampler, workers, pin_memory=False):
     """One pass over a sampler's batches; no more workers than there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=min(workers, cores),
-        collate_fn=keep,
-        worker_init_fn=quiet_worker,
-        pin_memory=pin_memory,
-    )
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=min(workers, cores),
+                                         collate_fn=keep, worker_init_fn=quiet_worker, pin_memory=pin_memory)
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent

@@ -6,11 +6,12 @@ from tools.lib.cli import UserError
 from tools.lib.find import BOXED
 
 
-def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run"):
+def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run", positional=True):
     """Give a parser --checkpoint, and the place where a checkpoint could stand without a flag until now."""
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help=f"{about} (default: the model in the box)")
-    parser.add_argument("positional", type=Path, nargs="?", help=argparse.SUPPRESS)
+    if positional:
+        parser.add_argument("positional", type=Path, nargs="?", help=argparse.SUPPRESS)
 
 
 def take_checkpoint(args):

@@ -44,25 +44,15 @@ class Saver:
     def contents(self, run, metrics, whole=False):
         """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
         epoch = run.progress["epoch"]
-        needed = {
-            "format": FORMAT,
-            "epoch": epoch,
-            "model": run.judged.state_dict(),
-            "scheme": asdict(run.scheme),
-            "size": run.plan.size(epoch - 1),
-            "args": as_plain(self.config),
-            "metrics": metrics,
-            "versions": self.versions, "faces": run.plan.faces,
-        }
-        return (
-            needed | {name: part.state_dict() for name, part in run.parts.items()} | run.progress
-            if whole
-            else needed
-        )
+        needed = {"format": FORMAT, "epoch": epoch, "size": run.plan.size(epoch - 1),
+                  "model": run.ema.state_dict(), "scheme": asdict(run.scheme), "args": as_plain(self.config),
+                  "metrics": metrics, "versions": self.versions, "faces": run.plan.faces}
+        if whole:
+            needed |= {name: part.state_dict() for name, part in run.parts.items()} | run.progress
+        return needed
 
     def save(self, run, row, chosen_on):
-        """Write what the epoch of `row` calls for. Returns whether it is the best so far, by the first of the
-        metrics.
+        """Write what the epoch of `row` calls for. True if it is the best so far, by the first metric.
 
         last.pth comes last, so that what a kill left out is written by the next try. It may take a twentieth
         of the time at most: on a fast GPU an epoch takes little longer than the writing.
@@ -71,9 +61,8 @@ class Saver:
         if not (folder / ".lock").exists():  # without this, the next write would make an empty folder anew
             raise UserError(f"--work-dir {folder}: was moved or deleted, and the checkpoints with it")
         value, ends = row[self.metrics[0]], epoch == self.config.epochs
-        metrics = {name: row[name] for name in ("train_loss", "val_loss", *self.metrics)} | {
-            "chosen_on": chosen_on
-        }
+        metrics = {name: row[name] for name in ("train_loss", "val_loss", *self.metrics)}
+        metrics["chosen_on"] = chosen_on
         best = value < progress["best"] or ends and progress["best"] == math.inf
         if best:
             progress["best"] = value
@@ -93,11 +82,9 @@ def load_file_safely(path):
     from safetensors.torch import load_file  # timm brings it
 
     try:
-        return (
-            load_file(path)
-            if Path(path).suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -109,25 +96,17 @@ def load_file_safely(path):
 
 
 def load_checkpoint(path):
-    """A checkpoint of this project as a dict: model, scheme, args, metrics, epoch, size. Raises UserError
-    otherwise.
-    """
+    """A checkpoint of this project: model, scheme, args, metrics, epoch, size. UserError for other files."""
     checkpoint = load_file_safely(path)
-    if (
-        not isinstance(checkpoint, dict)
-        or checkpoint.get("format") not in (1, FORMAT)
-        or not all(isinstance(checkpoint.get(k), dict) for k in ("model", "scheme", "args", "metrics"))
-    ):
-        raise UserError(
-            f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a run"
-        )
+    if (not isinstance(checkpoint, dict) or checkpoint.get("format") not in (1, FORMAT)
+            or not all(isinstance(checkpoint.get(k), dict) for k in ("model", "scheme", "args", "metrics"))):
+        raise UserError(f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a "
+                        "run")
     return {"size": checkpoint["args"].get("input_size"), **checkpoint}
 
 
 def load_resumable(path, config, scheme, faces):
-    """last.pth for --resume, or None where there is none yet. Raises UserError where this command is not its
-    run's.
-    """
+    """last.pth for --resume, or None where there is none. UserError where the run had another command."""
     if not config.resume or not path.exists():
         return None
     resumed = load_checkpoint(path)
@@ -135,52 +114,36 @@ def load_resumable(path, config, scheme, faces):
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
     if resumed["scheme"] != scheme:
         theirs, ours = (len(s["names"]) for s in (resumed["scheme"], scheme))
-        raise UserError(
-            f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
-            "name another --work-dir"
-        )
+        raise UserError(f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
+                        "name another --work-dir")
     if resumed.get("faces", faces) != faces:
-        raise UserError(
-            f"--resume {path}: that run had {resumed['faces']} faces, {config.ann_root} has {faces}; "
-            "name another --work-dir"
-        )
+        raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, {config.ann_root} has "
+                        f"{faces}; name another --work-dir")
     changed = changed_settings(config, resumed["args"])
     if changed and resumed["epoch"] == resumed["args"]["epochs"]:
-        raise UserError(
-            f"--resume {path}: {changed[0]}, and that run is finished; train on from its best_model.pth with "
-            f"--weights {path.with_name('best_model.pth')} and another --work-dir"
-        )
+        raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; train on from its "
+                        f"best_model.pth with --weights {path.with_name('best_model.pth')} and another "
+                        "--work-dir")
     if changed:
-        raise UserError(
-            f"--resume {path}: {changed[0]}; repeat the first command, or name another --work-dir"
-        )
+        raise UserError(f"--resume {path}: {changed[0]}; repeat the first command, or name another "
+                        "--work-dir")
     return resumed
 
 
 def upgraded(state):
-    """The weights of a checkpoint of the first format as today's: the stem had no lateral, so it gets one
-    that changes nothing.
-    """
+    """Weights of either format as today's: the stem, which had no lateral, gets one that changes nothing."""
     if "mean" in state:
         return state
     width = state["laterals.0.0.weight"].shape[0]
-    lateral = {
-        "0.weight": torch.eye(width)[..., None, None],
-        "1.weight": torch.ones(width),
-        "1.bias": torch.zeros(width),
-        "1.running_mean": torch.zeros(width),
-        "1.running_var": torch.ones(width) - 1e-5,
-        "1.num_batches_tracked": torch.tensor(0),
-    }
+    ones, zeros = torch.ones(width), torch.zeros(width)
+    lateral = {"0.weight": torch.eye(width)[..., None, None], "1.weight": ones, "1.running_var": ones - 1e-5,
+               "1.bias": zeros, "1.running_mean": zeros, "1.num_batches_tracked": torch.tensor(0)}
     moved = {}
     for name, tensor in state.items():
         part, _, rest = name.partition("laterals.")
         moved[f"laterals.{int(rest[0]) + 1}{rest[1:]}" if rest else name] = tensor
-    return (
-        moved
-        | {f"laterals.0.{k}": v for k, v in lateral.items()}
-        | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
-    )
+    moved |= {f"laterals.0.{k}": v for k, v in lateral.items()}
+    return moved | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
 
 
 def stored_scheme(stored, where):

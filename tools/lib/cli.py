@@ -1,6 +1,4 @@
-"""The edge of every script: one kind of error for what the user can mend, and the command line made from a
-dataclass.
-"""
+"""The edge of every script: one kind of error for what the user can mend, and flags made from a dataclass."""
 
 import argparse
 import dataclasses
@@ -13,6 +11,9 @@ import typing
 from pathlib import Path
 
 from tqdm import tqdm
+
+MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT, errno.ENOTDIR,
+            errno.EISDIR, errno.EEXIST)
 
 
 class UserError(Exception):
@@ -51,17 +52,7 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("error: standard output was closed; what was written to files is whole", file=sys.stderr)
     except OSError as e:
-        if e.errno not in (
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENOENT,
-            errno.EDQUOT,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.EEXIST,
-        ):
+        if e.errno not in MENDABLE:
             raise
         print(f"error: {e.filename or 'writing'}: {e.strerror}; nothing older is lost", file=sys.stderr)
     except KeyboardInterrupt:
@@ -99,7 +90,6 @@ class Progress:
 
 # ---------------------------------------------------------------- settings: one line of a dataclass each
 
-
 def setting(default, help, within=None, *, group=None, choices=None, multiple=None, free=False):
     """A field of a settings dataclass that is also a flag.
 
@@ -107,17 +97,8 @@ def setting(default, help, within=None, *, group=None, choices=None, multiple=No
     the heading in --help from here on. free: a resumed run may have another value. A default of None is
     worked out later.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "within": within,
-            "group": group,
-            "choices": choices,
-            "multiple": multiple,
-            "free": free,
-        },
-    )
+    about = dict(help=help, within=within, group=group, choices=choices, multiple=multiple, free=free)
+    return dataclasses.field(default=default, metadata=about)
 
 
 def in_words(interval):
@@ -132,17 +113,13 @@ def in_words(interval):
 def is_within(value, interval):
     """Whether a number lies in an interval such as "[0, 1)"; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(", "))
-    return (low <= value if interval[0] == "[" else low < value) and (
-        value <= high if interval[-1] == "]" else value < high
-    )
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 def kind_of(field):
     """The type of a setting: `Path | None` is a Path."""
-    kind = field.type
-    return (
-        next(k for k in typing.get_args(kind) if k is not types.NoneType) if typing.get_args(kind) else kind
-    )
+    return next((k for k in typing.get_args(field.type) if k is not types.NoneType), field.type)
 
 
 def path_or_none(text):
@@ -167,14 +144,8 @@ def add_settings(parser, settings, names=None):
             group.add_argument(flag, action=action, default=default, help=text)
         else:
             metavar = None if about["choices"] else {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
-            group.add_argument(
-                flag,
-                type=path_or_none if field.name == "cache" else kind,
-                default=default,
-                choices=about["choices"],
-                metavar=metavar,
-                help=text,
-            )
+            group.add_argument(flag, type=path_or_none if field.name == "cache" else kind, default=default,
+                               choices=about["choices"], metavar=metavar, help=text)
 
 
 def problems_of(settings):
@@ -184,22 +155,16 @@ def problems_of(settings):
         value, about = getattr(settings, field.name), field.metadata
         if value is None or kind_of(field) not in (int, float):
             continue
-        rules = [
-            (
-                about["within"] and not is_within(value, about["within"]),
-                about["within"] and in_words(about["within"]),
-            ),
-            (about["multiple"] and value % about["multiple"], f"a multiple of {about['multiple']}"),
-        ]
-        found += [
-            f"--{field.name.replace('_', '-')} {value}: must be {rule}" for broken, rule in rules if broken
-        ]
+        within, multiple, flag = about["within"], about["multiple"], f"--{field.name.replace('_', '-')}"
+        if within and not is_within(value, within):
+            found.append(f"{flag} {value}: must be {in_words(within)}")
+        if multiple and value % multiple:
+            found.append(f"{flag} {value}: must be a multiple of {multiple}")
     return found
 
 
 def parse_settings(settings, description, argv=None, presets=None):
-    """The command line as an object of the dataclass `settings`, in range. Raises UserError with every
-    problem at once.
+    """The command line as an object of the dataclass `settings`. Raises UserError with every problem.
 
     presets: {"sample": {name: value}}: what the flag --sample changes in the defaults.
     """
@@ -220,9 +185,7 @@ def as_plain(settings):
 
 
 def from_stored(settings, stored):
-    """Settings from what `as_plain` made; those that a file lacks are at their defaults. Raises ValueError
-    out of range.
-    """
+    """Settings from what `as_plain` made, else at their defaults. Raises ValueError out of range."""
     config = settings(**{f.name: stored[f.name] for f in dataclasses.fields(settings) if f.name in stored})
     if problems := problems_of(config):
         raise ValueError(problems[0])
@@ -233,11 +196,8 @@ def changed_settings(settings, stored):
     """What a stored run had otherwise, among the settings that are not free: one text each."""
     now = as_plain(settings)
     names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    return [
-        f"--{name.replace('_', '-')} was {stored.get(name)}, now {now[name]}"
-        for name in names
-        if stored.get(name) != now[name]
-    ]
+    return [f"--{name.replace('_', '-')} was {stored.get(name)}, now {now[name]}"
+            for name in names if stored.get(name) != now[name]]
 
 
 def as_text(values, names):

@@ -12,34 +12,22 @@ from PIL import Image, ImageDraw, ImageFont
 from tools.lib.cli import UserError, as_text
 from tools.lib.files import as_csv, atomic_write
 
-REGION_COLOURS = (
-    (66, 133, 244),
-    (15, 157, 88),
-    (244, 180, 0),
-    (219, 68, 55),
-    (171, 71, 188),
-    (0, 172, 193),
-    (255, 112, 67),
-)
+REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (171, 71, 188), (0, 172, 193),
+                  (255, 112, 67))
 
 
 def region_colours(scheme):
     """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; white for those of no region."""
-    return defaultdict(
-        lambda: (255, 255, 255),
-        {
-            i: REGION_COLOURS[n % len(REGION_COLOURS)]
-            for n, region in enumerate(scheme.regions.values())
-            for i in region
-        },
-    )
+    known = {i: REGION_COLOURS[n % len(REGION_COLOURS)]
+             for n, region in enumerate(scheme.regions.values()) for i in region}
+    return defaultdict(lambda: (255, 255, 255), known)
 
 
 def draw_landmarks(image, points, scheme, visible=None, truth=None):
-    """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks: a colour a region, left filled, right a
-    ring.
+    """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks.
 
-    Sizes fit the face. `truth` (K, 2) is drawn as thin white lines from prediction to truth.
+    A colour a region, left filled, right a ring; sizes fit the face. `truth` (K, 2) is drawn as thin white
+    lines from prediction to truth.
     """
     image = np.ascontiguousarray(image).copy()
     shown = np.flatnonzero(np.isfinite(points).all(1) & (True if visible is None else visible))
@@ -74,7 +62,7 @@ def contact_sheet(tiles, columns):
     """Equal-sized pictures in rows; the last row is filled with black."""
     tiles = list(tiles)
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+    return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, len(tiles), columns)])
 
 
 def encode_picture(image, suffix=".png"):
@@ -89,28 +77,26 @@ def as_png(figure):
     return buffer.getvalue()
 
 
-def plot_curves(path, runs):
-    """Losses and errors of a run {name: rows} over the epochs, or of several to compare. False without
-    matplotlib.
+def plot_curves(path, runs, metrics):
+    """Losses and metrics of a run {name: rows} over the epochs, or the first ones of several to compare.
+
+    False without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, columns in zip(figure.subplots(1, 2), (("train_loss", "val_loss"), ("nme", "nme_iod"))):
+    for axes, columns in zip(figure.subplots(1, 2), (("train_loss", "val_loss"), [*metrics])):
         for n, (name, rows) in enumerate(runs.items()):
             for column in columns if len(runs) == 1 else columns[:1]:
-                # Not NaN.
-                points = [(row["epoch"], row[column]) for row in rows if 0 < row[column] < math.inf]
+                # neither NaN nor missing
+                points = [(row["epoch"], row[column]) for row in rows if 0 < row.get(column, 0) < math.inf]
                 # matplotlib reads $ as mathematics, and leaves a label that begins with _ out of the legend
-                axes.plot(
-                    *zip(*points) if points else ([], []),
-                    marker="." if len(points) < 20 else None,
-                    # One beneath another stays visible.
-                    linewidth=1.5 + 1.5 * (len(runs) - 1 - n) / len(runs),
-                    label=f" {name if len(runs) > 1 else column}".replace("$", r"\$"),
-                )
+                label = f" {name if len(runs) > 1 else column}".replace("$", r"\$")
+                width = 1.5 + 1.5 * (len(runs) - 1 - n) / len(runs)  # one beneath another stays visible
+                axes.plot(*zip(*points) if points else ([], []), marker="." if len(points) < 20 else None,
+                          linewidth=width, label=label)
         axes.set(xlabel="epoch", ylabel=", ".join(columns) if len(runs) == 1 else columns[0], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, which="both", alpha=0.3)
@@ -120,9 +106,7 @@ def plot_curves(path, runs):
 
 
 def mean_face(faces):
-    """Every landmark's mean place in sides of the face's box (K, 2), the box's middle at 0; NaN where never
-    labelled.
-    """
+    """Every landmark's mean place in sides of the face's box (K, 2), the box's middle at 0; or NaN."""
     seen, boxes = (faces.visible > 0)[..., None], faces.boxes
     places = (faces.points - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None]) / boxes[:, 2:].max(1)[:, None, None]
     with np.errstate(invalid="ignore"):
@@ -130,28 +114,18 @@ def mean_face(faces):
 
 
 def face_sheet(dataset, points=None):
-    """A contact sheet of a dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines
-    to the truth.
-    """
+    """A dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines to the truth."""
     tiles, batch = [], {k: v.numpy() for k, v in dataset.__getitems__(range(min(16, len(dataset)))).items()}
     for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
         matrix = batch["matrix"][i]
         drawn = truth if points is None else points[i] @ matrix[:, :2].T + matrix[:, 2]
-        tiles.append(
-            draw_landmarks(
-                crop,
-                drawn,
-                dataset.faces.scheme,
-                batch["visibility"][i] > 0,
-                truth=None if points is None else truth,
-            )
-        )
+        tiles.append(draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][i] > 0,
+                                    truth=None if points is None else truth))
     return contact_sheet(tiles, 4)
 
 
 class Log:
-    """What a run shows of itself: a line an epoch, metrics.csv, curves.png, two contact sheets, TensorBoard's
-    events.
+    """What a run shows: a line an epoch, metrics.csv, curves.png, two contact sheets, TensorBoard's events.
 
     rows: the epochs so far, {column: value}; the caller adds to them. metrics: the columns to print.
     """
@@ -172,14 +146,11 @@ class Log:
             atomic_write(self.config.work_dir / "metrics.csv", [as_csv(self.columns, self.rows)])
         elif not self.quiet:
             atomic_write(self.config.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
-            atomic_write(
-                self.config.work_dir / "train_batch.jpg", [encode_picture(face_sheet(dataset), ".jpg")]
-            )
+            sheet = encode_picture(face_sheet(dataset), ".jpg")
+            atomic_write(self.config.work_dir / "train_batch.jpg", [sheet])
 
     def epoch(self, best, dataset, points):
-        """Write and print the last row. dataset, points: the faces that were predicted, None in an epoch
-        without validation.
-        """
+        """Write and print the last row. points: predictions for the dataset; None without validation."""
         row, folder = self.rows[-1], self.config.work_dir
         if self.quiet:
             return
@@ -190,12 +161,8 @@ class Log:
         if row["epoch"] % self.config.save_every == 0 or row["epoch"] == self.config.epochs:
             self.curves()
         scores = "" if points is None else f"  val {as_text(row, self.metrics)}" + "  best" * best
-        print(
-            f"epoch {row['epoch']:3d}/{self.config.epochs}  {row['size']} px  {row['seconds']:6.1f} s  "
-            f"{row['images_per_s']:6.0f} "
-            f"images/s  train loss {row['train_loss']:.2e}{scores}",
-            flush=True,
-        )
+        print(f"epoch {row['epoch']:3d}/{self.config.epochs}  {row['size']} px  {row['seconds']:6.1f} s  "
+              f"{row['images_per_s']:6.0f} images/s  train loss {row['train_loss']:.2e}{scores}", flush=True)
         if self.board:
             for name in self.columns:
                 self.board.add_scalar(name, row[name], row["epoch"])
@@ -204,7 +171,7 @@ class Log:
 
     def curves(self):
         """Draw curves.png, or say once, at the end, what it needs."""
-        drawn = plot_curves(self.config.work_dir / "curves.png", {"": self.rows})
+        drawn = plot_curves(self.config.work_dir / "curves.png", {"": self.rows}, self.metrics)
         if not drawn and self.rows[-1]["epoch"] == self.config.epochs:
             print("no curves.png: it needs matplotlib; metrics.csv holds the same numbers")
 

@@ -43,9 +43,7 @@ def check_free(flag, folder, force):
 
 @contextlib.contextmanager
 def file_lock(path, busy=None):
-    """Hold a file's lock, which goes with the process however that ends. Where another has it: waits, or
-    UserError(busy).
-    """
+    """Hold a file's lock, which ends with the process. Where another has it: wait, or UserError(busy)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         try:
@@ -75,23 +73,15 @@ def load_json(path):
 
 
 def picture_path(root, name, where=""):
-    """The path of a picture that a file names relative to the data root. Raises UserError where it leads out
-    of it.
-    """
+    """The path of a picture that a file names, which must lie in the data root. Raises UserError."""
     if not name.isprintable():
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.
-    if (
-        Path(name).is_absolute()
-        or re.match(r"[A-Za-z]:|\\", name)
-        or ".." in re.split(r"[/\\]", name)
-        or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-    ):
-        raise UserError(
-            f"{where}file_name {name!r} leaves the data root {root}; names must be "
-            "relative to it, links stay in it"
-        )
+    if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name)
+            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
+        raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative "
+                        "to it, links stay in it")
     return path
 
 
@@ -126,10 +116,7 @@ class RecordFile:
 
 def in_threads(function, count, title):
     """function(0), function(1), ... in order, made by as many threads as there are cores, with a bar."""
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        Progress(count, title) as progress,
-    ):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, title) as progress:
         done = 0
         for start in range(0, count, 256):  # in chunks, so that finished ones do not pile up
             for result in pool.map(function, range(start, min(start + 256, count))):
@@ -161,42 +148,33 @@ def data_root(given, flag="--data-root"):
     """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
     root = Path(str(given)) if given else find_dogflw()
     if root is None or not root.is_dir():
-        raise UserError(
-            f"{flag}{f' {given}' if given else ''}: no such folder; name the one of the pictures, fetch "
-            "DogFLW by tools/convert_dogflw_to_coco.py --download, or try train_simple.py --sample"
-        )
+        raise UserError(f"{flag}{f' {given}' if given else ''}: no such folder; name the one of the "
+                        "pictures, fetch DogFLW by tools/convert_dogflw_to_coco.py --download, or try "
+                        "train_simple.py --sample")
     return root
 
 
 def find_dogflw(*folders):
-    """The folder that holds train/images, at or below `folders`: kagglehub's cache by default (newest
-    version), or where
-    Kaggle and Colab put it. None where there is none."""
+    """The folder that holds train/images, at or below `folders`, or None.
+
+    Looked for by default in kagglehub's cache (newest version first), and where Kaggle and Colab put it.
+    """
     if not folders:
         cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
         versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
-        folders = [
-            *sorted(versions, key=lambda p: (len(p.name), p.name), reverse=True),  # 10 is newer than 9
-            Path("/kaggle/input/dogflw"),
-            Path("/kaggle/input/datasets/georgemartvel/dogflw"),
-        ]
+        folders = [*sorted(versions, key=lambda p: (len(p.name), p.name), reverse=True),  # 10 is newer than 9
+                   Path("/kaggle/input/dogflw"), Path("/kaggle/input/datasets/georgemartvel/dogflw")]
     found = (images for folder in folders for images in sorted(folder.glob("**/train/images")))
     return next((images.parent.parent for images in found), None)
 
 
 def make_sample(data_root, ann_root):
-    """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails; its
-    message is above.
-    """
+    """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
     tools = Path(__file__).resolve().parent.parent
+    convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
     with file_lock(ann_root.parent / ".lock"):  # every process of a job comes here
-        for made, command in (
-            (data_root, ["make_sample_dataset.py", "--out", data_root]),
-            (
-                ann_root / "val.json",
-                ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root],
-            ),
-        ):
+        for made, command in ((data_root, ["make_sample_dataset.py", "--out", data_root]),
+                              (ann_root / "val.json", convert)):
             words = [sys.executable, tools / command[0], *command[1:]]
             if not made.exists() and subprocess.run(words).returncode:
                 raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
@@ -208,7 +186,5 @@ def run_directory(work_dir, resume):
         return contextlib.nullcontext()
     if not resume and work_dir.is_dir() and any(p.name != ".lock" for p in work_dir.iterdir()):
         raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")
-    return file_lock(
-        work_dir / ".lock",
-        f"--work-dir {work_dir}: another run is writing there; wait for it or name another",
-    )
+    busy = f"--work-dir {work_dir}: another run is writing there; wait for it or name another"
+    return file_lock(work_dir / ".lock", busy)

@@ -10,12 +10,11 @@ from tools.lib.runtime import choose_amp
 
 class TrainedModel:
     """What a checkpoint holds: model (in eval mode), scheme, config, size of its crops in pixels, metrics,
-    epoch; `whole`
-    where it looks at whole pictures (`--crop image`).
+    epoch; `whole` where it looks at whole pictures (`--crop image`).
 
     Files know plain types alone; a subclass says what to make of them: Config, Scheme, Network, and how to
-    crop(image, box, size, padding) and see(model, crops, matrices, config, flip_index, amp). Raises UserError
-    for a file that does not fit together.
+    crop(image, box, size, padding) and predict_crops(model, crops, matrices, config, flip_index, amp). Raises
+    UserError for a file that does not fit together.
     """
 
     def __init__(self, path, device="cpu", batch_size=32):
@@ -28,34 +27,23 @@ class TrainedModel:
             self.model = self.Network(self.config.backbone, len(self.scheme.names))
             self.model.load_state_dict(upgraded(checkpoint["model"]))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(
-                f"{path}: weights, scheme and settings do not fit together ({single_line(e)})"
-            ) from None
+            raise UserError(f"{path}: weights, scheme and settings do not fit together "
+                            f"({single_line(e)})") from None
         self.model.eval().to(device, memory_format=torch.channels_last)
         self.amp, self.whole = choose_amp(self.device, self.config.amp), self.config.crop == "image"
 
     def flip_index(self, wanted=True):
         """The partners' permutation as a tensor for mirrored averaging, or None."""
-        return (
-            torch.tensor(self.scheme.flip_index, device=self.device)
-            if wanted and self.scheme.flip_pairs
-            else None
-        )
+        mirrors = wanted and self.scheme.flip_pairs
+        return torch.tensor(self.scheme.flip_index, device=self.device) if mirrors else None
 
     def look(self, jobs, flip=True):
         """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K)."""
         found, flip_index = [], self.flip_index(flip)
         for start in range(0, len(jobs), self.batch_size):
-            crops, matrices = map(
-                np.stack,
-                zip(
-                    *(
-                        self.crop(image, box, self.size, self.config.padding)
-                        for image, box in jobs[start : start + self.batch_size]
-                    )
-                ),
-            )
-            found.append(
-                self.see(self.model, torch.from_numpy(crops), matrices, self.config, flip_index, self.amp)[1:]
-            )
+            crops, matrices = map(np.stack, zip(*(self.crop(image, box, self.size, self.config.padding)
+                                                  for image, box in jobs[start:start + self.batch_size])))
+            _, points, scores = self.predict_crops(self.model, torch.from_numpy(crops), matrices, self.config,
+                                                   flip_index, self.amp)
+            found.append((points, scores))
         return tuple(map(np.concatenate, zip(*found)))
