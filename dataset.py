@@ -17,9 +17,8 @@ import torch
 
 from tools.lib.cli import UserError, setting
 from tools.lib.coco import read_coco
-from tools.lib.find import whole_box
-from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401, read_image for who imports it here
-from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp
+from tools.lib.pictures import MEAN, STD
+from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
 ROOT = Path(__file__).resolve().parent
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
@@ -96,10 +95,7 @@ class Faces:
 
 
 def load_coco(path, root, category=None):
-    """The faces of a COCO keypoint file, checked whole; see tools/lib/coco.py for what is mended or left out.
-
-    Raises UserError naming the file and the entry.
-    """
+    """The faces of a COCO keypoint file, read by tools/lib/coco.py. Raises UserError naming the entry."""
     read = vars(read_coco(path, root, category))
     scheme = Scheme(**{f.name: read.pop(f.name) for f in fields(Scheme)})
     return Faces(scheme, Path(root), **read)
@@ -122,9 +118,9 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
     return np.column_stack([linear, (size - 1) / 2 - linear @ centre])
 
 
-def predict_crop(image, box, size, padding):
+def predict_crop(image, box, size, padding, rotation=0.0):
     """A picture and a box -> crop (size, size, 3) uint8, matrix picture -> crop, exactly as in validation."""
-    matrix = crop_matrix(box, size, padding)
+    matrix = crop_matrix(box, size, padding, rotation)
     return crop_of(image, box, matrix, size, padding), matrix
 
 
@@ -145,7 +141,7 @@ class Augmentation:
         return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
-        """One draw of what is computed, not painted: crop_matrix's arguments, and a colour matrix (3, 4)."""
+        """Draw the geometry (crop_matrix's arguments) and the colour matrix (3, 4) of a crop at random."""
         u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
@@ -158,10 +154,11 @@ class Augmentation:
         return geometry, np.column_stack([linear, np.full(3, offset)])
 
     def paint(self, crop, rng):
-        """Change a crop (S, S, 3) uint8 in place: what hides a part of the face."""
+        """Change the pixels of a crop (S, S, 3) uint8 in place at random: a flat rectangle hides a part."""
         half, middle = rng.uniform(0.05, 0.2, 2) * (rng.random() < self.occlusion), rng.uniform(0, 1, 2)
-        low, high = ((side * len(crop)).astype(int) for side in ((middle - half).clip(0), middle + half))
-        crop[low[1]:high[1], low[0]:high[0]] = rng.integers(0, 256, 3)  # empty without occlusion
+        left, top = ((middle - half).clip(0) * len(crop)).astype(int)
+        right, bottom = ((middle + half) * len(crop)).astype(int)
+        crop[top:bottom, left:right] = rng.integers(0, 256, 3)  # empty without occlusion
 
 
 def default_sigma(input_size):
@@ -173,12 +170,13 @@ class DogFLWDataset(torch.utils.data.Dataset):
     """Faces as training samples. `dataset[i]` is one sample in full, ready to look at:
 
         image     (3, S, S) float, normalised     heatmaps   (K, S/2, S/2) float
-        keypoints (K, 2) float, crop pixels       visibility (K,) 1: it trains, -1: nothing here, 0
+        keypoints (K, 2) float, crop pixels       visibility (K,) float, see below
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
-    A DataLoader calls `__getitems__` instead: whole batches of uint8 crops, from which the device makes
-    images and heatmaps. An item is i, (epoch, i) or (epoch, i, crop size): augmentation is a pure function of
-    seed, epoch and i. cache: the folder for decoded faces, or None.
+    visibility is 1 where a landmark trains, 0 where it is not labelled or cut off, and -1 where there is no
+    face and its map is to be flat. A DataLoader calls `__getitems__` instead: whole batches of uint8
+    crops, from which the device makes images and heatmaps. An item is i, (epoch, i) or (epoch, i, crop size):
+    augmentation is a pure function of seed, epoch and i. cache: the folder for decoded faces, or None.
     """
 
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
@@ -210,12 +208,12 @@ class DogFLWDataset(torch.utils.data.Dataset):
         return matrix, points, labelled, colour
 
     def __getitems__(self, items):
-        items = [(*(item if isinstance(item, tuple) else (0, item)), self.size)[:3] for item in items]
-        n, size, k = len(items), items[0][2], len(self.faces.scheme.names)
+        items = [item if isinstance(item, tuple) else (0, item) for item in items]
+        n, size, k = len(items), (*items[0], self.size)[2], len(self.faces.scheme.names)
         crops = np.empty((n, size, size, 3), np.uint8)
         points, visible = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
         colour, matrices = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3))
-        for row, (epoch, i, _) in enumerate(items):
+        for row, (epoch, i, *_) in enumerate(items):
             rng = np.random.default_rng((self.seed, epoch, i))
             place = partial(self.place, size=size, rng=rng)
             if self.augment.empty:
@@ -228,7 +226,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
             # What the crop cut off cannot be learnt from a heatmap; validation scores it all the same.
             visible[row] = labelled * (inside(points[row], size) | (labelled < 0))
         arrays = {"image": crops, "keypoints": points, "visibility": visible, "colour": colour,
-                  "matrix": matrices, "index": np.array([i for _, i, _ in items])}
+                  "matrix": matrices, "index": np.array([i for _, i, *_ in items])}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -275,7 +273,8 @@ def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
     plain one to its middle. The score is the share of the map's mass within `radius` of the point, as a
     fraction of the crop (in x and in y): the map's own probability of that error.
     """
-    size, sharp = heatmaps.shape[-1], heatmaps * heatmaps.pow(power - 1)
+    size, relative = heatmaps.shape[-1], heatmaps / heatmaps.amax((2, 3), keepdim=True).clamp(min=1e-30)
+    sharp = relative * relative.pow(power - 1)  # of 1.5 a square root, which is fast
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
     sums = torch.stack([sharp.sum(2), sharp.sum(3)], 2)  # (B, K, 2, size), of columns and of rows
     centre = (sums * cells).sum(3) / sums.sum(3).clamp(min=1e-12)

@@ -5,11 +5,9 @@
     uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
     uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 2e-3    # the same on four GPUs
 
-A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on after a
-cut.
+A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on with it.
 """
 import copy
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +28,7 @@ from tools.lib.checkpoints import Saver, load_checkpoint, load_resumable
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations
 from tools.lib.draw import Log
-from tools.lib.files import atomic_write, data_root, make_sample, one_ahead, run_directory
+from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
 from tools.lib.trained import TrainedModel
 from tools.lib.windows import invert_matrix
@@ -58,7 +56,7 @@ class Config(Augmentation):
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the targets, in cells (default: 1.5 * input / 256)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score is the chance that the error is below, in crops", "(0, 1]")
+    score_radius: float = setting(0.05, "a score is the chance of an error below X crops", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
@@ -76,7 +74,7 @@ class Config(Augmentation):
     seed: int = setting(0, "of order, augmentation and new weights", "[0, inf)")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
-    val_every: int | None = setting(None, "validate every N epochs (default: >= 2)", "[1, inf)", free=True)
+    val_every: int | None = setting(None, "in epochs (default: --epochs / 100, >= 2)", "[1, inf)", free=True)
     save_every: int = setting(10, "epochs between epoch_N.pth", "[1, inf)", free=True)
     tensorboard: bool = setting(False, "also write scalars and a picture for TensorBoard", free=True)
     device: str = setting("auto", "cuda, mps or cpu", free=True)
@@ -88,6 +86,10 @@ class Config(Augmentation):
 def parse_args(argv=None):
     """Read and check the command line: a Config. Every problem is reported at once (UserError)."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
+    if config.empty and not (config.crop == "image" and config.kl_weight):
+        raise UserError("--empty: is for a locator; it needs --crop image and a --kl-weight above 0")
+    if config.graphs and (config.compile or config.accumulate > 1):
+        raise UserError("--graphs: not together with --compile or --accumulate; leave one of them out")
     config.work_dir = config.work_dir or ROOT / "work_dirs" / ("sample" if config.sample else config.backbone)
     # A checkpoint stores where its data is; absolute, so that the tools find it from any folder.
     config.ann_root = config.ann_root.absolute()
@@ -106,8 +108,7 @@ class LandmarkNet(nn.Module):
     Every heatmap is a softmax over its cells: float32, a probability for each place, summing to 1. Each level
     of the backbone is brought to `width` channels by a 1 x 1 convolution at its own resolution, then enlarged
     and added (Lin et al. 2017, "Feature pyramid networks"). timm's first level of an HRNet is the *stem*,
-    which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError where there are no
-    levels.
+    which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError without levels.
     """
 
     def __init__(self, backbone, num_landmarks, width=64):
@@ -170,17 +171,16 @@ def divergence(heatmaps, offsets, sigma):
 
 
 def heatmap_losses(heatmaps, points, visibility, sigma, config):
-    """MSE weighted by visibility between maps and Gaussians, plus the maps' errors as forecasts: (B, K).
+    """The loss of every heatmap (B, K): MSE + CRPS + divergence, each with its weight of the config.
 
-    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; visibility (B, K), -1 where a map is
-    to be flat; sigma in cells; config: the terms' weights. For the MSE a map is scaled so that a perfect one
-    peaks at 1, as the Gaussian does; "nothing" costs 1. MSE alone is cheapest at "nothing" where a place is
-    uncertain, and learns the ears last. The other terms are least for the honest distribution. The continuous
-    ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery 2007, "Strictly
-    proper scoring rules", eq. 20), knows how far away a wrong map is. The `divergence` pulls to the truth
-    where a map is broad or wrong.
-    Take the mean over all B * K maps, labelled or not: a constant divisor makes the sum over micro-batches
-    and over GPUs exactly the gradient of the whole batch.
+    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; sigma in cells; visibility (B, K):
+    1 trains, 0 costs nothing, -1 asks for a flat map.
+
+    MSE: between the target Gaussian and the map, scaled so that a perfect one peaks at 1; an empty map costs
+    1. Alone it prefers the empty map wherever a place is uncertain, and learns the ears last.
+    CRPS: the continuous ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery
+    2007, "Strictly proper scoring rules", eq. 20). It knows how far away a wrong map is.
+    Divergence: see there. It pulls to the truth where a map is broad or wrong.
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
@@ -297,7 +297,9 @@ class Trained(TrainedModel):
     crop, predict_crops = staticmethod(data.predict_crop), staticmethod(predict_crops)
 
 
-load_predictor = partial(predictor_of, Trained)  # (checkpoint=None, locator=None, device="auto")
+def load_predictor(checkpoint=None, locator=None, device="auto", batch_size=32):
+    """A Predictor (tools/lib/find.py) of a face checkpoint and a locator; None: those in the box."""
+    return predictor_of(Trained, checkpoint, locator, device, batch_size)
 
 
 # ---------------------------------------------------------------- the loop
@@ -311,8 +313,8 @@ class Plan:
     def __init__(self, config, faces, world=1):
         self.config, self.faces, parts = config, faces, config.accumulate * world
         if config.batch_size % parts or parts > faces:
-            raise UserError(f"--batch-size {config.batch_size}: must divide by {parts} (--accumulate x "
-                            f"processes), and there must be {parts} faces or more; there are {faces}")
+            raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
+                            f"(--accumulate x processes), and of {faces} faces each part needs one")
         self.batch_size = min(config.batch_size, faces - faces % parts)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
@@ -363,11 +365,12 @@ class Run:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else self.model
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.parts = dict(model=self.ema, raw=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        # Their names in the file: "model" is what to use, "raw" what goes on training.
+        self.stateful = dict(model=self.ema, raw=self.model, optimizer=self.optimizer, scaler=self.scaler)
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
-            for name, part in self.parts.items():
+            for name, part in self.stateful.items():
                 part.load_state_dict(resumed[name])
         self.average = runtime.WeightAverage(self.model, self.ema, config.ema) if config.ema else None
         self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
@@ -386,8 +389,8 @@ def train_step(run, batches, step):
             with runtime.autocast(device, run.amp):
                 heatmaps = run.wrapped(images)
             sigma = run.plan.sigma(step, image.shape[1])
-            losses = heatmap_losses(heatmaps, points, visible, sigma, config)
-            loss = losses.mean() / config.accumulate
+            # Over all maps, labelled or not: so micro-batches and GPUs add up to the whole batch's gradient.
+            loss = heatmap_losses(heatmaps, points, visible, sigma, config).mean() / config.accumulate
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
     for group in run.optimizer.param_groups:
@@ -462,28 +465,26 @@ def test_once(run, datasets, chosen_on):
         number, (_, _, metrics) = len(datasets[chosen["size"]]), validate(run, datasets[chosen["size"]])
         say(f"on {number} faces that chose nothing: {as_text(metrics, METRICS)}")
         if run.processes.first:
-            text = json.dumps({"faces": number, "chosen_on": chosen_on, **metrics}, indent=1)
-            atomic_write(path.with_name("test.json"), [text.encode()])
+            result = as_json({"faces": number, "chosen_on": chosen_on, **metrics})
+            atomic_write(path.with_name("test.json"), [result])
 
 
 def train(config, processes):
     """The whole run, top to bottom."""
     torch.manual_seed(config.seed)
     faces, select, test, chosen_on = load_sets(config, processes)
-    plan = Plan(config, len(faces), processes.world)
-    options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
-    with processes.first_on_node_first():
-        train_set = DogFLWDataset(faces, config.input_size, sigma=config.sigma, augment=config, **options)
-        select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
-                                  for some in (select, test))
-    last = config.work_dir / "last.pth"
+    plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
     resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme), plan.faces))
     run = Run(config, faces.scheme, plan, processes, resumed)
     first, cuda = run.progress["epoch"], processes.device.type == "cuda"
-    sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
-    batches = batches_of(train_set, sampler, config.num_workers, pin_memory=cuda)
     saver = Saver(config, list(METRICS), runtime.versions(ROOT))
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
+    options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
+    train_set = DogFLWDataset(faces, config.input_size, sigma=config.sigma, augment=config, **options)
+    select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
+                              for some in (select, test))
+    sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
+    batches = batches_of(train_set, sampler, config.num_workers, pin_memory=cuda)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
                   f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")

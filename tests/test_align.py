@@ -93,7 +93,7 @@ def test_predictions_align_too(run, tmp_path, capsys):
 
 
 def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "no.pth")
+    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "no.pth")
     ann, root = ("--ann", run.ann_root / "val.json"), ("--data-root", run.data_root)
     checkpoint = ("--checkpoint", run.work_dir / "best_model.pth")
     (tmp_path / "wrong.json").write_text('[{"file_name": "a.png", "keypoints": [1, 2, 3]}]')

@@ -364,14 +364,6 @@ def test_graphs_without_cuda_are_a_word_and_the_model_itself():
     assert set(model.state_dict()["body.1.running_mean"].tolist()) == {0.0}
 
 
-def test_flags_that_exclude_each_other():
-    plan, processes = SimpleNamespace(sizes=[8], batch_size=2), processes_on(CPU)
-    for more, name in (({"compile": True}, "--compile"), ({"accumulate": 2}, "--accumulate")):
-        config = SimpleNamespace(**{"graphs": True, "compile": False, "accumulate": 1} | more)
-        with pytest.raises(UserError, match=name):
-            runtime.for_training(Small(), config, plan, processes, None)
-
-
 def test_a_captured_pass_has_autocast_without_its_cache(monkeypatch):
     """make_graphed_callables refuses the cache; and its backward pass is outside of autocast, as a step's is."""
     seen = []

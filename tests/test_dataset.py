@@ -62,6 +62,16 @@ def test_encode_is_the_gaussian_of_the_real_valued_point():
     np.testing.assert_allclose(data.encode_heatmaps(point, 32, 1.5)[0, 0].numpy(), expected, atol=1e-6)
 
 
+def test_a_broad_low_map_is_read_by_any_power():
+    point = torch.tensor([[[180.0, 60.0]]])
+    for sigma in (3, 6, 10):
+        maps = data.encode_heatmaps(point, 128, sigma)
+        for power in (1, 1.5, 8):
+            decoded, _ = data.decode_heatmaps(maps / maps.sum(), power)
+            torch.testing.assert_close(decoded, point, atol=0.05 if power > 1 else 1, rtol=0)
+    assert not data.decode_heatmaps(torch.zeros(1, 1, 32, 32))[1].any()
+
+
 def test_mirroring_heatmaps_is_mirroring_points():
     points = torch.rand(3, 46, 2) * 128
     mirrored = torch.tensor([127, 0]) + points * torch.tensor([-1, 1])

@@ -104,7 +104,7 @@ def given(field, value):
     return [flag(field), str(value)]
 
 
-BASE = ["--lr", "1e-3", "--sigma", "1.5", "--val-every", "2", "--work-dir", "w"]  # what others would decide
+BASE = ["--lr", "1e-3", "--sigma", "1.5", "--val-every", "2", "--work-dir", "w", "--crop", "image"]  # what others would decide
 
 
 @pytest.mark.parametrize("field", [f for f in fields(Config) if f.name != "sample"], ids=lambda f: f.name)

@@ -11,6 +11,7 @@ import dataset as data
 from dataset import Scheme
 from tools import evaluate as tool
 from tools.lib.cli import UserError
+from tools.lib.files import as_json
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table
@@ -184,6 +185,10 @@ def test_a_new_metric_reaches_every_report(tmp_path, monkeypatch):
     assert report["metrics"]["largest"] == pytest.approx(5)
     low, high = (report["region"][name]["largest"] for name in ("low", "high"))
     assert high == 0 and low > 0 and b"largest" in as_table(report)
+
+
+def test_what_json_does_not_know_is_null():
+    assert json.loads(as_json({"nme": 0.5, "nme_iod": math.nan})) == {"nme": 0.5, "nme_iod": None}
 
 
 LEFT, RIGHT = (-60, 60), (60, 60)  # where the ears begin
@@ -406,10 +411,10 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
 def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):
     where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root), "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "no.pth")
+    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "no.pth")
     with pytest.raises(UserError, match="no.pth: no such file.*--checkpoint"):
         tool.main(where)
-    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", run.work_dir / "best_model.pth")
+    monkeypatch.setattr("tools.lib.find.BOXED", run.work_dir / "best_model.pth")
     with pytest.raises(UserError, match="--ann: name the COCO file to score on.*--data-root"):
         tool.main([])
     tool.main([*where, "--no-flip"])

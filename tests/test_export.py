@@ -11,6 +11,7 @@ import dataset as data
 import train_simple as trainer
 from tools import export_onnx as tool
 from tools.lib.cli import UserError
+from tools.lib.pictures import read_image
 
 onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 TOOL = "tools/export_onnx.py"
@@ -103,7 +104,7 @@ def test_normalisation_and_decoding_are_the_checkpoints_own(run, crops, tmp_path
                                                                                                  0.2])
     checkpoint["args"] |= {"decode_power": 2.5, "score_radius": 0.2}
     torch.save(checkpoint, tmp_path / "best_model.pth")
-    monkeypatch.setattr("tools.lib.checkpoint_flag.BOXED", tmp_path / "best_model.pth")
+    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "best_model.pth")
     monkeypatch.chdir(tmp_path)
     tool.main(["--no-flip"])
     session = runtime.InferenceSession(tmp_path / "dog_face.onnx", providers=["CPUExecutionProvider"])
@@ -130,7 +131,7 @@ def test_the_readmes_lines_find_the_same_landmarks(run, exported, tmp_path, monk
     space = {}
     exec(code, space)
     trained = trainer.Trained(run.work_dir / "best_model.pth")
-    image = data.read_image(run.data_root / faces.files[0])
+    image = read_image(run.data_root / faces.files[0])
     points, _ = trained.look([(image, faces.boxes[0].round(1))])
     assert found == 1 and np.abs(space["landmarks"] - points[0]).max() < 0.05 * faces.boxes[0, 2:].max()
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import dataset as data
@@ -23,6 +25,7 @@ from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
 from tools.lib.pictures import read_image
 from tools.lib.runtime import Processes
+from tools.lib.windows import apply_matrix
 
 TOOL = "tools/predict.py"
 
@@ -144,10 +147,10 @@ class Eye:
     """Stands for a trained network: sees the true face nearest to a box's middle, clearer the better the box fits."""
 
     def __init__(self, truth, whole=False):
-        self.truth, self.whole, self.scheme = truth, whole, None
+        self.truth, self.whole, self.scheme = truth, whole, SimpleNamespace(flip_pairs=[[0, 1]])
 
     def look(self, jobs, flip=True):
-        boxes, true = np.reshape([box for _, box in jobs], (-1, 4)), find.hull_boxes(self.truth)
+        boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), find.hull_boxes(self.truth)
         distance = np.linalg.norm((boxes[:, None, :2] + boxes[:, None, 2:] / 2) - (true[:, :2] + true[:, 2:] / 2), axis=-1)
         fit = np.diagonal(find.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
         scores = np.clip(fit + 0.15, 0, 1)[:, None]
@@ -166,10 +169,25 @@ def test_several_dogs_are_found_once_each(locator):
     assert predictor(np.zeros((400, 640, 3), np.uint8), boxes=[[300, 40, 120, 120]])[0]["points"].shape == (20, 2)
 
 
-def test_windows_cover_every_shape_of_picture():
+@given(st.floats(-80, 80), st.booleans(), st.integers(0, 10**6))
+def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
+    """The box of the turned crop holds the landmarks as tightly as that of the upright face, whatever a pair's order."""
+    rng = np.random.default_rng(seed)
+    left = rng.uniform([-80, -60], [-20, 60], (5, 2))
+    face = np.concatenate([left, left * (-1, 1), [[0, 10]]])
+    a, pairs = np.deg2rad(degrees), [[i + 5, i] if swapped and i % 2 else [i, i + 5] for i in range(5)]
+    points = face @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) + 300
+    assert find.lean(points, pairs) == pytest.approx(degrees, abs=1e-6) and find.lean(points, []) == 0
+    box, turn = find.upright(points, pairs, 0.1)
+    matrix = data.crop_matrix(box, 256, 1.0, turn)
+    expected = data.crop_matrix(find.hull_boxes(face[None], 0.1)[0], 256, 1.0)
+    np.testing.assert_allclose(apply_matrix(matrix, points), apply_matrix(expected, face), atol=1e-6)
+
+
+def test_squares_cover_every_shape_of_picture():
     for height, width in ((300, 500), (500, 300), (1, 1), (40, 4000), (256, 256)):
         seen = np.zeros((height, width), bool)
-        boxes = find.windows(np.zeros((height, width, 3), np.uint8), find.FACE_SIDES)
+        boxes = find.search_squares(np.zeros((height, width, 3), np.uint8), find.FACE_SIDES)
         assert (boxes[:, 2:] > 0).all()
         for x, y, w, h in boxes[1:]:
             seen[max(0, int(y)):int(np.ceil(y + h)) + 1, max(0, int(x)):int(np.ceil(x + w)) + 1] = True

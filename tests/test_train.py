@@ -539,6 +539,8 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     w = ("--work-dir", tmp_path / "w", "--no-pretrained", "--cache", "none")
     here = ("--data-root", sample.data_root, "--ann-root", sample.ann_root)
     assert "--batch-size 0" in refused("--batch-size", 0)
+    assert "--crop image" in refused("--empty", 0.2) and "--kl-weight" in refused("--empty", 0.2, "--crop", "image", "--kl-weight", 0)
+    assert "--graphs" in refused("--graphs", "--compile") and "--graphs" in refused("--graphs", "--accumulate", 2)
     assert "--epochs 0" in (line := refused("--epochs", 0, "--lr", -1)) and "--lr" in line
     assert "--data-root" in refused("--data-root", tmp_path / "nowhere", *w)
     assert "--sample" in refused(*w, HOME=str(tmp_path), KAGGLEHUB_CACHE=str(tmp_path / "cache"))

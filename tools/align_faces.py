@@ -19,13 +19,14 @@ from skimage.transform import SimilarityTransform
 from tqdm import tqdm
 
 import dataset as data
-from tools.lib.checkpoint_flag import add_checkpoint, or_boxed
+from tools.lib.checkpoint_flag import add_checkpoint
+from tools.lib.checkpoints import load_checkpoint, stored_scheme
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
+from tools.lib.find import or_boxed
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, cut_window, face_window, invert_matrix, warp, window_matrix
-from train_simple import Trained
 
 # Where the middles of left eye, right eye and nose go, in eye distances from the point between the eyes.
 # Measured over 3,400 DogFLW faces with all their landmarks (medians), as is the middle of the landmarks' hull
@@ -96,7 +97,8 @@ def read_faces(args):
         for note in dict.fromkeys(faces.notes):
             print(note)
         return faces.scheme, list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
-    scheme = Trained(or_boxed(args.checkpoint)).scheme
+    path = or_boxed(args.checkpoint)
+    scheme = data.Scheme(**stored_scheme(load_checkpoint(path)["scheme"], path))
     return scheme, read_predictions(args.predictions, len(scheme.names))
 
 
@@ -144,6 +146,8 @@ def parse_args(argv):
         help="room around a typical face, in parts of it (default: 0.6, which cuts no ear of 4 faces in 5)")
     add("--force", action="store_true", help="write into a folder that is not empty")
     args = parser.parse_args(argv)
+    if args.ann and args.checkpoint or args.predictions and args.category:
+        raise UserError("--checkpoint goes with --predictions, and --category with --ann")
     if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
         raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
     data_root(args.data_root)

@@ -356,7 +356,7 @@ def main(argv=None):
         print(__doc__)
         return 0
     config = trainer.parse_args(argv)
-    with runtime.Processes(config.device) as processes:
+    with runtime.Processes(config.device) as processes, runtime.enough_memory():
         bench = set_up(config, processes)
         measure(bench, bench.device.type == "cuda" and not any(flag.startswith("--batch") for flag in argv))
     return 0

@@ -192,7 +192,8 @@ def main(argv=None):
     models = {"pretrained": None}
     if args.checkpoint:
         run, name = args.checkpoint.resolve().parent.name, args.checkpoint.stem
-        models = {run if name == "best_model" else f"{run}/{name}": args.checkpoint} | models
+        name = run if name == "best_model" else f"{run}/{name}"
+        models = {name: args.checkpoint, **({} if name == "pretrained" else models)}
     for path in sorted(Path("work_dirs").glob("*/best_model.pth")):
         models.setdefault(path.parent.name, path)
     page = build(models, args.device)

@@ -27,16 +27,16 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset
-from tools.lib.checkpoint_flag import add_checkpoint, or_boxed, take_checkpoint
+from tools.lib.checkpoint_flag import add_checkpoint, take_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.coco import find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
-from tools.lib.files import atomic_write, data_root, load_json
-from tools.lib.find import overlaps
+from tools.lib.files import as_json, atomic_write, data_root, load_json
+from tools.lib.find import hull_boxes, or_boxed, overlaps
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
-from tools.lib.runtime import Processes
+from tools.lib.runtime import Processes, enough_memory
 from train_simple import METRICS, Config, Trained, crop_side, nan_mean, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
@@ -173,11 +173,6 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
 
 # ---------------------------------------------------------------- other programs' results
 
-def hull(points):
-    """The box x, y, w, h around points (n, 2)."""
-    return np.concatenate([points.min(0), np.ptp(points, axis=0)])[None]
-
-
 def parse_result(path, number, row, k):
     """A result: keypoints (K, 3), score, the id it names or None, picture's id, file. Raises UserError."""
     try:
@@ -201,7 +196,9 @@ def faces_of_result(where, points, certainty, picture, faces, candidates, match)
                             "the COCO file; predict with that file, as INPUT or with --boxes")
     if match:
         seen = [faces.visible[i] > 0 for i in candidates]
-        fits = [overlaps(hull(points[v]), hull(faces.points[i][v])).item() for i, v in zip(candidates, seen)]
+        hulls = [(hull_boxes(points[None, v], 0), hull_boxes(faces.points[[i]][:, v], 0))
+                 for i, v in zip(candidates, seen)]
+        fits = [overlaps(*pair).item() for pair in hulls]
         return [(fit, i) for fit, i in zip(fits, candidates) if fit >= SAME_FACE]
     if len(candidates) > 1:
         raise UserError(f"{where}: its picture has {len(candidates)} faces; name one by annotation_id, or "
@@ -264,7 +261,7 @@ def annotations_of(args, trained):
         return args.ann
     if not trained or args.boxed:
         raise UserError("--ann: name the COCO file to score on, and its pictures' folder with --data-root")
-    folder = Path(str(trained.config.ann_root))
+    folder = trained.config.ann_root
     if not folder.exists():
         raise UserError(f"{folder}: the data of {args.checkpoint} are not here; name a COCO file with --ann")
     _, val = find_annotations(folder)
@@ -304,7 +301,7 @@ def by_checkpoint(args, trained, faces, ann, processes):
     twice = args.flip and trained.scheme.flip_pairs
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, chosen on {chosen}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
-    folder = Path(str(trained.config.ann_root)).resolve()
+    folder = trained.config.ann_root.resolve()
     if chosen == ann.name and ann.resolve().is_relative_to(folder):
         source += "; these very faces chose it, so the numbers flatter it"
     return points, scores, source
@@ -377,7 +374,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Processes(args.device) as processes:
+    with Processes(args.device, training=False) as processes, enough_memory():
         trained = Trained(args.checkpoint, processes.device) if args.checkpoint else None
         faces, ann = read_faces(args, trained)
         padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
@@ -390,11 +387,11 @@ def main(argv=None):
     report, errors = score(points, faces, padding, scores, radius)
     report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
               "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}
-    # null for NaN, which JSON does not know
-    report = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    content = as_json(report)
+    report = json.loads(content)  # None for NaN
     files = {**plots(report, faces, errors, LIMIT), "worst.jpg": worst_faces(points, faces, errors, padding)}
     files |= {"report.csv": as_table(report), "report.html": as_html(report, files),
-              "report.json": json.dumps(report, indent=1).encode()}
+              "report.json": content}
     for name, content in files.items():
         atomic_write(args.out / name, [content])
     print(f"{len(faces)} faces of {ann}; {source}")

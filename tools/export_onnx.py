@@ -30,10 +30,11 @@ from skimage.data import astronaut
 from torch import nn
 
 from dataset import decode_heatmaps, normalize, predict_crop
-from tools.lib.checkpoint_flag import add_checkpoint, or_boxed, take_checkpoint
+from tools.lib.checkpoint_flag import add_checkpoint, take_checkpoint
 from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.files import atomic_write, check_free
+from tools.lib.find import or_boxed
 from train_simple import Trained, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
@@ -238,6 +239,8 @@ def main(argv=None):
     add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     take_checkpoint(args)
+    if args.light and (args.out or args.safetensors or not args.flip):
+        raise UserError("--light: writes a checkpoint alone; leave out --out, --safetensors and --no-flip")
     if args.light:
         return write_light(or_boxed(args.checkpoint), args.light, args.force)
     path = args.out or (args.checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))

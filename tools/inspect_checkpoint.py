@@ -12,10 +12,10 @@ import csv
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.lib.checkpoint_flag import or_boxed
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import plot_curves
+from tools.lib.find import or_boxed
 from train_simple import METRICS, Trained
 
 CURVES = ("train_loss", "val_loss", *METRICS)

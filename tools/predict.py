@@ -41,9 +41,11 @@ from tools.lib.checkpoint_flag import add_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, check_free, load_json, picture_path
-from tools.lib.find import MIN_SCORE, intersections, whole_box
+from tools.lib.find import MIN_SCORE, intersections
 from tools.lib.pictures import format_of, read_picture
+from tools.lib.runtime import enough_memory
 from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
+from tools.lib.windows import whole_box
 from train_simple import load_predictor
 
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
@@ -153,7 +155,8 @@ def list_inputs(inputs, data_root, out):
             if isinstance(source.place, Path):
                 source.place = Path(os.path.abspath(source.place))
             sources.setdefault(source.place, source)
-            sources[source.place].image_id = sources[source.place].image_id or source.image_id
+            if sources[source.place].image_id is None:
+                sources[source.place].image_id = source.image_id
     return list(sources.values()), category
 
 
@@ -322,7 +325,7 @@ class PictureQueue:
 
 
 def predict_video(predictor, source, results, min_score):
-    """Follow the faces through a video or what a camera sees. Returns whether it was stopped by Ctrl-C.
+    """Follow the faces through a video or what a camera sees, until Ctrl-C at most.
 
     What was done until then is kept whole. Raises UserError naming a video that cannot be read or written;
     the faces found until then are kept.
@@ -348,7 +351,6 @@ def predict_video(predictor, source, results, min_score):
         tqdm.write(f"{video.name}: stopped; what was seen until then is written", file=sys.stderr)
     if stopped.is_set() and not video.live:
         raise KeyboardInterrupt
-    return stopped.is_set()
 
 
 def predict_all(sources, predictor, results, args):
@@ -358,8 +360,9 @@ def predict_all(sources, predictor, results, args):
         try:
             if source.kind == "picture":
                 pictures.add(source)
-            elif predict_video(predictor, source, results, args.min_score):
-                break
+            else:
+                pictures.finish()  # what waits would be lost if the video is stopped
+                predict_video(predictor, source, results, args.min_score)
         except UserError as e:
             failed += 1
             tqdm.write(f"error: {printable(e)}", file=sys.stderr)
@@ -420,7 +423,8 @@ def main(argv=None):
                         "give a face model")
     results, failed = Results(sources, predictor.scheme, category), len(sources)
     try:
-        failed = predict_all(sources, predictor, results, args)
+        with enough_memory():
+            failed = predict_all(sources, predictor, results, args)
     finally:  # a run that is stopped keeps what it has
         if results.rows or failed < len(sources):
             results.write(args.out, args.coco)

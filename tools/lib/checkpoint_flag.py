@@ -3,7 +3,6 @@ import argparse
 from pathlib import Path
 
 from tools.lib.cli import UserError
-from tools.lib.find import BOXED
 
 
 def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run", positional=True):
@@ -20,11 +19,3 @@ def take_checkpoint(args):
     if args.checkpoint and positional:
         raise UserError(f"--checkpoint {args.checkpoint} and {positional}: give one checkpoint")
     args.checkpoint = args.checkpoint or positional
-
-
-def or_boxed(checkpoint):
-    """A checkpoint's path; None is the model in the box. Raises UserError where this copy has none."""
-    if checkpoint is None and not BOXED.is_file():
-        raise UserError(f"{BOXED}: no such file, so this copy has no model in the box; "
-                        "name a checkpoint with --checkpoint")
-    return checkpoint or BOXED

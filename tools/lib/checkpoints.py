@@ -48,7 +48,7 @@ class Saver:
                   "model": run.ema.state_dict(), "scheme": asdict(run.scheme), "args": as_plain(self.config),
                   "metrics": metrics, "versions": self.versions, "faces": run.plan.faces}
         if whole:
-            needed |= {name: part.state_dict() for name, part in run.parts.items()} | run.progress
+            needed |= {name: part.state_dict() for name, part in run.stateful.items()} | run.progress
         return needed
 
     def save(self, run, row, chosen_on):
@@ -87,6 +87,8 @@ def load_file_safely(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; mend its permissions") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
     except Exception as e:  # reading damaged or hostile bytes can raise almost anything

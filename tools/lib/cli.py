@@ -186,7 +186,9 @@ def as_plain(settings):
 
 def from_stored(settings, stored):
     """Settings from what `as_plain` made, else at their defaults. Raises ValueError out of range."""
-    config = settings(**{f.name: stored[f.name] for f in dataclasses.fields(settings) if f.name in stored})
+    known = [f for f in dataclasses.fields(settings) if f.name in stored]
+    paths = {f.name: Path(stored[f.name]) for f in known if kind_of(f) is Path and stored[f.name]}
+    config = settings(**{f.name: stored[f.name] for f in known} | paths)
     if problems := problems_of(config):
         raise ValueError(problems[0])
     return config

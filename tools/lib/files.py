@@ -135,6 +135,12 @@ def one_ahead(function, items):
             yield ready.result()
 
 
+def as_json(value):
+    """The bytes of a JSON file; null for NaN and infinity, which JSON does not know."""
+    text = json.dumps(value)
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1).encode()
+
+
 def as_csv(columns, rows):
     """Rows {column: value} as the bytes of a CSV file; other columns are left out."""
     text = io.StringIO()
@@ -146,7 +152,7 @@ def as_csv(columns, rows):
 
 def data_root(given, flag="--data-root"):
     """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
-    root = Path(str(given)) if given else find_dogflw()
+    root = Path(given) if given else find_dogflw()
     if root is None or not root.is_dir():
         raise UserError(f"{flag}{f' {given}' if given else ''}: no such folder; name the one of the "
                         "pictures, fetch DogFLW by tools/convert_dogflw_to_coco.py --download, or try "

@@ -1,4 +1,5 @@
 """Boxes (N, 4) of x, y, width, height, and finding faces by looking at windows of a picture."""
+import cmath
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ import numpy as np
 
 from tools.lib.cli import UserError
 from tools.lib.runtime import choose_device
+from tools.lib.windows import whole_box
 
 BOXED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the model in the box
 
@@ -31,12 +33,15 @@ SAME = 0.7  # IoU of two findings from which on they are one at first; which of 
 OVERLAP = 0.5
 
 
+def or_boxed(checkpoint):
+    """A checkpoint's path; None is the model in the box. Raises UserError where this copy has none."""
+    if checkpoint is None and not BOXED.is_file():
+        raise UserError(f"{BOXED}: no such file, so this copy has no model in the box; "
+                        "name a checkpoint with --checkpoint")
+    return Path(checkpoint or BOXED)
+
+
 # ---------------------------------------------------------------- boxes
-
-def whole_box(size):
-    """The box x, y, w, h of a whole picture of `size` (width, height)."""
-    return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
-
 
 def intersections(a, b):
     """Shared area of every box x, y, w, h of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
@@ -58,6 +63,26 @@ def hull_boxes(points, margin=MARGIN):
     return np.concatenate([(low + high) / 2 - extent * (0.5 + margin), extent * (1 + 2 * margin)], axis=1)
 
 
+def lean(points, pairs):
+    """By how many degrees a face (K, 2) leans to the side, from -90 to 90, as its left-right pairs do.
+
+    The mean of the pairs' axes: of doubled angles, so that the order in a pair does not matter. Long ones
+    count more. 0 without pairs.
+    """
+    axes = [complex(*(points[j] - points[i])) ** 2 for i, j in pairs]
+    return math.degrees(cmath.phase(sum(axes)) / 2)
+
+
+def upright(points, pairs, margin):
+    """The box (4,) around landmarks (K, 2) when their face is turned upright; the turn, in degrees."""
+    turn = -lean(points, pairs)
+    a = math.radians(turn)
+    turned = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+    box = hull_boxes((points @ turned.T)[None], margin)[0]
+    box[:2] = (box[:2] + box[2:] / 2) @ turned - box[2:] / 2  # its middle, in the picture again
+    return box, turn
+
+
 def frame(box):
     """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
     side = max(box[2:]) / (1 + 2 * MARGIN) * CLOSER
@@ -69,10 +94,11 @@ def suppress(boxes, scores, nested=True):
 
     That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
     """
-    area, limit = boxes[:, 2:].prod(1), OVERLAP if nested else SAME
-    shared = overlaps(boxes, boxes)
     if nested:
+        area, limit = boxes[:, 2:].prod(1), OVERLAP
         shared = intersections(boxes, boxes) / np.minimum(area[:, None], area)
+    else:
+        shared, limit = overlaps(boxes, boxes), SAME
     kept = []
     for i in np.argsort(-scores, kind="stable"):
         if not kept or shared[i, kept].max() <= limit:
@@ -80,7 +106,7 @@ def suppress(boxes, scores, nested=True):
     return np.array(kept, dtype=int)
 
 
-def windows(image, sides):
+def search_squares(image, sides):
     """The whole picture and squares that cover it, each overlapping the next by half or more: (N, 4)."""
     height, width = image.shape[:2]
 
@@ -108,7 +134,7 @@ class Look:
 
     @cached_property
     def score(self):
-        """The mean of the landmarks' scores; after a locator's look the geometric mean of it, twice, and its.
+        """The mean m of the landmarks' scores; where a locator found the box, (m * m * located) ** (1 / 3).
 
         The locator knows what is no face, which the face model never saw, and the face model has more pixels.
         """
@@ -133,8 +159,8 @@ class Look:
 class Predictor:
     """Landmarks of the faces in a picture; made by `load_predictor`.
 
-    face, locator: what has look([(image, box), ...], flip) -> points (N, K, 2), scores (N, K), and `whole`,
-    `scheme`.
+    face, locator: what has look([(image, box, turn), ...], flip) -> points (N, K, 2), scores (N, K), and
+    `whole`, `scheme`.
     """
 
     def __init__(self, face, locator=None):
@@ -171,25 +197,27 @@ class Predictor:
         A locator looks at each finding again, in a square that it half fills, before the face model does. A
         part of a face can score higher than all of it, so what overlaps is kept until the face model has
         looked; then the box that best reproduces itself stays, the larger of similar ones, and what is not
-        stable is no face. What stays is looked at once more in the box of its own landmarks, mirrored too:
-        the first box may have cut off an ear.
+        stable is no face. What stays is looked at once more in the box of its own landmarks, upright and
+        mirrored too: the first box may have cut off an ear.
         """
         network, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
         faint = min(FAINT, min_score)
-        boxes = [(i, box) for i in sought for box in windows(images[i], sides)]
+        boxes = [(i, box) for i in sought for box in search_squares(images[i], sides)]
         found = best_of(see(network, images, boxes, flip=False), faint)
         if self.locator:
             closer = see(network, images, [(look.picture, frame(look.tight)) for look in found], flip=False)
             found = [look for look in closer if look.score >= faint]
-        second = best_of(self._again(images, found, flip=False), faint, again=True)
+        boxes = [(look.picture, look.tight) for look in found]
+        second = best_of(self._again(images, found, boxes, flip=False), faint, again=True)
         stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]
-        last = self._again(images, stable, margin=LAST_MARGIN)
+        pairs = self.scheme.flip_pairs
+        boxes = [(look.picture, *upright(look.points, pairs, LAST_MARGIN)) for look in stable]
+        last = self._again(images, stable, boxes)
         faces = [look for look in last if look.score >= min_score]
         return sorted(faces, key=lambda look: -look.score)
 
-    def _again(self, images, looks, flip=True, margin=MARGIN):
-        """The face model's looks at the boxes of other looks' landmarks."""
-        boxes = [(look.picture, hull_boxes(look.points[None], margin)[0]) for look in looks]
+    def _again(self, images, looks, boxes, flip=True):
+        """The face model's looks at what other looks have found."""
         again = see(self.face, images, boxes, flip)
         for look, before in zip(again, looks, strict=True):
             look.located = before.score if self.locator and before.located is None else before.located
@@ -197,11 +225,11 @@ class Predictor:
 
 
 def see(network, images, boxes, flip=True):
-    """Look at boxes [(picture, box), ...] in full batches: a list of Looks."""
+    """Look at boxes [(picture, box), ...] in full batches: a list of Looks. A third value turns the crop."""
     if not boxes:
         return []
-    points, scores = network.look([(images[i], box) for i, box in boxes], flip)
-    return [Look(i, box, p, s) for (i, box), p, s in zip(boxes, points, scores, strict=True)]
+    points, scores = network.look([(images[i], *box) for i, *box in boxes], flip)
+    return [Look(i, box, p, s) for (i, box, *_), p, s in zip(boxes, points, scores, strict=True)]
 
 
 def best_of(looks, faint, again=False):
@@ -228,7 +256,7 @@ def predictor_of(open_checkpoint, checkpoint=None, locator=None, device="auto", 
     locator: a checkpoint trained with `--crop image`; None takes locator.pth beside the checkpoint, or
     ../locator/best_model.pth of a neighbouring run, where there is one; False does without.
     """
-    device, checkpoint = choose_device(device), Path(checkpoint or BOXED)
+    device, checkpoint = choose_device(device), or_boxed(checkpoint)
     beside = (checkpoint.parent / "locator.pth", checkpoint.parent.parent / "locator" / "best_model.pth")
     if locator is None:
         locator = next((p for p in beside if p.is_file() and p.resolve() != checkpoint.resolve()), None)

@@ -124,11 +124,11 @@ class Processes:
     Use as a context: the process group is closed at its end.
     """
 
-    def __init__(self, device_name="auto"):
+    def __init__(self, device_name="auto", training=True):
         self.rank, self.world, self.local_rank = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.device = choose_device(device_name, training=True)
+        self.device = choose_device(device_name, training)
         prepare(self.device)
         if self.world > 1:
             cuda = self.device.type == "cuda"
@@ -196,26 +196,11 @@ class Processes:
             dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
-    @contextlib.contextmanager
-    def first_on_node_first(self):
-        """A block that a node's first process runs before the others: it fills caches, they read them."""
-        if self.world > 1 and self.local_rank > 0:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.local_rank == 0:
-            dist.barrier()
-
 
 # ---------------------------------------------------------------- fewer launches
 
 def for_training(model, config, plan, processes, amp):
-    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes.
-
-    Raises UserError for flags that exclude each other.
-    """
-    if config.graphs and (config.compile or config.accumulate > 1):
-        other = "--compile" if config.compile else "--accumulate"
-        raise UserError(f"--graphs: not together with {other}; leave one of them out")
+    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes."""
     if config.graphs:
         faces = plan.batch_size // processes.world
         model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
@@ -324,6 +309,17 @@ def is_out_of_memory(error):
     """Whether a RuntimeError means that; cuDNN without room for an algorithm says that it finds no engine."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """UserError where the device's memory does not hold a batch."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise UserError("out of memory on the device; lower --batch-size") from None
 
 
 def quiet_worker(_):

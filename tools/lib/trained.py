@@ -13,8 +13,8 @@ class TrainedModel:
     epoch; `whole` where it looks at whole pictures (`--crop image`).
 
     Files know plain types alone; a subclass says what to make of them: Config, Scheme, Network, and how to
-    crop(image, box, size, padding) and predict_crops(model, crops, matrices, config, flip_index, amp). Raises
-    UserError for a file that does not fit together.
+    crop(image, box, size, padding, rotation) and predict_crops(model, crops, matrices, config, flip_index,
+    amp). Raises UserError for a file that does not fit together.
     """
 
     def __init__(self, path, device="cpu", batch_size=32):
@@ -38,11 +38,15 @@ class TrainedModel:
         return torch.tensor(self.scheme.flip_index, device=self.device) if mirrors else None
 
     def look(self, jobs, flip=True):
-        """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K)."""
+        """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K).
+
+        A third value in a job turns its crop by so many degrees.
+        """
         found, flip_index = [], self.flip_index(flip)
         for start in range(0, len(jobs), self.batch_size):
-            crops, matrices = map(np.stack, zip(*(self.crop(image, box, self.size, self.config.padding)
-                                                  for image, box in jobs[start:start + self.batch_size])))
+            cut = [self.crop(image, box, self.size, self.config.padding, *turn)
+                   for image, box, *turn in jobs[start:start + self.batch_size]]
+            crops, matrices = map(np.stack, zip(*cut))
             _, points, scores = self.predict_crops(self.model, torch.from_numpy(crops), matrices, self.config,
                                                    flip_index, self.amp)
             found.append((points, scores))

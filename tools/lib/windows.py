@@ -11,7 +11,13 @@ from tools.lib.cli import UserError
 from tools.lib.files import RecordFile, in_threads
 from tools.lib.pictures import GREY, read_image
 
+DECODING = 2  # raise it when kept pixels change: caches of before are then not read
 cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
+
+
+def whole_box(size):
+    """The box x, y, w, h of a whole picture of `size` (width, height)."""
+    return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
 
 
 def invert_matrix(matrix):
@@ -73,7 +79,8 @@ def warp(pixels, to_picture, matrix, size, out=None, over=False):
 
 def crop_of(image, box, matrix, size, padding):
     """The crop (size, size, 3) that `matrix` makes of the face in `box`, shrunk by area first."""
-    window, kept = face_window(box, image.shape[1::-1], size, padding, 1.0)
+    reach = np.abs(matrix[0, :2]).sum() / math.hypot(*matrix[0, :2])  # above 1 where it turns
+    window, kept = face_window(box, image.shape[1::-1], size, padding, reach)
     return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
 
 
@@ -132,7 +139,7 @@ class Windows:
             raise UserError(f"{missing[0]}: no such picture ({count}); check --data-root")
         if folder:
             stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-            key = hashlib.sha256(repr((stats, self.geometry)).encode()).hexdigest()[:16]
+            key = hashlib.sha256(repr((DECODING, stats, self.geometry)).encode()).hexdigest()[:16]
             self.records = RecordFile(Path(folder) / f"{key}.bin", [3 * w * h for _, (w, h) in self.geometry],
                                       lambda: in_threads(self._decode, len(self.paths), "decoding"))
 
