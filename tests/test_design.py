@@ -79,6 +79,21 @@ def test_what_is_optional_is_imported_where_it_is_used(file):
     assert names <= CORE | ours | set(sys.stdlib_module_names)
 
 
+# ---------------------------------------------------------------- small is a feature
+
+def test_the_core_and_the_readme_are_read_over_one_coffee():
+    core = [(ROOT / file).read_text() for file in ("dataset.py", "train_simple.py")]
+    assert sum(text.count("\n") for text in core) <= 800
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 200 and len(readme.split()) <= 2000
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_function_is_above_60_lines(file):
+    functions = [n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
+
+
 # ---------------------------------------------------------------- settings
 
 def flag(field):
