@@ -143,7 +143,7 @@ def build_model(config, scheme, say=print):
     """A LandmarkNet with ImageNet's backbone, what fits of a file, or random weights, as the settings ask."""
     model = LandmarkNet(config.backbone, len(scheme.names))
     if config.weights:
-        take_weights(model, config.weights, scheme.names, say)
+        take_weights(model, config.weights, config.backbone, scheme.names, say)
     elif config.pretrained:
         take_imagenet(model.backbone, config.backbone, say)
     return model

@@ -100,7 +100,7 @@ def test_a_backbones_file_fits_by_name_or_by_order(tmp_path):
     for number, state in enumerate((source.state_dict(), renamed, {"state_dict": beside})):
         torch.save(state, tmp_path / f"{number}.pth")
         model = LandmarkNet("resnet18", 5).eval()
-        take_weights(model, tmp_path / f"{number}.pth", NAMES, said.append)
+        take_weights(model, tmp_path / f"{number}.pth", "resnet18", NAMES, said.append)
         with torch.inference_mode():
             assert all(torch.equal(a, b) for a, b in zip(model.backbone(images), wanted, strict=True)), number
         assert len(said) == number and all("in their order" in text for text in said)
@@ -115,7 +115,7 @@ def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
                           ([torch.zeros(1)], "no weights"), ({"backbone.x": torch.zeros(1)}, "lacks")):
         torch.save(state, tmp_path / "file.pth")
         with pytest.raises(UserError, match=f"--weights .*file.pth: .*{reason}") as e:
-            take_weights(model, tmp_path / "file.pth", NAMES, print)
+            take_weights(model, tmp_path / "file.pth", "resnet18", NAMES, print)
         assert "\n" not in str(e.value) and not same(model, before)
 
 
@@ -126,11 +126,13 @@ def test_a_checkpoint_of_other_landmarks_gives_all_but_the_last_layer(run, tmp_p
         said.clear()
         model = LandmarkNet("hrnet_w18_small", len(wanted))
         head = model.head[-1].weight.detach().clone()
-        take_weights(model, run.work_dir / "best_model.pth", wanted, said.append)
+        take_weights(model, run.work_dir / "best_model.pth", "hrnet_w18_small", wanted, said.append)
         assert torch.equal(model.head[-1].weight, head) == fresh
         assert len(said) == fresh and all("other landmarks" in text and "starts fresh" in text for text in said)
         stored["model"]["head.3.weight"] = model.head[-1].weight
         assert not same(model, stored["model"])
+    with pytest.raises(UserError, match="add --backbone hrnet_w18_small"):
+        take_weights(LandmarkNet("resnet18", 7), run.work_dir / "best_model.pth", "resnet18", names[:7], print)
 
 
 def test_imagenet_weights_are_taken_whole_or_refused(monkeypatch):
@@ -186,7 +188,7 @@ def test_an_old_checkpoint_predicts_what_it_did(old):
 def test_an_old_checkpoint_starts_a_run_but_resumes_none(old, refused, flags, tmp_path):
     path, model = old
     fresh, said = LandmarkNet("hrnet_w18_small", 5), []
-    take_weights(fresh, path, NAMES, said.append)
+    take_weights(fresh, path, "hrnet_w18_small", NAMES, said.append)
     assert not said and not same(fresh, upgraded(load_checkpoint(path)["model"]))
     path.rename(tmp_path / "last.pth")
     line = refused(*flags, "--work-dir", tmp_path, "--resume")

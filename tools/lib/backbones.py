@@ -4,7 +4,7 @@ import timm
 import torch
 
 from tools.lib.checkpoints import load_file_safely, upgraded
-from tools.lib.cli import UserError, single_line
+from tools.lib.cli import UserError, printable, single_line
 from tools.lib.pictures import MEAN, STD
 
 HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
@@ -75,13 +75,17 @@ def take_imagenet(model, backbone, say):
     model.load_state_dict(fits, strict=False)
 
 
-def take_weights(model, path, names, say):
+def take_weights(model, path, backbone, names, say):
     """Load a file into a LandmarkNet: a checkpoint of ours, or the bare backbone of any library.
 
     names: the landmarks'; a checkpoint of others gives all but the last layer, which starts fresh. Raises
     UserError.
     """
     stored = load_file_safely(path)
+    ours = isinstance(stored, dict) and isinstance(stored.get("scheme"), dict)
+    theirs = stored["args"].get("backbone") if ours and isinstance(stored.get("args"), dict) else None
+    if theirs not in (None, backbone):
+        raise UserError(f"--weights {path}: is of another backbone; add --backbone {printable(theirs)}")
     state = stored.get("model", stored.get("state_dict", stored)) if isinstance(stored, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"--weights {path}: holds no weights")
