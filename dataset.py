@@ -78,7 +78,7 @@ class Faces:
             raise UserError("--crop image: some pictures have several faces; a picture can only teach one")
         return replace(self, boxes=np.stack([whole_box(size) for size in self.sizes]))
 
-    def split(self, fraction, seed=0):
+    def split(self, fraction: float, seed: int = 0):
         """Hold out `fraction` of every breed's pictures, at random (stratified). Returns (rest, held out).
 
         The faces of one picture stay together, with the breed of the first of them.
@@ -94,7 +94,7 @@ class Faces:
         return self.take(np.flatnonzero(~is_held)), self.take(np.flatnonzero(is_held))
 
 
-def load_coco(path, root, category=None):
+def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
     """The faces of a COCO keypoint file, read by tools/lib/coco.py. Raises UserError naming the entry."""
     read = vars(read_coco(path, root, category))
     scheme = Scheme(**{f.name: read.pop(f.name) for f in fields(Scheme)})
@@ -119,7 +119,7 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
 
 
 def predict_crop(image, box, size, padding, rotation=0.0):
-    """A picture and a box -> crop (size, size, 3) uint8, matrix picture -> crop, exactly as in validation."""
+    """Picture and box -> crop (size, size, 3) uint8 and its matrix: validation's, turned by `rotation`."""
     matrix = crop_matrix(box, size, padding, rotation)
     return crop_of(image, box, matrix, size, padding), matrix
 
@@ -161,7 +161,7 @@ class Augmentation:
         crop[top:bottom, left:right] = rng.integers(0, 256, 3)  # empty without occlusion
 
 
-def default_sigma(input_size):
+def default_sigma(input_size: int) -> float:
     """The targets' deviation in cells for crops of this size: the same part of the crop at every size."""
     return 1.5 * input_size / SIZE
 
@@ -208,8 +208,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
         return matrix, points, labelled, colour
 
     def __getitems__(self, items):
-        items = [item if isinstance(item, tuple) else (0, item) for item in items]
-        n, size, k = len(items), (*items[0], self.size)[2], len(self.faces.scheme.names)
+        items = [item if isinstance(item, tuple) else (0, range(len(self))[item]) for item in items]
+        n, k, size = len(items), len(self.faces.scheme.names), items[0][2] if items[0][2:] else self.size
         crops = np.empty((n, size, size, 3), np.uint8)
         points, visible = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
         colour, matrices = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3))

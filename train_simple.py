@@ -20,17 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import dataset as data
-from dataset import PADDING, ROOT, SIZE, Augmentation, DogFLWDataset, Scheme
+from dataset import PADDING, ROOT, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
 from tools.lib import runtime
 from tools.lib.backbones import feature_maps, normalization, take_imagenet, take_weights
 from tools.lib.batches import EpochBatches, batches_of
-from tools.lib.checkpoints import Saver, load_checkpoint, load_resumable
+from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations
 from tools.lib.draw import Log
 from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
-from tools.lib.trained import TrainedModel
 from tools.lib.windows import invert_matrix
 
 SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sample/annotations",
@@ -54,27 +53,28 @@ class Config(Augmentation):
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
-    sigma: float | None = setting(None, "of the targets, in cells (default: 1.5 * input / 256)", "[0.3, 100]")
+    sigma: float | None = setting(None, "of the Gaussians, in cells (default: 1.5 at 256 px)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score is the chance of an error below X crops", "(0, 1]")
+    score_radius: float = setting(0.05, "a score is the chance that x and y are within X crops", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
-    lr: float | None = setting(None, "Adam's rate (default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
+    lr: float | None = setting(None, "learning rate (default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
     beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
     beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
     warmup_epochs: float = setting(1.0, "linear warm-up before the cosine", "[0, inf)")
-    mse_weight: float = setting(1.0, "of the squared error of the maps", "[0, inf)")
-    crps_weight: float = setting(1.0, "of the ranked probability score (CRPS) along x and y", "[0, inf)")
-    kl_weight: float = setting(0.3, "of the Kullback-Leibler divergence from the target", "[0, inf)")
+    mse_weight: float = setting(1.0, "weight of the maps' squared error", "[0, inf)")
+    crps_weight: float = setting(1.0, "weight of the CRPS (ranked probability score) of x and y", "[0, inf)")
+    kl_weight: float = setting(0.3, "weight of the Kullback-Leibler divergence from the target", "[0, inf)")
     sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
-    progressive: float = setting(0.3, "first part of the epochs, on half the size, at least 128", "[0, 0.9]")
-    seed: int = setting(0, "of order, augmentation and new weights", "[0, inf)")
+    progressive: float = setting(0.3, "share of the epochs, at first, on crops of half the size", "[0, 0.9]")
+    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, inf)")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
-    val_every: int | None = setting(None, "in epochs (default: --epochs / 100, >= 2)", "[1, inf)", free=True)
+    val_every: int | None = setting(None, "epochs between validations (default: --epochs / 100, >= 2)",
+                                    "[1, inf)", free=True)
     save_every: int = setting(10, "epochs between epoch_N.pth", "[1, inf)", free=True)
     tensorboard: bool = setting(False, "also write scalars and a picture for TensorBoard", free=True)
     device: str = setting("auto", "cuda, mps or cpu", free=True)
@@ -83,7 +83,7 @@ class Config(Augmentation):
     compile: bool = setting(False, "torch.compile the model (slow on a CPU)", free=True)
 
 
-def parse_args(argv=None):
+def parse_args(argv=None) -> Config:
     """Read and check the command line: a Config. Every problem is reported at once (UserError)."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
     if config.empty and not (config.crop == "image" and config.kl_weight):
@@ -111,7 +111,7 @@ class LandmarkNet(nn.Module):
     which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError without levels.
     """
 
-    def __init__(self, backbone, num_landmarks, width=64):
+    def __init__(self, backbone: str, num_landmarks: int, width: int = 64):
         super().__init__()
         self.backbone = feature_maps(backbone)
         info = self.backbone.feature_info
@@ -139,7 +139,7 @@ class LandmarkNet(nn.Module):
         return logits.contiguous().flatten(2).softmax(2, dtype=torch.float32).unflatten(2, logits.shape[2:])
 
 
-def build_model(config, scheme, say=print):
+def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
     """A LandmarkNet with ImageNet's backbone, what fits of a file, or random weights, as the settings ask."""
     model = LandmarkNet(config.backbone, len(scheme.names))
     if config.weights:
@@ -170,7 +170,7 @@ def divergence(heatmaps, offsets, sigma):
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
-def heatmap_losses(heatmaps, points, visibility, sigma, config):
+def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     """The loss of every heatmap (B, K): MSE + CRPS + divergence, each with its weight of the config.
 
     heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; sigma in cells; visibility (B, K):
@@ -201,7 +201,7 @@ def heatmap_losses(heatmaps, points, visibility, sigma, config):
     return torch.where(visibility < 0, nothing, losses * visibility)
 
 
-def crop_side(faces, padding):
+def crop_side(faces: Faces, padding: float):
     """The side of every face's crop in picture pixels (N,)."""
     return faces.boxes[:, 2:].max(1) * padding
 
@@ -220,7 +220,7 @@ def eye_distance(faces, _):
     return np.where((faces.visible[:, [i, j]] > 0).all(1) & (length > 0), length, np.nan)
 
 
-def nme(points, faces, padding, some=True, *, length):
+def nme(points, faces: Faces, padding: float, some=True, *, length):
     """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or length.
 
     points (N, K, 2) in picture pixels; length(faces, padding) -> (N,) pixels. The mean is over a face's
@@ -234,8 +234,8 @@ def nme(points, faces, padding, some=True, *, length):
 
 # What is reported, and how a face is measured: name -> function(points, faces, padding, some) as nme is. The
 # first selects best_model.pth, so less must be better.
-METRICS = {"nme": partial(nme, length=crop_side), "nme_iod": partial(nme, length=eye_distance),
-           "nme_box": partial(nme, length=box_diagonal)}
+LENGTHS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
+METRICS = {name: partial(nme, length=length) for name, length in LENGTHS.items()}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
 
@@ -298,7 +298,7 @@ class Trained(TrainedModel):
 
 
 def load_predictor(checkpoint=None, locator=None, device="auto", batch_size=32):
-    """A Predictor (tools/lib/find.py) of a face checkpoint and a locator; None: those in the box."""
+    """A Predictor (tools/lib/find.py); by default of the bundled model, and with the locator that fits."""
     return predictor_of(Trained, checkpoint, locator, device, batch_size)
 
 
@@ -310,7 +310,7 @@ class Plan:
     Raises UserError where a batch's parts cannot be filled.
     """
 
-    def __init__(self, config, faces, world=1):
+    def __init__(self, config: Config, faces: int, world: int = 1):
         self.config, self.faces, parts = config, faces, config.accumulate * world
         if config.batch_size % parts or parts > faces:
             raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
@@ -324,21 +324,21 @@ class Plan:
         """All sizes of crops in the run."""
         return sorted({self.size(epoch) for epoch in range(self.config.epochs)})
 
-    def validates(self, epoch):
+    def validates(self, epoch: int) -> bool:
         """Whether an epoch ends with a validation; the last one does."""
         return (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
 
-    def size(self, epoch):
+    def size(self, epoch: int) -> int:
         """Side of the crops in pixels. Progressive resizing (Tan & Le 2021, "EfficientNetV2", section 4)."""
         small, full = max(128, self.config.input_size // 64 * 32), self.config.input_size
         return min(full, small) if epoch < int(self.config.progressive * self.config.epochs) else full
 
-    def sigma(self, step, size):
+    def sigma(self, step: int, size: int) -> float:
         """The targets' deviation in cells: wide at first, where a place is learnt fast, then ever sharper."""
         narrowing = self.config.sigma_ratio ** (1 - step / self.total)
         return self.config.sigma * size / self.config.input_size * narrowing
 
-    def lr(self, step):
+    def lr(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0 (Loshchilov & Hutter 2017, "SGDR", eq. 5)."""
         warmup = self.config.warmup_epochs * self.steps
         if step < warmup:
@@ -346,7 +346,7 @@ class Plan:
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total - warmup)))
 
 
-def build_optimizer(model, config):
+def build_optimizer(model: nn.Module, config: Config):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of the convolutions' weights alone."""
     weights, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=config.lr,
@@ -357,7 +357,7 @@ def build_optimizer(model, config):
 class Run:
     """What training changes: model, its average, optimizer, progress; new, or as last.pth has them."""
 
-    def __init__(self, config, scheme, plan, processes, resumed=None):
+    def __init__(self, config: Config, scheme: Scheme, plan: Plan, processes, resumed=None):
         self.config, self.scheme, self.plan, self.processes = config, scheme, plan, processes
         device, self.amp = processes.device, runtime.choose_amp(processes.device, config.amp)
         start = replace(config, pretrained=False, weights=None) if resumed else config
@@ -376,7 +376,7 @@ class Run:
         self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
 
 
-def train_step(run, batches, step):
+def train_step(run: Run, batches, step: int):
     """One optimizer step over its micro-batches: its loss and its faces. Never waits for the device."""
     config, device, total, faces = run.config, run.processes.device, 0, []
     for left in reversed(range(config.accumulate)):
@@ -403,7 +403,7 @@ def train_step(run, batches, step):
     return total, faces
 
 
-def train_one_epoch(run, batches, files):
+def train_one_epoch(run: Run, batches, files: list) -> float:
     """The steps of the next epoch: the mean loss. Raises UserError naming the faces that spoilt it."""
     run.wrapped.train()
     steps, epoch, total = run.plan.steps, run.progress["epoch"], 0
@@ -422,7 +422,7 @@ def train_one_epoch(run, batches, files):
     return float(run.processes.sum(total)) / run.processes.world / steps
 
 
-def validate(run, dataset):
+def validate(run: Run, dataset: DogFLWDataset):
     """The averaged weights' points (N, K, 2) in picture pixels, mean loss, and the mean of every metric."""
     run.processes.average_buffers(run.ema)
     sigma = run.plan.sigma(run.progress["epoch"] * run.plan.steps, dataset.size)
@@ -433,7 +433,7 @@ def validate(run, dataset):
 
 # ---------------------------------------------------------------- a run, top to bottom
 
-def load_sets(config, processes):
+def load_sets(config: Config, processes):
     """Faces to train on, to choose the checkpoint on, to score once (or None); the chooser's name."""
     if config.sample:
         make_sample(config.data_root, config.ann_root)
@@ -455,7 +455,7 @@ def load_sets(config, processes):
     return rest, held, val, "held out of train"
 
 
-def test_once(run, datasets, chosen_on):
+def test_once(run: Run, datasets: dict, chosen_on: str):
     """Say which epoch was chosen; score it once where there are faces that chose nothing: test.json."""
     path, say = run.config.work_dir / "best_model.pth", run.processes.say
     chosen = run.processes.from_first(lambda: load_checkpoint(path))
@@ -469,7 +469,7 @@ def test_once(run, datasets, chosen_on):
             atomic_write(path.with_name("test.json"), [result])
 
 
-def train(config, processes):
+def train(config: Config, processes):
     """The whole run, top to bottom."""
     torch.manual_seed(config.seed)
     faces, select, test, chosen_on = load_sets(config, processes)

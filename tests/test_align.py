@@ -93,16 +93,18 @@ def test_predictions_align_too(run, tmp_path, capsys):
 
 
 def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "no.pth")
+    monkeypatch.setattr("tools.lib.find.BUNDLED", tmp_path / "no.pth")
     ann, root = ("--ann", run.ann_root / "val.json"), ("--data-root", run.data_root)
     checkpoint = ("--checkpoint", run.work_dir / "best_model.pth")
     (tmp_path / "wrong.json").write_text('[{"file_name": "a.png", "keypoints": [1, 2, 3]}]')
     for wanted, args in {
         "--force": (*ann, *root, "--out", aligned[0]),
         "no such folder": (*ann, "--data-root", tmp_path / "none", "--out", tmp_path / "out"),
-        "no model in the box": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
+        "no bundled model": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
         "no predictions of 46": ("--predictions", tmp_path / "wrong.json", *checkpoint, *root, "--out",
                                  tmp_path / "out"),
+        "--checkpoint goes with --predictions": (*ann, *checkpoint, *root),
+        "--category with --ann": ("--predictions", tmp_path / "wrong.json", "--category", "dog", *root),
         "--size": (*ann, *root, "--size", 3),
         "is the folder of the pictures": (*ann, *root, "--out", run.data_root, "--force"),
     }.items():

@@ -62,7 +62,7 @@ class Walk(TorchDispatchMode):
 def processes_on(device):
     """One process that believes it has this device."""
     processes = object.__new__(runtime.Processes)
-    processes.rank, processes.local_rank, processes.world, processes.device = 0, 0, 1, device
+    processes.rank, processes.world, processes.device = 0, 1, device
     return processes
 
 

@@ -242,6 +242,11 @@ def test_prediction_crop_is_the_validation_crop(faces):
         np.testing.assert_array_equal(matrix, batch["matrix"][i].numpy())
 
 
+def test_the_dataset_is_a_sequence(faces):
+    ds = DogFLWDataset(faces.take(range(3)), 64)
+    assert ds[-1]["index"] == 2 and [int(face["index"]) for face in ds] == [0, 1, 2]
+
+
 def test_a_large_face_is_shrunk_without_aliasing():
     stripes = np.tile(np.array([0, 255], np.uint8), (1200, 600))[..., None].repeat(3, 2)  # one-pixel stripes
     crop, _ = data.predict_crop(stripes, (100, 100, 1000, 1000), 64, 1.0)

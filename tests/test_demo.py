@@ -177,14 +177,16 @@ def test_models_are_the_one_in_the_box_and_those_of_work_dirs(tmp_path, monkeypa
         (tmp_path / "work_dirs" / name).mkdir(parents=True)
         (tmp_path / "work_dirs" / name / "best_model.pth").touch()
     monkeypatch.chdir(tmp_path)
-    seen, page = [], SimpleNamespace(block_thread=lambda: None)
-    monkeypatch.setattr(tool, "build", lambda models, *_: seen.append(list(models)) or page)
+    seen, models, page = [], {}, SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(tool, "build", lambda found, *_: models.update(found) or seen.append(list(found)) or page)
     monkeypatch.setattr(tool, "serve", lambda *_: "http://127.0.0.1")
     tool.main([])
     tool.main(["--checkpoint", "work_dirs/b/best_model.pth"])
     tool.main(["--checkpoint", "work_dirs/b/epoch_10.pth"])
+    tool.main(["--checkpoint", "work_dirs/pretrained/best_model.pth"])  # a retrained one: not the bundled one
     box = ["pretrained", "a", "b"]
-    assert seen == [box, ["b", "pretrained", "a"], ["b/epoch_10", *box]]
+    assert seen == [box, ["b", "pretrained", "a"], ["b/epoch_10", *box], box]
+    assert models["pretrained"] == tool.Path("work_dirs/pretrained/best_model.pth")
 
 
 def test_what_a_user_can_mend_is_one_line(demo, script, monkeypatch):
@@ -192,5 +194,5 @@ def test_what_a_user_can_mend_is_one_line(demo, script, monkeypatch):
     assert result.returncode == 2 and result.stderr == "error: none.pth: no such file\n"
     assert "cannot listen" in demo.busy and "\n" not in demo.busy
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r'gradio.*: pip install "dogflw-landmarks\[demo\]"'):
+    with pytest.raises(UserError, match="gradio.*: pip install gradio"):
         tool.import_gradio()

@@ -1,20 +1,24 @@
 """The contracts of the design: which file imports which, what a setting is, the edge of every script."""
 import ast
+import errno
 import json
 import re
 import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import ROOT
 
 import train_simple as trainer
+from tools.lib import runtime
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import (
     Progress,
     UserError,
     as_plain,
     changed_settings,
+    flag_of,
     from_stored,
     is_within,
     kind_of,
@@ -96,10 +100,6 @@ def test_no_function_is_above_60_lines(file):
 
 # ---------------------------------------------------------------- settings
 
-def flag(field):
-    return f"--{field.name.replace('_', '-')}"
-
-
 def another(field, value):
     """A valid value for a setting that is not `value`."""
     about, kind = field.metadata, kind_of(field)
@@ -115,8 +115,8 @@ def another(field, value):
 def given(field, value):
     """A setting as the command line has it."""
     if kind_of(field) is bool:
-        return [flag(field) if value else f"--no-{flag(field)[2:]}"]
-    return [flag(field), str(value)]
+        return [flag_of(field.name) if value else f"--no-{flag_of(field.name)[2:]}"]
+    return [flag_of(field.name), str(value)]
 
 
 BASE = ["--lr", "1e-3", "--sigma", "1.5", "--val-every", "2", "--work-dir", "w", "--crop", "image"]  # what others would decide
@@ -133,7 +133,7 @@ def test_a_setting_is_a_flag_recorded_and_guarded(field):
     assert stored.keys() == {f.name for f in fields(Config)}
     assert as_plain(from_stored(Config, stored)) == stored
     changed = changed_settings(config, as_plain(base))
-    assert [text.split()[0] for text in changed] == ([] if field.metadata["free"] else [flag(field)])
+    assert [text.split()[0] for text in changed] == ([] if field.metadata["free"] else [flag_of(field.name)])
 
 
 def test_what_decides_the_numbers_is_guarded_at_resume():
@@ -148,8 +148,8 @@ def test_every_value_out_of_range_is_reported_at_once():
     assert {f.name for f in fields(Config) if kind_of(f) in (int, float)} == {f.name for f in ranged}
     wrong = {f: next(kind_of(f)(v) for v in (-1, 0, 10**9) if not is_within(v, f.metadata["within"])) for f in ranged}
     with pytest.raises(UserError) as e:
-        trainer.parse_args([text for f, value in wrong.items() for text in (flag(f), str(value))])
-    assert {p.split()[0] for p in str(e.value).split("; ")} == {flag(f) for f in ranged}
+        trainer.parse_args([text for f, value in wrong.items() for text in (flag_of(f.name), str(value))])
+    assert {p.split()[0] for p in str(e.value).split("; ")} == {flag_of(f.name) for f in ranged}
     for flags, rule in ((["--input-size", "100"], "a multiple of 32"), (["--ema", "1"], "from 0 to below 1"), (["--lr", "nan"], "above 0"),
                         (["--lr", "inf"], "above 0"), (["--epochs", "x"], "--help"), (["--bogus"], "--help")):
         with pytest.raises(UserError, match=f"{flags[0]}.*{rule}"):
@@ -162,7 +162,7 @@ def test_help_shows_every_flag(capsys):
     with pytest.raises(SystemExit) as end:
         trainer.parse_args(["--help"])
     shown = capsys.readouterr().out
-    assert end.value.code == 0 and all(re.search(rf"^  {flag(f)}\b", shown, re.M) for f in fields(Config))
+    assert end.value.code == 0 and all(re.search(rf"^  {flag_of(f.name)}\b", shown, re.M) for f in fields(Config))
 
 
 def test_defaults_that_depend_on_others():
@@ -200,6 +200,21 @@ def test_errors_show_no_control_codes(capsys):
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == 2 and capsys.readouterr().err == "error: name?[2J.png?\n  second line\n"
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(capsys):
+    def main():
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/best_model.pth")
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; nothing older is lost\n"
+
+
+def test_memory_that_does_not_hold_a_batch_is_named():
+    with pytest.raises(UserError, match="--batch-size"), runtime.enough_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="another"), runtime.enough_memory():
+        raise RuntimeError("another")
 
 
 def test_an_error_of_a_worker_is_its_own_line(capsys):

@@ -322,6 +322,10 @@ def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     found = tool.read_results(path, faces, match=True)
     away = {i: np.unique(p[:, :2] - faces.points[i]).round(6).tolist() for i, p in found.items()}
     assert away == {0: [0], 1: [2], 2: [1]}
+    faces.visible[3, 1:] = 0  # one landmark has a box of no size
+    path.write_text(json.dumps([{"image_id": faces.image_ids[3].item(), "score": 1, "keypoints": np.column_stack(
+        [faces.points[3], np.ones(7)]).ravel().tolist()}]))
+    assert list(tool.read_results(path, faces, match=True)) == [3]
 
 
 def test_page_escapes_what_comes_from_outside(tmp_path):
@@ -411,10 +415,10 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
 def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):
     where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root), "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "no.pth")
+    monkeypatch.setattr("tools.lib.find.BUNDLED", tmp_path / "no.pth")
     with pytest.raises(UserError, match="no.pth: no such file.*--checkpoint"):
         tool.main(where)
-    monkeypatch.setattr("tools.lib.find.BOXED", run.work_dir / "best_model.pth")
+    monkeypatch.setattr("tools.lib.find.BUNDLED", run.work_dir / "best_model.pth")
     with pytest.raises(UserError, match="--ann: name the COCO file to score on.*--data-root"):
         tool.main([])
     tool.main([*where, "--no-flip"])

@@ -97,14 +97,14 @@ def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
 
 
 def test_normalisation_and_decoding_are_the_checkpoints_own(run, crops, tmp_path, monkeypatch):
-    """A model of other colours, power and radius, exported as the model in the box."""
+    """A model of other colours, power and radius, exported as the bundled model."""
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
     checkpoint["model"]["mean"], checkpoint["model"]["std"] = torch.tensor([0.5, 0.4,
                                                                             0.6]), torch.tensor([0.3, 0.5,
                                                                                                  0.2])
     checkpoint["args"] |= {"decode_power": 2.5, "score_radius": 0.2}
     torch.save(checkpoint, tmp_path / "best_model.pth")
-    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "best_model.pth")
+    monkeypatch.setattr("tools.lib.find.BUNDLED", tmp_path / "best_model.pth")
     monkeypatch.chdir(tmp_path)
     tool.main(["--no-flip"])
     session = runtime.InferenceSession(tmp_path / "dog_face.onnx", providers=["CPUExecutionProvider"])
@@ -144,6 +144,8 @@ def test_bad_input_is_refused(run, exported, tmp_path):
         "not empty": (checkpoint, "--out", tmp_path / "a.onnx", "--safetensors", folder / "hub"),
         "no such file": ("--checkpoint", tmp_path / "no.pth"),
         "give one": (checkpoint, "--checkpoint", checkpoint),
+        "--light: writes a checkpoint alone": (checkpoint, "--light", tmp_path / "l.pth", "--no-flip"),
+        "--light .*dog.onnx: exists": (checkpoint, "--light", folder / "dog.onnx"),
     }.items():
         with pytest.raises(UserError, match=wanted):
             tool.main([*map(str, args)])

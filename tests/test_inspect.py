@@ -62,11 +62,11 @@ def test_several_and_their_curves(run, other, tmp_path, capsys):
 
 
 def test_without_arguments_the_model_in_the_box(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tools.lib.find.BOXED", run.work_dir / "best_model.pth")
+    monkeypatch.setattr("tools.lib.find.BUNDLED", run.work_dir / "best_model.pth")
     tool.main([])
     assert capsys.readouterr().out.startswith(str(run.work_dir / "best_model.pth"))
-    monkeypatch.setattr("tools.lib.find.BOXED", tmp_path / "no.pth")
-    with pytest.raises(UserError, match="no model in the box"):
+    monkeypatch.setattr("tools.lib.find.BUNDLED", tmp_path / "no.pth")
+    with pytest.raises(UserError, match="no bundled model"):
         tool.main([])
 
 

@@ -184,6 +184,27 @@ def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
     np.testing.assert_allclose(apply_matrix(matrix, points), apply_matrix(expected, face), atol=1e-6)
 
 
+def test_which_locator_looks(tmp_path, monkeypatch):
+    """The one that is named; else the one beside the checkpoint or of the next run; else the bundled one, for its landmarks alone."""
+    monkeypatch.setattr(find, "BUNDLED", tmp_path / "bundled/best_model.pth")
+    face, beside, following, bundled = (tmp_path / name for name in (
+        "runs/mine/best_model.pth", "runs/mine/locator.pth", "runs/locator/best_model.pth", "bundled/locator.pth"))
+
+    def seen(landmarks="dog", locator=None):
+        """The file that was opened as the locator."""
+        def open_one(path, *_):
+            names = [landmarks if path == face else "dog"]
+            return SimpleNamespace(path=path, whole=path != face, scheme=SimpleNamespace(names=names))
+        found = find.predictor_of(open_one, face, locator, "cpu").locator
+        return found and found.path
+    assert seen() is None
+    for path in (bundled, following, beside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert seen() == path and seen(locator=False) is None and seen(locator=bundled) == bundled
+        assert seen("cat") == (None if path == bundled else path) and seen("cat", locator=bundled) == bundled
+
+
 def test_squares_cover_every_shape_of_picture():
     for height, width in ((300, 500), (500, 300), (1, 1), (40, 4000), (256, 256)):
         seen = np.zeros((height, width), bool)
@@ -391,7 +412,9 @@ def test_a_stream_is_followed_until_ctrl_c(run, picture, start, tmp_path, monkey
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://me:secret@127.0.0.1:{server.server_port}/live?key=secret"
-    process = start(TOOL, address, "--checkpoint", run.work_dir / "best_model.pth", "--box", *box, "--min-score", 0,
+    for name in ("before.png", "behind.png"):  # a picture that waits for its batch, and one behind the stream
+        Image.fromarray(image).save(tmp_path / name)
+    process = start(TOOL, tmp_path / "before.png", address, tmp_path / "behind.png", "--checkpoint", run.work_dir / "best_model.pth", "--box", *box, "--min-score", 0,
                     "--out", tmp_path / "out", "--device", "cpu")
     try:
         deadline = time.monotonic() + 60
@@ -407,8 +430,12 @@ def test_a_stream_is_followed_until_ctrl_c(run, picture, start, tmp_path, monkey
         server.shutdown()
         server.server_close()
     name = f"http_127_0_0_1_{server.server_port}_live"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{name}.mp4", "predictions.csv", "predictions.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "before.png", "behind.png", f"{name}.mp4", "predictions.csv", "predictions.json"]
     results, _ = read(tmp_path / "out")
+    pictures = {r["file_name"]: points(r) for r in results if r["frame"] is None}
+    assert np.allclose(pictures["before.png"], pictures["behind.png"], atol=0.01)
+    results = [r for r in results if r["frame"] is not None]
     capture = cv2.VideoCapture(str(tmp_path / "out" / f"{name}.mp4"))
     seconds = capture.get(cv2.CAP_PROP_FRAME_COUNT) / capture.get(cv2.CAP_PROP_FPS)
     assert results[-1]["frame"] > 0 and results[-1]["time"] == pytest.approx(seconds, abs=0.1)
@@ -480,7 +507,7 @@ def test_notebook_function(run, picture):
     assert all(np.abs(f[0]["points"] - face["points"]).max() < 1e-2 for f in twice)
 
 
-def test_bad_input_is_refused(run, picture, tmp_path):
+def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
     checkpoint, photo = run.work_dir / "best_model.pth", tmp_path / "dog.png"
     Image.fromarray(picture[0]).save(photo)
     coco = tmp_path / "climbing.json"
@@ -501,13 +528,16 @@ def test_bad_input_is_refused(run, picture, tmp_path):
         "height above 0": (checkpoint, photo, "--box", 0, 0, 0, 5, *out),
         "needs --data-root": (checkpoint, coco, *out),
         "leaves the data root": (checkpoint, coco, "--data-root", tmp_path / "full", *out),
-        "trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
+        "was trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
         "give a video's face": (checkpoint, video, "--boxes", run.ann_root / "val.json", *out),
         "would be overwritten": (checkpoint, photo, "--out", tmp_path, "--force"),
         "no such file ": (tmp_path / "no.pth", photo, *out),
     }.items():
         with pytest.raises(UserError, match=wanted.strip()):
             predict(*args)
+    monkeypatch.setattr(find, "BUNDLED", tmp_path / "no.pth")
+    with pytest.raises(UserError, match="no.pth: no such file, so this copy has no bundled model; name a checkpoint"):
+        predict(photo, *out)
     shutil.copytree(tmp_path / "ones", tmp_path / "two/ones")
     for wanted, args in {
         "1 of 1 files": (photo, "--box", 5000, 0, 9, 9),
@@ -536,6 +566,10 @@ def test_a_coco_file_needs_no_keypoints(tmp_path):
         tool.read_listing(path)
     (source,), category = tool.list_inputs([str(path)], tmp_path, tmp_path / "out")
     assert (source.place, source.kind, source.image_id, category) == (tmp_path / "a.png", "picture", "x", listing.category)
+    (tmp_path / "a.png").touch()
+    path.write_text('{"images": [{"id": 0, "file_name": "a.png"}]}')  # an id like any other
+    (source,), _ = tool.list_inputs([str(tmp_path / "a.png"), str(path)], tmp_path, tmp_path / "out")
+    assert source.image_id == 0
 
 
 def test_the_checkpoint_may_come_first_or_by_its_flag():
@@ -543,7 +577,7 @@ def test_the_checkpoint_may_come_first_or_by_its_flag():
     assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])
     args = tool.parse_args(["a.jpg", "--checkpoint", "best.pth"])
     assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])
-    assert tool.parse_args(["a.jpg"]).checkpoint is None  # the one in the box
+    assert tool.parse_args(["a.jpg"]).checkpoint is None  # the bundled one
     for wanted, argv in {"one.pth and two.pth: give one checkpoint": ["two.pth", "a.jpg", "--checkpoint", "one.pth"],
                          "name what it is to look at": ["two.pth"], "arguments are required": []}.items():
         with pytest.raises(UserError, match=wanted):

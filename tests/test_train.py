@@ -424,9 +424,8 @@ def test_workers_and_the_cache_do_not_change_a_run(run, train, tmp_path):
     assert_same_run(tmp_path / "w", run.work_dir)
 
 
-RUN = f"""
-import pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
+RUN = """
+import pathlib
 import train_simple
 from tools.lib.cli import run_script
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from skimage.transform import SimilarityTransform
 from tqdm import tqdm
 
 import dataset as data
-from tools.lib.checkpoint_flag import add_checkpoint
 from tools.lib.checkpoints import load_checkpoint, stored_scheme
-from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
-from tools.lib.find import or_boxed
+from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, cut_window, face_window, invert_matrix, warp, window_matrix
 
@@ -97,7 +96,7 @@ def read_faces(args):
         for note in dict.fromkeys(faces.notes):
             print(note)
         return faces.scheme, list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
-    path = or_boxed(args.checkpoint)
+    path = or_bundled(args.checkpoint)
     scheme = data.Scheme(**stored_scheme(load_checkpoint(path)["scheme"], path))
     return scheme, read_predictions(args.predictions, len(scheme.names))
 

@@ -3,10 +3,10 @@
     uv run python tools/demo.py                                   # http://127.0.0.1:7860
     uv run python tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
 
-Needs gradio (pip install "dogflw-landmarks[demo]"). The page works offline, and answers this machine alone
-unless --host says otherwise. Its models are the one in the box and work_dirs/*/best_model.pth; a visitor can
-name no other file. Moving the threshold does not run the network again. A photo and what was made of it are
-deleted after an hour. As a Hugging Face Space, app.py is
+It needs gradio: pip install gradio, or uv run --extra demo. The page works offline, and answers this
+machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a
+visitor can name no other file. Moving the threshold does not run the network again. A photo and what was made
+of it are deleted after an hour. As a Hugging Face Space, app.py is
 
     from tools.demo import main; main()
 """
@@ -46,7 +46,7 @@ def import_gradio():
     try:
         import gradio
     except ImportError as e:
-        raise UserError(f'{e}: pip install "dogflw-landmarks[demo]" or pip install gradio') from None
+        raise UserError(f"{e}: pip install gradio, or start with uv run --extra demo") from None
     return gradio
 
 
@@ -93,7 +93,7 @@ def in_words(faces, found, scheme):
 
 
 def build(models, device="auto"):
-    """The page, gradio's Blocks. models: {name: checkpoint, None for the one in the box}, default first."""
+    """The page, gradio's Blocks. models: {name: checkpoint, None for the bundled one}, default first."""
     load = functools.lru_cache(4)(lambda model: load_predictor(models[model], device=device))
     load(next(iter(models)))  # what is wrong with it is said at the start
     gr = import_gradio()
@@ -184,7 +184,7 @@ def serve(page, host=None, port=None):
 def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the one in the box)")
+    add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the bundled one)")
     add("--host", metavar="NAME", help="address to answer at, 0.0.0.0 for all of them (default: 127.0.0.1)")
     add("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")

@@ -1,6 +1,6 @@
 """Score a model, or the results of any other program, on the faces of a COCO file.
 
-    python tools/evaluate.py --ann val.json --data-root DogFLW                 # the model in the box
+    python tools/evaluate.py --ann val.json --data-root DogFLW                 # the bundled model
     python tools/evaluate.py --checkpoint work_dirs/hrnet_w32/best_model.pth   # on its run's val.json
     python tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
     python tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
@@ -27,17 +27,16 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset
-from tools.lib.checkpoint_flag import add_checkpoint, take_checkpoint
-from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.coco import find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, data_root, load_json
-from tools.lib.find import hull_boxes, or_boxed, overlaps
+from tools.lib.find import hull_boxes, or_bundled, overlaps
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
 from tools.lib.runtime import Processes, enough_memory
-from train_simple import METRICS, Config, Trained, crop_side, nan_mean, predict
+from train_simple import LENGTHS, METRICS, Config, Trained, crop_side, nan_mean, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
 RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
@@ -136,7 +135,7 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
     main = "nme_iod" if "nme_iod" in errors else "nme_box"
-    length = METRICS[main].keywords["length"](faces, padding)
+    length = LENGTHS[main](faces, padding)
 
     def part(some=True, rows=slice(None)):
         """The scores of some landmarks (N, K) of some faces."""
@@ -259,7 +258,7 @@ def annotations_of(args, trained):
     """The COCO file to score on: --ann, or the val split of the checkpoint's own run. Raises UserError."""
     if args.ann:
         return args.ann
-    if not trained or args.boxed:
+    if not trained or args.bundled:
         raise UserError("--ann: name the COCO file to score on, and its pictures' folder with --data-root")
     folder = trained.config.ann_root
     if not folder.exists():
@@ -272,7 +271,7 @@ def annotations_of(args, trained):
 
 def read_faces(args, trained):
     """The faces to score on, as the model is to see them, and their file. Raises UserError."""
-    ann, stored = annotations_of(args, trained), trained and not args.boxed and trained.config.data_root
+    ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
     if not ann.is_file():
         raise UserError(f"--ann {ann}: no such file; name the COCO file to score on")
     category = args.category or (trained and trained.config.category)
@@ -331,7 +330,7 @@ def by_results(args, trained, faces, processes):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    """Read and check the command line; args.boxed: the model in the box is scored. Raises UserError."""
+    """Read and check the command line; args.bundled: the bundled model is scored. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_checkpoint(parser)
@@ -366,9 +365,9 @@ def parse_args(argv):
     if there and not args.force:
         raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "
                         "another folder")
-    args.boxed = not beside
-    if args.boxed:
-        args.checkpoint = or_boxed(None)
+    args.bundled = not beside
+    if args.bundled:
+        args.checkpoint = or_bundled(None)
     return args
 
 

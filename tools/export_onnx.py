@@ -1,6 +1,6 @@
 """Export a model to one ONNX file, or to safetensors with a model card.
 
-    uv run python tools/export_onnx.py --out dog_face.onnx                       # the model in the box
+    uv run python tools/export_onnx.py --out dog_face.onnx                       # the bundled model
     uv run python tools/export_onnx.py --checkpoint work_dirs/hrnet_w32/best_model.pth --safetensors hub/
     uv run python tools/export_onnx.py --checkpoint best_model.pth --out dog.onnx --no-flip
     uv run python tools/export_onnx.py --checkpoint best_model.pth --light small.pth
@@ -30,11 +30,10 @@ from skimage.data import astronaut
 from torch import nn
 
 from dataset import decode_heatmaps, normalize, predict_crop
-from tools.lib.checkpoint_flag import add_checkpoint, take_checkpoint
 from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
-from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
-from tools.lib.find import or_boxed
+from tools.lib.find import or_bundled
 from train_simple import Trained, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
@@ -84,8 +83,9 @@ def licence(trained):
             "**Non-commercial.** The weights were trained on DogFLW, which is CC-BY-NC-4.0: its authors "
             "allow non-commercial use only, of the weights too.")
     return "own data", "unknown", (
-        "The licence of the training data applies to the weights; the exporter does not know it. State "
-        "it here before you publish them.")
+        "The licence of the training data applies to the weights, and so does that of the weights they "
+        "began with: those bundled with the trainer are CC-BY-NC-4.0. State here what applies before you "
+        "publish them.")
 
 
 def metadata(trained, flip):
@@ -242,13 +242,13 @@ def main(argv=None):
     if args.light and (args.out or args.safetensors or not args.flip):
         raise UserError("--light: writes a checkpoint alone; leave out --out, --safetensors and --no-flip")
     if args.light:
-        return write_light(or_boxed(args.checkpoint), args.light, args.force)
+        return write_light(or_bundled(args.checkpoint), args.light, args.force)
     path = args.out or (args.checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
     if path.exists() and (path.is_dir() or not args.force):
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)
-    trained = Trained(or_boxed(args.checkpoint))
+    trained = Trained(or_bundled(args.checkpoint))
     trained.model.requires_grad_(False)
     export_onnx(trained, args.flip, path)
     if args.safetensors:

@@ -1,6 +1,6 @@
 """What is in a checkpoint, and what differs between several. Runs no code out of a file.
 
-    python tools/inspect_checkpoint.py                                      # the model in the box
+    python tools/inspect_checkpoint.py                                      # the bundled model
     python tools/inspect_checkpoint.py --checkpoint work_dirs/hrnet_w32
     python tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot curves.png
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import plot_curves
-from tools.lib.find import or_boxed
+from tools.lib.find import or_bundled
 from train_simple import METRICS, Trained
 
 CURVES = ("train_loss", "val_loss", *METRICS)
@@ -97,7 +97,7 @@ def parse_args(argv):
     """Read and check the command line; args.paths are the checkpoints. Raises UserError."""
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
-                        help="one or several checkpoints, or runs' folders (default: the model in the box)")
+                        help="one or several checkpoints, or runs' folders (default: the bundled model)")
     parser.add_argument("paths", type=Path, nargs="*", help=argparse.SUPPRESS)  # the same without the flag
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw the curves of all runs into one picture")
@@ -107,7 +107,7 @@ def parse_args(argv):
         raise UserError(f"--plot {args.plot}: must end in .png")
     if args.plot and args.plot.exists() and not args.force:
         raise UserError(f"--plot {args.plot}: exists; write over it with --force")
-    args.paths = [*args.checkpoint, *args.paths] or [or_boxed(None)]
+    args.paths = [*args.checkpoint, *args.paths] or [or_bundled(None)]
     return args
 
 

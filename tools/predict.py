@@ -1,10 +1,10 @@
 """Find dog faces and their landmarks in pictures, videos and what a camera sees.
 
-    uv run python tools/predict.py photo.jpg                              # the model in the box
+    uv run python tools/predict.py photo.jpg                              # the bundled model
     uv run python tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/mine/best_model.pth
     uv run python tools/predict.py face.jpg --box 120 80 200 210
     uv run python tools/predict.py val.json --data-root DogFLW --boxes val.json
-    uv run python tools/predict.py 0                                      # a camera, until Ctrl-C; or rtsp://...
+    uv run python tools/predict.py 0                                      # camera 0 until Ctrl-C; or rtsp://...
     uv run python tools/predict.py photos/ --coco mine.json               # correct it, then train on it
 
 INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
@@ -37,8 +37,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from tools.lib.checkpoint_flag import add_checkpoint
-from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, check_free, load_json, picture_path
 from tools.lib.find import MIN_SCORE, intersections
@@ -384,7 +383,7 @@ def parse_args(argv):
                        help="a face's box, the same in every picture; repeatable; in a video, at its start")
     add("--locator", type=Path, metavar="FILE",
         help="a checkpoint trained with --crop image (default: locator.pth beside the checkpoint, or "
-             "../locator/best_model.pth)")
+             "../locator/best_model.pth; for DogFLW's landmarks the bundled one)")
     add("--min-score", type=float, default=MIN_SCORE, metavar="S",
         help=f"faces found below it are left out (default: {MIN_SCORE})")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without running anything, old ones as new ones."""
+"""Checkpoints: written whole, read without running anything, old ones as new ones, ready to use."""
 
 import io
 import math
@@ -6,12 +6,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from tools.lib.cli import UserError, as_plain, changed_settings
+from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, single_line
 from tools.lib.coco import checked_scheme
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
+from tools.lib.runtime import choose_amp
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 
@@ -152,3 +154,50 @@ def stored_scheme(stored, where):
     """The scheme of a checkpoint as a Scheme's arguments, checked as a COCO category is. Raises UserError."""
     skeleton = [[i + 1, j + 1] for i, j in stored["skeleton"]]  # COCO counts from 1
     return checked_scheme({**stored, "keypoints": stored["names"], "skeleton": skeleton}, where)
+
+
+# ---------------------------------------------------------------- ready to use
+
+class TrainedModel:
+    """What a checkpoint holds: model (in eval mode), scheme, config, size of its crops in pixels, metrics,
+    epoch; `whole` where it looks at whole pictures (`--crop image`).
+
+    Files know plain types alone; a subclass says what to make of them: Config, Scheme, Network, and how to
+    crop(image, box, size, padding, rotation) and predict_crops(model, crops, matrices, config, flip_index,
+    amp). Raises UserError for a file that does not fit together.
+    """
+
+    def __init__(self, path, device="cpu", batch_size=32):
+        checkpoint = load_checkpoint(path)
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.size, self.epoch, self.metrics = (checkpoint[name] for name in ("size", "epoch", "metrics"))
+        try:
+            self.scheme = self.Scheme(**stored_scheme(checkpoint["scheme"], path))
+            self.config = from_stored(self.Config, checkpoint["args"])
+            self.model = self.Network(self.config.backbone, len(self.scheme.names))
+            self.model.load_state_dict(upgraded(checkpoint["model"]))
+        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
+            raise UserError(f"{path}: weights, scheme and settings do not fit together "
+                            f"({single_line(e)})") from None
+        self.model.eval().to(device, memory_format=torch.channels_last)
+        self.amp, self.whole = choose_amp(self.device, self.config.amp), self.config.crop == "image"
+
+    def flip_index(self, wanted=True):
+        """The partners' permutation as a tensor for mirrored averaging, or None."""
+        mirrors = wanted and self.scheme.flip_pairs
+        return torch.tensor(self.scheme.flip_index, device=self.device) if mirrors else None
+
+    def look(self, jobs, flip=True):
+        """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K).
+
+        A third value in a job turns its crop by so many degrees.
+        """
+        found, flip_index = [], self.flip_index(flip)
+        for start in range(0, len(jobs), self.batch_size):
+            cut = [self.crop(image, box, self.size, self.config.padding, *turn)
+                   for image, box, *turn in jobs[start:start + self.batch_size]]
+            crops, matrices = map(np.stack, zip(*cut))
+            _, points, scores = self.predict_crops(self.model, torch.from_numpy(crops), matrices, self.config,
+                                                   flip_index, self.amp)
+            found.append((points, scores))
+        return tuple(map(np.concatenate, zip(*found)))

@@ -127,6 +127,11 @@ def path_or_none(text):
     return None if text == "none" else Path(text)
 
 
+def flag_of(name):
+    """A setting's flag: "work_dir" -> "--work-dir"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_settings(parser, settings, names=None):
     """Give a parser a flag for every setting of a dataclass, or for those of `names`."""
     group = parser
@@ -136,7 +141,7 @@ def add_settings(parser, settings, names=None):
             group = parser.add_argument_group(about["group"])
         if names and field.name not in names:
             continue
-        flag, text = f"--{field.name.replace('_', '-')}", about["help"]
+        flag, text = flag_of(field.name), about["help"]
         shown = "on" if default is True else default
         text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
         if kind is bool:
@@ -155,7 +160,7 @@ def problems_of(settings):
         value, about = getattr(settings, field.name), field.metadata
         if value is None or kind_of(field) not in (int, float):
             continue
-        within, multiple, flag = about["within"], about["multiple"], f"--{field.name.replace('_', '-')}"
+        within, multiple, flag = about["within"], about["multiple"], flag_of(field.name)
         if within and not is_within(value, within):
             found.append(f"{flag} {value}: must be {in_words(within)}")
         if multiple and value % multiple:
@@ -198,10 +203,28 @@ def changed_settings(settings, stored):
     """What a stored run had otherwise, among the settings that are not free: one text each."""
     now = as_plain(settings)
     names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    return [f"--{name.replace('_', '-')} was {stored.get(name)}, now {now[name]}"
+    return [f"{flag_of(name)} was {stored.get(name)}, now {now[name]}"
             for name in names if stored.get(name) != now[name]]
 
 
 def as_text(values, names):
     """Some of a dict's numbers in a line: "nme 0.0271, nme_iod 0.0980"."""
     return ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
+
+
+# ---------------------------------------------------------------- the bundled model, or --checkpoint
+
+def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run", positional=True):
+    """Give a parser --checkpoint, and the place where a checkpoint could stand without a flag until now."""
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+                        help=f"{about} (default: the bundled model)")
+    if positional:
+        parser.add_argument("positional", type=Path, nargs="?", help=argparse.SUPPRESS)
+
+
+def take_checkpoint(args):
+    """Set args.checkpoint to what was given in either way, else None. Raises UserError where both are."""
+    positional = vars(args).pop("positional")
+    if args.checkpoint and positional:
+        raise UserError(f"--checkpoint {args.checkpoint} and {positional}: give one checkpoint")
+    args.checkpoint = args.checkpoint or positional

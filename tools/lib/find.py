@@ -11,7 +11,7 @@ from tools.lib.cli import UserError
 from tools.lib.runtime import choose_device
 from tools.lib.windows import whole_box
 
-BOXED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the model in the box
+BUNDLED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the bundled model
 
 # Of a face's score, below. From 0.3 to 0.6 it hardly matters on 170 held-out faces: 168 to 166 are found, and
 # two findings beside them or one. Of these the one that leaves out scikit-image's cat.
@@ -33,12 +33,12 @@ SAME = 0.7  # IoU of two findings from which on they are one at first; which of 
 OVERLAP = 0.5
 
 
-def or_boxed(checkpoint):
-    """A checkpoint's path; None is the model in the box. Raises UserError where this copy has none."""
-    if checkpoint is None and not BOXED.is_file():
-        raise UserError(f"{BOXED}: no such file, so this copy has no model in the box; "
+def or_bundled(checkpoint):
+    """A checkpoint's path; None is the bundled model. Raises UserError where this copy has none."""
+    if checkpoint is None and not BUNDLED.is_file():
+        raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; "
                         "name a checkpoint with --checkpoint")
-    return Path(checkpoint or BOXED)
+    return Path(checkpoint or BUNDLED)
 
 
 # ---------------------------------------------------------------- boxes
@@ -170,7 +170,7 @@ class Predictor:
         """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
 
         A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score":
-        their mean}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those with a
+        Look's}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those with a
         score below min_score are left out.
         """
         return self.many([image], [boxes], min_score)[0]
@@ -250,18 +250,22 @@ def best_of(looks, faint, again=False):
 
 
 def predictor_of(open_checkpoint, checkpoint=None, locator=None, device="auto", batch_size=32):
-    """A Predictor from a face checkpoint; None is the one in the box.
+    """A Predictor from a face checkpoint; None is the bundled one.
 
     open_checkpoint(path, device, batch_size) opens one.
     locator: a checkpoint trained with `--crop image`; None takes locator.pth beside the checkpoint, or
-    ../locator/best_model.pth of a neighbouring run, where there is one; False does without.
+    ../locator/best_model.pth of a neighbouring run, or for the same landmarks the bundled one; False does
+    without.
     """
-    device, checkpoint = choose_device(device), or_boxed(checkpoint)
-    beside = (checkpoint.parent / "locator.pth", checkpoint.parent.parent / "locator" / "best_model.pth")
+    device, checkpoint = choose_device(device), or_bundled(checkpoint)
+    face, path = open_checkpoint(checkpoint, device, batch_size), locator
+    beside = checkpoint.with_name("locator.pth"), checkpoint.parent.parent / "locator" / "best_model.pth"
     if locator is None:
-        locator = next((p for p in beside if p.is_file() and p.resolve() != checkpoint.resolve()), None)
-    face = open_checkpoint(checkpoint, device, batch_size)
-    locator = open_checkpoint(locator, device, batch_size) if locator and not face.whole else None
-    if locator and not locator.whole:
-        raise UserError("the locator was trained on faces; train one with: train_simple.py --crop image")
-    return Predictor(face, locator)
+        places = (*beside, BUNDLED.with_name("locator.pth"))
+        path = next((p for p in places if p.is_file() and p.resolve() != checkpoint.resolve()), None)
+    finder = open_checkpoint(path, device, batch_size) if path and not face.whole else None
+    if finder and not finder.whole:
+        raise UserError(f"{path}: was trained on faces; train a locator with: train_simple.py --crop image")
+    if finder and locator is None and path not in beside and finder.scheme.names != face.scheme.names:
+        finder = None  # the bundled one knows dogs, and these may be other animals
+    return Predictor(face, finder)

@@ -125,9 +125,7 @@ class Processes:
     """
 
     def __init__(self, device_name="auto", training=True):
-        self.rank, self.world, self.local_rank = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device_name, training)
         prepare(self.device)
         if self.world > 1:

@@ -112,9 +112,9 @@ def scene(crop, i, place, windows, empty, rng):
     matrix, points, labelled, colour = drawn
     behind = crop.copy()
     warp(*windows[i], matrix, len(crop), out=crop, over=True)
-    if shows(drawn) and not (empty and hidden):
-        return drawn
     if shows(drawn):
+        if not (empty and hidden):
+            return drawn
         seen = points[labelled & inside(points, len(crop))]
         margin = 0.2 * np.ptp(seen, axis=0)
         low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
