@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -304,6 +304,7 @@ def test_boxes_as_corners_are_read_as_such(read):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1), st.booleans())
+@example(69, 1, 1.0, False)
 def test_right_boxes_are_never_taken_for_corners(seed, n, wide, cut):
     """Faces of any size anywhere in the picture, boxes up to twice as wide, cut to the picture or not."""
     rng, size = np.random.default_rng(seed), np.array([WIDTH, HEIGHT])

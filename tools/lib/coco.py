@@ -555,9 +555,10 @@ def are_corners(boxes, hulls, sizes):
 
     They are if nine of ten, read so, lie in their picture and fit their landmarks no worse than as x, y,
     width, height, and if a tenth, read as that, reach out of their picture by a twentieth of its side and fit
-    worse. Ten or more of DogFLW's boxes were told rightly in each of 900 draws; fewer were never taken for
-    corners wrongly.
+    worse. Ten or more of DogFLW's boxes were told rightly in each of 900 draws. One right box in 70, drawn at
+    random, fits better as corners by chance; fewer than four must do so by an IoU of 0.2. Of 60,000 none did.
     """
+    least = 0.2 if len(boxes) < 4 else 0
     corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     possible = ((boxes[:, :2] > -1) & (corners[:, 2:] > 0) & (boxes[:, 2:] < sizes + 1)).all(axis=1)
     outside = (boxes[:, :2] + boxes[:, 2:] > 1.05 * sizes).any(axis=1)
@@ -565,7 +566,7 @@ def are_corners(boxes, hulls, sizes):
         return False
     gain = np.array([overlaps(hull[None], np.stack([corner, box]))[0] @ [1, -1]
                      for corner, box, hull in zip(corners, boxes, hulls, strict=True)])
-    return (possible & (gain >= 0)).mean() >= 0.9 and (possible & outside & (gain > 0)).mean() >= 0.1
+    return (possible & (gain >= 0)).mean() >= 0.9 and (possible & outside & (gain > least)).mean() >= 0.1
 
 
 def read_boxes(entries, ids, points, visible, sizes, notes):
