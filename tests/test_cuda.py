@@ -108,6 +108,10 @@ def cuda(monkeypatch):
     monkeypatch.setattr(runtime, "choose_amp", lambda device, wanted=True: torch.float16)
     network()
     with FakeTensorMode():
+        try:
+            assert torch.zeros(1, device=CUDA)[:, None].is_cuda
+        except RuntimeError:
+            pytest.skip("this torch wants a driver to slice fakes of CUDA tensors")
         yield CUDA
 
 
@@ -213,10 +217,9 @@ def test_every_operator_of_a_step_exists_on_cuda_and_on_mps(walked):
                                       "mobilenetv3_small_050", "regnetx_002"])
 def test_backbones_forward_and_backward(backbone):
     """Shapes alone, on torch's meta device. One HRNet stands for all eleven, which differ in widths and number of blocks."""
-    with torch.device("meta"):
-        model = trainer.LandmarkNet(backbone, K)
-        heatmaps = model(torch.zeros(2, 3, 64, 64))
-        heatmaps.sum().backward()
+    model = trainer.LandmarkNet(backbone, K).to("meta")
+    heatmaps = model(torch.zeros(2, 3, 64, 64, device="meta"))
+    heatmaps.sum().backward()
     assert heatmaps.shape == (2, K, 32, 32) and heatmaps.dtype == torch.float32
     assert all(p.grad is not None for p in model.parameters())
 

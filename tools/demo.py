@@ -70,10 +70,11 @@ def draw_faces(image, faces, scheme, scale=1.0):
     for face in points:
         image = draw_landmarks(image, face, scheme)
     picture = Image.fromarray(image)
-    size = max(12, max(picture.size) / 32)
+    size = max(12, max(picture.size) // 32)
     for number, face in enumerate(points if len(points) > 1 else [], 1):
-        ImageDraw.Draw(picture).text(np.maximum(face.min(0) - size, size / 4), str(number), "white",
-                                     ImageFont.load_default(size), stroke_width=size / 8, stroke_fill="black")
+        place, font = np.maximum(face.min(0) - size, size / 4), ImageFont.load_default(size)
+        ImageDraw.Draw(picture).text(place, str(number), "white", font, stroke_width=size // 8,
+                                     stroke_fill="black")
     return np.asarray(picture)
 
 
