@@ -69,6 +69,16 @@ def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path
     print(f"{kills} kills, {hit.total()} while a file was being written {dict(hit)}; {runs} runs ended like the one never killed")
 
 
+def test_a_kill_behind_the_last_epoch_is_mended(run, train, tmp_path):
+    """last.pth comes first: a kill right after it leaves no curves, and half a picture, of a run that has nothing left to do."""
+    folder = shutil.copytree(run.work_dir, tmp_path / "run")
+    (folder / "curves.png").rename(folder / ".curves.png.tmp")
+    (folder / ".val_predictions.jpg.tmp").write_bytes(b"half")
+    train(folder, "--resume", check=True)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in run.work_dir.iterdir()}
+    assert (folder / "curves.png").read_bytes() == (run.work_dir / "curves.png").read_bytes()
+
+
 def test_clocks_that_go_backwards(run, start, flags, tmp_path):
     """All that a cut run left, the face cache too, comes from the future when it is resumed."""
     command = ("train_simple.py", *flags, "--cache", tmp_path / "cache", "--work-dir", tmp_path / "run", "--resume")
