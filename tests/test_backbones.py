@@ -112,7 +112,9 @@ def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for state, reason in ((part, "lacks"), ({f"x.{k}": v for k, v in part.items()}, "lacks"), ({}, "no weights"),
                           (timm.create_model("resnet26").state_dict(), "another backbone"), ({"a": 1}, "no weights"),
-                          ([torch.zeros(1)], "no weights"), ({"backbone.x": torch.zeros(1)}, "lacks")):
+                          ([torch.zeros(1)], "no weights"), ({"backbone.x": torch.zeros(1)}, "lacks"),
+                          ({"laterals.0.0.weight": torch.zeros(4, 4), "laterals.x.y": torch.zeros(1)}, "lacks"),
+                          ({"scheme": [1], "model": {"laterals.0.0.weight": torch.zeros(4, 4)}}, "lacks")):
         torch.save(state, tmp_path / "file.pth")
         with pytest.raises(UserError, match=f"--weights .*file.pth: .*{reason}") as e:
             take_weights(model, tmp_path / "file.pth", "resnet18", NAMES, print)
@@ -199,7 +201,7 @@ def test_an_old_checkpoint_starts_a_run_but_resumes_none(old, refused, flags, tm
     lambda c: c["model"].pop("head.0.weight"), lambda c: c["scheme"].update(flip_pairs=[[0, 99]]),
     lambda c: c["args"].update(backbone="resnet18"), lambda c: c["args"].update(decode_power=0.0),
     lambda c: c["args"].update(backbone=7), lambda c: c["scheme"].pop("names"), lambda c: c.update(format=99),
-    lambda c: c.update(model=[1])])
+    lambda c: c.update(model=[1]), lambda c: c.pop("epoch"), lambda c: c.update(size="x")])
 def test_a_checkpoint_that_does_not_fit_together_is_refused_in_one_line(tmp_path, break_it):
     config = trainer.parse_args(["--backbone", "hrnet_w18_small", "--input-size", "64"])
     content = {"format": 2, "epoch": 1, "size": 64, "model": LandmarkNet("hrnet_w18_small", 5).state_dict(),

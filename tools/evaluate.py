@@ -275,7 +275,7 @@ def read_faces(args, trained):
     if not ann.is_file():
         raise UserError(f"--ann {ann}: no such file; name the COCO file to score on")
     category = args.category or (trained and trained.config.category)
-    faces = data.load_coco(ann, data_root(args.data_root or stored), category)
+    faces = data.load_coco(ann, data_root(args.data_root or stored or None), category)
     for note in dict.fromkeys(faces.notes):
         print(note)
     if trained and faces.scheme.names != trained.scheme.names:

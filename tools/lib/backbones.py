@@ -1,7 +1,11 @@
 """Backbones of timm as levels of feature maps, and weights for them from wherever they come."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import timm
 import torch
+from torch import nn
 
 from tools.lib.checkpoints import load_file_safely, upgraded
 from tools.lib.cli import UserError, printable, single_line
@@ -10,7 +14,7 @@ from tools.lib.pictures import MEAN, STD
 HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
 
 
-def feature_maps(backbone):
+def feature_maps(backbone: str) -> nn.Module:
     """timm's network without its classifier, as levels of feature maps, with random weights.
 
     Raises UserError where timm has none of that name, or it cannot serve: a fixed input size, or one level
@@ -36,17 +40,17 @@ def feature_maps(backbone):
     return model.train()
 
 
-def normalization(backbone):
+def normalization(backbone: str) -> tuple[tuple, tuple]:
     """Mean and deviation (of RGB from 0 to 1) that a backbone's weights expect, else ImageNet's."""
     about = timm.get_pretrained_cfg(backbone)
     return (about.mean, about.std) if about else (MEAN, STD)
 
 
-def without_counters(state):
+def without_counters(state: dict) -> dict:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def matched(own, source, what, say):
+def matched(own: dict, source: dict, what: str, say: Callable) -> dict:
     """Tensors of `source` under the names of `own`: by name, else by order, as another library has them.
 
     What is left over in `source` (a classifier) does not count; what `own` lacks then is a UserError.
@@ -63,7 +67,7 @@ def matched(own, source, what, say):
     return by_name
 
 
-def take_imagenet(model, backbone, say):
+def take_imagenet(model: nn.Module, backbone: str, say: Callable):
     """Load timm's ImageNet weights into feature maps. Raises UserError where they cannot be had."""
     say(f"ImageNet weights of {backbone}: from the hub, or its cache (--no-pretrained does without)")
     try:
@@ -75,7 +79,7 @@ def take_imagenet(model, backbone, say):
     model.load_state_dict(fits, strict=False)
 
 
-def take_weights(model, path, backbone, names, say):
+def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: Callable):
     """Load a file into a LandmarkNet: a checkpoint of ours, or the bare backbone of any library.
 
     names: the landmarks'; a checkpoint of others gives all but the last layer, which starts fresh. Raises
@@ -98,7 +102,7 @@ def take_weights(model, path, backbone, names, say):
     own = model.state_dict()
     matched({k: v for k, v in own.items() if k.startswith("backbone.")}, state, f"--weights {path}", say)
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if HEAD not in fits or (stored.get("scheme") or {}).get("names", names) != names:
+    if HEAD not in fits or ours and stored["scheme"].get("names", names) != names:
         fits.pop(HEAD, None)
         say(f"--weights {path}: made for other landmarks; the last layer starts fresh, all else is taken")
     model.load_state_dict(fits, strict=False)

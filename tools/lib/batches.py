@@ -1,6 +1,7 @@
 """Which faces make which batch, and the processes that cut their crops."""
 
 import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ class EpochBatches:
     config.
     """
 
-    def __init__(self, faces, plan, first=0, rank=0, world=1):
+    def __init__(self, faces: int, plan, first: int = 0, rank: int = 0, world: int = 1):
         self.faces, self.plan, self.first, self.rank, self.world = faces, plan, first, rank, world
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple]]:
         config, n = self.plan.config, self.plan.batch_size
         for epoch in range(self.first, config.epochs):
             order = np.random.default_rng((config.seed, epoch)).permutation(self.faces)
@@ -29,11 +30,12 @@ class EpochBatches:
                     yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
 
 
-def keep(batch):
+def keep(batch: dict) -> dict:
     return batch  # `__getitems__` has collated already
 
 
-def batches_of(dataset, sampler, workers, pin_memory=False):
+def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], workers: int,
+               pin_memory: bool = False) -> Iterator[dict]:
     """One pass over a sampler's batches; no more workers than there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=min(workers, cores),

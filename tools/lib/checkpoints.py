@@ -18,14 +18,14 @@ from tools.lib.runtime import choose_amp
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 
 
-def save_checkpoint(path, checkpoint):
+def save_checkpoint(path: Path, checkpoint: dict):
     """Write plain types and tensors, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     atomic_write(path, [buffer.getbuffer()])
 
 
-def lightened(checkpoint):
+def lightened(checkpoint: dict) -> dict:
     """A checkpoint to hand on: 16-bit weights, no folders of the machine that made it. Loads like any other.
 
     Vectors (biases, batch norm) stay in 32 bits: they are few, and the statistics need the range.
@@ -40,10 +40,10 @@ def lightened(checkpoint):
 class Saver:
     """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
 
-    def __init__(self, config, metrics, versions):
+    def __init__(self, config, metrics: list, versions: dict):
         self.config, self.metrics, self.versions, self.next = config, metrics, versions, 0.0
 
-    def contents(self, run, metrics, whole=False):
+    def contents(self, run, metrics: dict, whole: bool = False) -> dict:
         """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
         epoch = run.progress["epoch"]
         needed = {"format": FORMAT, "epoch": epoch, "size": run.plan.size(epoch - 1),
@@ -53,7 +53,7 @@ class Saver:
             needed |= {name: part.state_dict() for name, part in run.stateful.items()} | run.progress
         return needed
 
-    def save(self, run, row, chosen_on):
+    def save(self, run, row: dict, chosen_on: str) -> bool:
         """Write what the epoch of `row` calls for. True if it is the best so far, by the first metric.
 
         last.pth comes last, so that what a kill left out is written by the next try. It may take a twentieth
@@ -79,7 +79,7 @@ class Saver:
         return best
 
 
-def load_file_safely(path):
+def load_file_safely(path: Path | str):
     """Tensors and plain types of a .pth or .safetensors file. Runs no code from it. Raises UserError."""
     from safetensors.torch import load_file  # timm brings it
 
@@ -99,17 +99,20 @@ def load_file_safely(path):
         raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path | str) -> dict:
     """A checkpoint of this project: model, scheme, args, metrics, epoch, size. UserError for other files."""
+    kinds = {"model": dict, "scheme": dict, "args": dict, "metrics": dict, "epoch": int, "size": int}
     checkpoint = load_file_safely(path)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
+        checkpoint = {"size": checkpoint["args"].get("input_size"), **checkpoint}
     if (not isinstance(checkpoint, dict) or checkpoint.get("format") not in (1, FORMAT)
-            or not all(isinstance(checkpoint.get(k), dict) for k in ("model", "scheme", "args", "metrics"))):
+            or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items())):
         raise UserError(f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a "
                         "run")
-    return {"size": checkpoint["args"].get("input_size"), **checkpoint}
+    return checkpoint
 
 
-def load_resumable(path, config, scheme, faces):
+def load_resumable(path: Path, config, scheme: dict, faces: int) -> dict | None:
     """last.pth for --resume, or None where there is none. UserError where the run had another command."""
     if not config.resume or not path.exists():
         return None
@@ -134,7 +137,7 @@ def load_resumable(path, config, scheme, faces):
     return resumed
 
 
-def upgraded(state):
+def upgraded(state: dict) -> dict:
     """Weights of either format as today's: the stem, which had no lateral, gets one that changes nothing."""
     if "mean" in state:
         return state
@@ -145,12 +148,12 @@ def upgraded(state):
     moved = {}
     for name, tensor in state.items():
         part, _, rest = name.partition("laterals.")
-        moved[f"laterals.{int(rest[0]) + 1}{rest[1:]}" if rest else name] = tensor
+        moved[f"laterals.{int(rest[0]) + 1}{rest[1:]}" if rest[:1].isdigit() else name] = tensor
     moved |= {f"laterals.0.{k}": v for k, v in lateral.items()}
     return moved | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
 
 
-def stored_scheme(stored, where):
+def stored_scheme(stored: dict, where: Path | str) -> dict:
     """The scheme of a checkpoint as a Scheme's arguments, checked as a COCO category is. Raises UserError."""
     skeleton = [[i + 1, j + 1] for i, j in stored["skeleton"]]  # COCO counts from 1
     return checked_scheme({**stored, "keypoints": stored["names"], "skeleton": skeleton}, where)
@@ -167,7 +170,7 @@ class TrainedModel:
     amp). Raises UserError for a file that does not fit together.
     """
 
-    def __init__(self, path, device="cpu", batch_size=32):
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = 32):
         checkpoint = load_checkpoint(path)
         self.device, self.batch_size = torch.device(device), batch_size
         self.size, self.epoch, self.metrics = (checkpoint[name] for name in ("size", "epoch", "metrics"))
@@ -182,12 +185,12 @@ class TrainedModel:
         self.model.eval().to(device, memory_format=torch.channels_last)
         self.amp, self.whole = choose_amp(self.device, self.config.amp), self.config.crop == "image"
 
-    def flip_index(self, wanted=True):
+    def flip_index(self, wanted: bool = True) -> torch.Tensor | None:
         """The partners' permutation as a tensor for mirrored averaging, or None."""
         mirrors = wanted and self.scheme.flip_pairs
         return torch.tensor(self.scheme.flip_index, device=self.device) if mirrors else None
 
-    def look(self, jobs, flip=True):
+    def look(self, jobs: list[tuple], flip: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """[(image, box), ...] -> points (N, K, 2) in the picture's pixels, scores (N, K).
 
         A third value in a job turns its crop by so many degrees.

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,12 +21,12 @@ class UserError(Exception):
     """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
 
 
-def printable(text):
+def printable(text: object) -> str:
     """Text from a file as the terminal may show it: one line without control codes."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def single_line(error, length=100):
+def single_line(error: Exception | str, length: int = 100) -> str:
     """The first line of an error's text, cut to `length`."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])[:length]
 
@@ -36,11 +37,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
 
-def run_script(main):
+def run_script(main: Callable):
     """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
     try:
         sys.exit(main())
@@ -64,12 +65,12 @@ def run_script(main):
 class Progress:
     """A bar in a terminal; elsewhere (a log, a notebook's cell) a line every `interval` seconds."""
 
-    def __init__(self, total, title, quiet=False, interval=20.0):
+    def __init__(self, total: int, title: str, quiet: bool = False, interval: float = 20.0):
         self.total, self.title, self.done, self.spoken = total, title, 0, time.perf_counter()
         self.quiet, self.interval = quiet, interval
         self.bar = tqdm(total=total, desc=title, leave=False, disable=True if quiet else None)
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_):
@@ -79,7 +80,7 @@ class Progress:
         """Show these beside the bar from now on."""
         self.bar.set_postfix(values, refresh=False)
 
-    def update(self, done):
+    def update(self, done: int):
         """`done` of the total are behind us."""
         self.bar.update(done - self.done)
         self.done = done
@@ -90,7 +91,8 @@ class Progress:
 
 # ---------------------------------------------------------------- settings: one line of a dataclass each
 
-def setting(default, help, within=None, *, group=None, choices=None, multiple=None, free=False):
+def setting(default, help: str, within: str | None = None, *, group: str | None = None,
+            choices: list | None = None, multiple: int | None = None, free: bool = False):
     """A field of a settings dataclass that is also a flag.
 
     within: an interval such as "[0, 1)" that a number must lie in; multiple: what it must divide by. group:
@@ -101,7 +103,7 @@ def setting(default, help, within=None, *, group=None, choices=None, multiple=No
     return dataclasses.field(default=default, metadata=about)
 
 
-def in_words(interval):
+def in_words(interval: str) -> str:
     """What an interval asks for: "[0, 1)" -> "from 0 to below 1"."""
     low, high = interval[1:-1].split(", ")
     if high == "inf":
@@ -110,37 +112,35 @@ def in_words(interval):
     return f"{start} {low} {end} {high}"
 
 
-def is_within(value, interval):
+def is_within(value: float, interval: str) -> bool:
     """Whether a number lies in an interval such as "[0, 1)"; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(", "))
     above = low <= value if interval[0] == "[" else low < value
     return above and (value <= high if interval[-1] == "]" else value < high)
 
 
-def kind_of(field):
+def kind_of(field: dataclasses.Field) -> type:
     """The type of a setting: `Path | None` is a Path."""
     return next((k for k in typing.get_args(field.type) if k is not types.NoneType), field.type)
 
 
-def path_or_none(text):
+def path_or_none(text: str) -> Path | None:
     """A flag's path; the word none means that there is none."""
     return None if text == "none" else Path(text)
 
 
-def flag_of(name):
+def flag_of(name: str) -> str:
     """A setting's flag: "work_dir" -> "--work-dir"."""
     return f"--{name.replace('_', '-')}"
 
 
-def add_settings(parser, settings, names=None):
-    """Give a parser a flag for every setting of a dataclass, or for those of `names`."""
+def add_settings(parser: argparse.ArgumentParser, settings: type):
+    """Give a parser a flag for every setting of a dataclass."""
     group = parser
     for field in dataclasses.fields(settings):
         about, kind, default = field.metadata, kind_of(field), field.default
         if about["group"]:
             group = parser.add_argument_group(about["group"])
-        if names and field.name not in names:
-            continue
         flag, text = flag_of(field.name), about["help"]
         shown = "on" if default is True else default
         text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
@@ -153,7 +153,7 @@ def add_settings(parser, settings, names=None):
                                choices=about["choices"], metavar=metavar, help=text)
 
 
-def problems_of(settings):
+def problems_of(settings) -> list[str]:
     """What is out of range in a settings object: one text a setting."""
     found = []
     for field in dataclasses.fields(settings):
@@ -168,7 +168,8 @@ def problems_of(settings):
     return found
 
 
-def parse_settings(settings, description, argv=None, presets=None):
+def parse_settings(settings: type, description: str | None, argv: list | None = None,
+                   presets: dict | None = None):
     """The command line as an object of the dataclass `settings`. Raises UserError with every problem.
 
     presets: {"sample": {name: value}}: what the flag --sample changes in the defaults.
@@ -184,12 +185,12 @@ def parse_settings(settings, description, argv=None, presets=None):
     return given
 
 
-def as_plain(settings):
+def as_plain(settings) -> dict:
     """Settings as JSON and checkpoints can hold them: {name: value}."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
 
 
-def from_stored(settings, stored):
+def from_stored(settings: type, stored: dict):
     """Settings from what `as_plain` made, else at their defaults. Raises ValueError out of range."""
     known = [f for f in dataclasses.fields(settings) if f.name in stored]
     paths = {f.name: Path(stored[f.name]) for f in known if kind_of(f) is Path and stored[f.name]}
@@ -199,7 +200,7 @@ def from_stored(settings, stored):
     return config
 
 
-def changed_settings(settings, stored):
+def changed_settings(settings, stored: dict) -> list[str]:
     """What a stored run had otherwise, among the settings that are not free: one text each."""
     now = as_plain(settings)
     names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
@@ -207,14 +208,15 @@ def changed_settings(settings, stored):
             for name in names if stored.get(name) != now[name]]
 
 
-def as_text(values, names):
+def as_text(values: dict, names: Iterable[str]) -> str:
     """Some of a dict's numbers in a line: "nme 0.0271, nme_iod 0.0980"."""
     return ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
 
 
 # ---------------------------------------------------------------- the bundled model, or --checkpoint
 
-def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run", positional=True):
+def add_checkpoint(parser: argparse.ArgumentParser,
+                   about: str = "best_model.pth, or another checkpoint of a run", positional: bool = True):
     """Give a parser --checkpoint, and the place where a checkpoint could stand without a flag until now."""
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help=f"{about} (default: the bundled model)")
@@ -222,7 +224,7 @@ def add_checkpoint(parser, about="best_model.pth, or another checkpoint of a run
         parser.add_argument("positional", type=Path, nargs="?", help=argparse.SUPPRESS)
 
 
-def take_checkpoint(args):
+def take_checkpoint(args: argparse.Namespace):
     """Set args.checkpoint to what was given in either way, else None. Raises UserError where both are."""
     positional = vars(args).pop("positional")
     if args.checkpoint and positional:

@@ -8,6 +8,7 @@ wrong.
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,12 +64,12 @@ class Notes:
     def __init__(self):
         self.said, self.counts, self.examples = [], Counter(), {}
 
-    def add(self, kind, example, number=1):
+    def add(self, kind: str, example: str, number: int = 1):
         """Count `number` things of a kind."""
         self.counts[kind] += number
         self.examples.setdefault(kind, printable(example)[:60])
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """All of it: one line a sentence, and one a group."""
         groups = defaultdict(list)
         for kind, (group, text) in KINDS.items():
@@ -96,7 +97,7 @@ class CocoFaces:
     notes: list  # texts of one line: what was repaired, left out, read otherwise
 
 
-def read_coco(path, root, category=None):
+def read_coco(path: Path, root: Path, category: str | int | None = None) -> CocoFaces:
     """Read a COCO keypoint file whose pictures lie in the folder `root` -> CocoFaces.
 
     category: name or id of the category that trains, needed only where several have different landmarks.
@@ -125,7 +126,7 @@ def read_coco(path, root, category=None):
 
 # ---------------------------------------------------------------- the file and its categories
 
-def open_coco(path):
+def open_coco(path: Path) -> dict:
     """A COCO file's content: a dict with the lists images, annotations, categories. Raises UserError."""
     data = load_json(path)
     first = data[0] if isinstance(data, list) and data else data
@@ -141,7 +142,7 @@ def open_coco(path):
     return data
 
 
-def choose_categories(data, wanted, path):
+def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple[dict, int]:
     """The categories that train as {id as text: category}, and their number of landmarks K. Raises UserError.
 
     Those are categories whose annotations have labelled landmarks, the same ones in all, or the one that is
@@ -177,7 +178,7 @@ def choose_categories(data, wanted, path):
 
 # ---------------------------------------------------------------- the scheme
 
-def checked_scheme(category, where):
+def checked_scheme(category: dict, where: Path | str) -> dict:
     """A COCO category's names, flip_pairs, regions, interocular and skeleton, checked: a dict of plain types.
 
     Landmark numbers count from 0; the skeleton from 1 as COCO has it, or from 0. It is only drawn: one that
@@ -188,13 +189,13 @@ def checked_scheme(category, where):
             isinstance(n, str) and n.isprintable() for n in names):
         raise UserError(f"{where}: its category needs 1 to {MAX_LANDMARKS} printable keypoint names")
 
-    def content(name, kind=list):
+    def content(name: str, kind: type = list):
         value = category.get(name) or kind()
         if not isinstance(value, kind):
             raise UserError(f"{where}: {name} must be {'a list' if kind is list else 'an object'}")
         return value
 
-    def indices(value, name, length=None):
+    def indices(value, name: str, length: int | None = None) -> list:
         if not are_indices(value, len(names)) or length is not None and len(value) != length:
             count = "" if length is None else f"{length} "
             raise UserError(f"{where}: {name} must hold {count}different landmark numbers, not "
@@ -210,13 +211,13 @@ def checked_scheme(category, where):
             "skeleton": fitting_lines(category.get("skeleton"), len(names)) or []}
 
 
-def are_indices(value, k):
+def are_indices(value: object, k: int) -> bool:
     """Whether a value is a list of different whole numbers from 0 to below k."""
     return (isinstance(value, list) and all(type(i) is int and 0 <= i < k for i in value)
             and len(set(value)) == len(value))
 
 
-def fitting_lines(lines, k):
+def fitting_lines(lines: object, k: int) -> list | None:
     """A skeleton's lines from 0, or None where they do not fit k landmarks. It counts from 1, or has a 0."""
     lines = lines or []
     if not isinstance(lines, list) or not all(are_indices(line, k + 1) and len(line) == 2 for line in lines):
@@ -226,7 +227,7 @@ def fitting_lines(lines, k):
     return lines if all(are_indices(line, k) for line in lines) else None
 
 
-def read_scheme(chosen, k, path, notes):
+def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
     """The scheme of categories with the same K landmarks, as checked_scheme gives it, corrected."""
     category = {f: next((c[f] for c in chosen.values() if c.get(f)), None)
                 for f in ("keypoints", "flip_pairs", "regions", "interocular", "skeleton")}
@@ -247,7 +248,7 @@ SIDE = re.compile(r"(?i:left|right)|(?<![A-Za-z])[LRlr](?![a-z])|(?<=[a-z])[LR](
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def named_pairs(names):
+def named_pairs(names: list) -> list:
     """[[left, right], ...] of the landmarks whose names differ in their side alone."""
     index, pairs = {name.lower(): i for i, name in enumerate(names)}, []
     for i, name in enumerate(names):
@@ -258,7 +259,7 @@ def named_pairs(names):
     return pairs if len(index) == len(names) else []  # equal names say nothing
 
 
-def read_flip_pairs(given, names, notes):
+def read_flip_pairs(given: object, names: list, notes: Notes):
     """flip_pairs as they are meant: from 0, and never against left and right in the names.
 
     What is no list of pairs of different landmarks comes back as it is, for checked_scheme to refuse.
@@ -293,13 +294,13 @@ def read_flip_pairs(given, names, notes):
 
 # ---------------------------------------------------------------- images
 
-def identity(value):
+def identity(value: object) -> int | str | None:
     """An id as files give it, a number or a text; None for anything else."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if isinstance(value, (int, str)) else None
 
 
-def side_of(value):
+def side_of(value) -> int:
     """A picture's side in pixels, written 160, 160.0 or "160"; 0 where it is not known. Raises ValueError."""
     number = float(value or 0)
     if not (number.is_integer() and 0 <= number < MAX_SIDE):
@@ -307,7 +308,7 @@ def side_of(value):
     return int(number)
 
 
-def read_images(entries, path, safe):
+def read_images(entries: list, path: Path, safe: Callable) -> dict:
     """{id: (name, (width, height), breed)} of all images; a side that is not known is 0. Raises UserError.
 
     safe: makes a name one that stays in the data root (safe_names).
@@ -329,7 +330,7 @@ def read_images(entries, path, safe):
     return images
 
 
-def safe_names(path, root, notes):
+def safe_names(path: Path, root: Path, notes: Notes) -> Callable:
     """A function: a name as the file has it -> a name that stays in the data root. Raises UserError.
 
     A name that leads out of it, as Label Studio writes them, counts by its last part where the root holds
@@ -337,7 +338,7 @@ def safe_names(path, root, notes):
     """
     held = None
 
-    def safe(name):
+    def safe(name: str) -> str:
         nonlocal held
         try:
             if os.path.isfile(picture_path(root, name, f"{path}: ")) or "\\" not in name:
@@ -355,7 +356,7 @@ def safe_names(path, root, notes):
     return safe
 
 
-def place_pictures(names, path, root):
+def place_pictures(names: tuple, path: Path, root: Path) -> list[str]:
     """The pictures' paths relative to the data root. Raises UserError where two folders fit or one leads out.
 
     Names count from the data root; else from the real folder of the annotation file, in the root; else from
@@ -384,7 +385,7 @@ def place_pictures(names, path, root):
     return [placed[name] for name in names]
 
 
-def header(path):
+def header(path: Path | str) -> tuple[tuple, int] | None:
     """A picture's stored size, and EXIF's 5 to 8 if that turns it by a quarter, or 0; None if unreadable."""
     try:
         with Image.open(str(path), formats=FORMATS) as image:
@@ -394,7 +395,7 @@ def header(path):
         return None
 
 
-def read_sizes(files, sizes, root, notes):
+def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> np.ndarray:
     """The pictures' sizes (N, 2); what the file does not give (0) is read from the picture as it is seen.
 
     Raises UserError for a picture that is needed for that and cannot be read.
@@ -409,7 +410,8 @@ def read_sizes(files, sizes, root, notes):
     return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)])
 
 
-def quarter_turns(files, sizes, points, visible, root, notes):
+def quarter_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
+                  notes: Notes) -> dict[int, int]:
     """{face: EXIF's 5 to 8} of faces on pictures that EXIF turns, where the file gives the size as stored.
 
     Their landmarks lie on the stored picture. If any of the file's lies outside of it, the program showed
@@ -428,7 +430,7 @@ def quarter_turns(files, sizes, points, visible, root, notes):
     return {} if upright else turns
 
 
-def turn_faces(turns, sizes, boxes, points, visible):
+def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.ndarray, visible: np.ndarray):
     """Turn the faces of `turns` with their pictures, in place."""
     for i, turn in turns.items():
         sizes[i] = sizes[i][::-1]
@@ -440,7 +442,7 @@ def turn_faces(turns, sizes, boxes, points, visible):
         points[i][visible[i] == 0] = 0
 
 
-def read_breeds(files, breeds, categories):
+def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
     """The faces' strata: their images' breed, else their category where several train, else how names begin.
 
     The part of a name before "_" counts, as in n02085620_1073, if all names have one, two pictures or more
@@ -456,7 +458,8 @@ def read_breeds(files, breeds, categories):
 
 # ---------------------------------------------------------------- annotations
 
-def read_annotations(entries, images, categories, k, path, notes):
+def read_annotations(entries: list, images: dict, categories: dict, k: int, path: Path,
+                     notes: Notes) -> tuple[tuple, tuple, tuple, np.ndarray]:
     """The N faces with a labelled landmark: annotations, ids, image ids, (N, K, 3). Raises UserError."""
     rows, ids = [], set()
     for number, entry in enumerate(entries):
@@ -480,7 +483,7 @@ def read_annotations(entries, images, categories, k, path, notes):
     return entries, ids, image_ids, np.stack(triples)
 
 
-def read_triples(values, k, where, notes):
+def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray:
     """keypoints -> (K, 3) float64 x, y, v with v in 0, 1, 2; x and y are 0 where v is. Raises UserError."""
     try:
         triples = np.array(values, dtype=np.float64).reshape(k, 3)
@@ -505,14 +508,14 @@ def read_triples(values, k, where, notes):
 
 # ---------------------------------------------------------------- boxes
 
-def hull_of(points):
+def hull_of(points: np.ndarray) -> np.ndarray:
     """The box x, y, width, height around landmarks (L, 2), at least a pixel wide and high."""
     low, high = points.min(axis=0), points.max(axis=0)
     grow = np.maximum(1 - (high - low), 0) / 2  # a single point, or a line, has a hull too
     return np.concatenate([low - grow, (high + grow) - (low - grow)])
 
 
-def box_problem(box, hull, spans=False):
+def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = False) -> str | None:
     """Why a box x, y, width, height is none of a face with this hull: "empty", "mismatched"; None if right.
 
     A box is right whose IoU with the hull is at least MIN_IOU. As landmarks need not span the face, one is
@@ -531,7 +534,7 @@ def box_problem(box, hull, spans=False):
     return None if covered >= COVERED and not spans else "mismatched"
 
 
-def rebuilt_box(hull, size):
+def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
     """A face's box x, y, width, height from its hull: MARGIN wider on each side, cut to the picture."""
     low, high = hull[:2], hull[:2] + hull[2:]
     margin = np.maximum(MARGIN * (high - low), 1)  # a pixel at least, so that clipping leaves something
@@ -541,7 +544,7 @@ def rebuilt_box(hull, size):
     return np.concatenate([low, high - low])
 
 
-def box_of(value):
+def box_of(value: object) -> np.ndarray | None:
     """A bbox as an array x, y, width, height with positive sides, or None where it is no such thing."""
     try:
         box = np.array(value, dtype=np.float64).reshape(4)
@@ -550,7 +553,7 @@ def box_of(value):
     return box if (np.abs(box) < MAX_NUMBER).all() and (box[2:] > 0).all() else None  # NaN is below nothing
 
 
-def are_corners(boxes, hulls, sizes):
+def are_corners(boxes: np.ndarray, hulls: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether a file's boxes (N, 4) are x1, y1, x2, y2.
 
     They are if nine of ten, read so, lie in their picture and fit their landmarks no worse than as x, y,
@@ -569,7 +572,8 @@ def are_corners(boxes, hulls, sizes):
     return (possible & (gain >= 0)).mean() >= 0.9 and (possible & outside & (gain > least)).mean() >= 0.1
 
 
-def read_boxes(entries, ids, points, visible, sizes, notes):
+def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarray, sizes: np.ndarray,
+               notes: Notes) -> np.ndarray:
     """The faces' boxes (N, 4): the file's where they are right (box_problem), else rebuilt from landmarks."""
     boxes = [box_of(entry.get("bbox")) for entry in entries]
     hulls = np.stack([hull_of(p[v > 0]) for p, v in zip(points, visible, strict=True)])
@@ -590,7 +594,7 @@ def read_boxes(entries, ids, points, visible, sizes, notes):
 SPLITS = ("train",), ("val", "valid", "validation", "test")
 
 
-def find_annotations(ann_root):
+def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     """An export's files (train, val), val None if it has no split. Raises UserError saying what was sought.
 
     ann_root: a file, or a folder with train.json and val.json; train/ and valid/, each with

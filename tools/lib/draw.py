@@ -4,6 +4,8 @@ import io
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,14 +18,15 @@ REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (
                   (255, 112, 67))
 
 
-def region_colours(scheme):
+def region_colours(scheme) -> dict[int, tuple]:
     """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; white for those of no region."""
     known = {i: REGION_COLOURS[n % len(REGION_COLOURS)]
              for n, region in enumerate(scheme.regions.values()) for i in region}
     return defaultdict(lambda: (255, 255, 255), known)
 
 
-def draw_landmarks(image, points, scheme, visible=None, truth=None):
+def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.ndarray | None = None,
+                   truth: np.ndarray | None = None) -> np.ndarray:
     """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks.
 
     A colour a region, left filled, right a ring; sizes fit the face. `truth` (K, 2) is drawn as thin white
@@ -51,33 +54,33 @@ def draw_landmarks(image, points, scheme, visible=None, truth=None):
     return image
 
 
-def caption(tile, text):
+def caption(tile: np.ndarray, text: str) -> np.ndarray:
     """The picture with a line of text below it."""
     strip = Image.new("RGB", (tile.shape[1], 22), (30, 30, 30))
     ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
     return np.vstack([tile, np.asarray(strip)])
 
 
-def contact_sheet(tiles, columns):
+def contact_sheet(tiles: Iterable[np.ndarray], columns: int) -> np.ndarray:
     """Equal-sized pictures in rows; the last row is filled with black."""
     tiles = list(tiles)
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i:i + columns]) for i in range(0, len(tiles), columns)])
 
 
-def encode_picture(image, suffix=".png"):
+def encode_picture(image: np.ndarray, suffix: str = ".png") -> bytes:
     """RGB uint8 -> the bytes of a picture file."""
     return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
 
 
-def as_png(figure):
+def as_png(figure) -> bytes:
     """The bytes of a matplotlib figure's picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def plot_curves(path, runs, metrics):
+def plot_curves(path: Path, runs: dict, metrics: Iterable[str]) -> bool:
     """Losses and metrics of a run {name: rows} over the epochs, or the first ones of several to compare.
 
     False without matplotlib.
@@ -105,7 +108,7 @@ def plot_curves(path, runs, metrics):
     return True
 
 
-def mean_face(faces):
+def mean_face(faces) -> np.ndarray:
     """Every landmark's mean place in sides of the face's box (K, 2), the box's middle at 0; or NaN."""
     seen, boxes = (faces.visible > 0)[..., None], faces.boxes
     places = (faces.points - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None]) / boxes[:, 2:].max(1)[:, None, None]
@@ -113,7 +116,7 @@ def mean_face(faces):
         return np.where(seen, places, 0).sum(0) / seen.sum(0)
 
 
-def face_sheet(dataset, points=None):
+def face_sheet(dataset, points: np.ndarray | None = None) -> np.ndarray:
     """A dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines to the truth."""
     tiles, batch = [], {k: v.numpy() for k, v in dataset.__getitems__(range(min(16, len(dataset)))).items()}
     for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
@@ -130,7 +133,7 @@ class Log:
     rows: the epochs so far, {column: value}; the caller adds to them. metrics: the columns to print.
     """
 
-    def __init__(self, config, columns, metrics, rows, quiet=False):
+    def __init__(self, config, columns: tuple, metrics: Iterable[str], rows: list[dict], quiet: bool = False):
         self.config, self.columns, self.metrics, self.rows = config, columns, list(metrics), rows
         self.quiet, self.board = quiet, None
         if config.tensorboard and not quiet:
@@ -140,7 +143,7 @@ class Log:
                 raise UserError("--tensorboard: needs tensorboard; pip install tensorboard") from None
             self.board = SummaryWriter(config.work_dir, purge_step=len(rows) + 1)
 
-    def begin(self, dataset, settings):
+    def begin(self, dataset, settings: dict):
         """A new run's args.json and train_batch.jpg; of a resumed one what a kill kept from being written."""
         if self.rows and not self.quiet:
             for half_written in self.config.work_dir.glob(".*.tmp"):
@@ -152,7 +155,7 @@ class Log:
             sheet = encode_picture(face_sheet(dataset), ".jpg")
             atomic_write(self.config.work_dir / "train_batch.jpg", [sheet])
 
-    def epoch(self, best, dataset, points):
+    def epoch(self, best: bool, dataset, points: np.ndarray | None):
         """Write and print the last row. points: predictions for the dataset; None without validation."""
         row, folder = self.rows[-1], self.config.work_dir
         if self.quiet:

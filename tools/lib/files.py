@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from tools.lib.cli import Progress, UserError
 
 
-def atomic_write(path, parts):
+def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview]):
     """Write pieces of bytes to a file, which appears under `path` whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,14 +36,14 @@ def atomic_write(path, parts):
         temporary.unlink(missing_ok=True)
 
 
-def check_free(flag, folder, force):
+def check_free(flag: str, folder: Path, force: bool):
     """Raises UserError for an output folder that holds something, unless `force`."""
     if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
 
 
 @contextlib.contextmanager
-def file_lock(path, busy=None):
+def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold a file's lock, which ends with the process. Where another has it: wait, or UserError(busy)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
@@ -62,7 +63,7 @@ def file_lock(path, busy=None):
         yield
 
 
-def load_json(path):
+def load_json(path: Path | str):
     """Parse a JSON file. Raises UserError where it is missing or no JSON."""
     try:
         return json.loads(Path(path).read_bytes())
@@ -72,7 +73,7 @@ def load_json(path):
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
 
 
-def picture_path(root, name, where=""):
+def picture_path(root: Path | str, name: str, where: str = "") -> Path:
     """The path of a picture that a file names, which must lie in the data root. Raises UserError."""
     if not name.isprintable():
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
@@ -92,17 +93,17 @@ class RecordFile:
     process that makes the same file is waited for.
     """
 
-    def __init__(self, path, lengths, make):
+    def __init__(self, path: Path | str, lengths: list, make: Callable):
         self.path, self.offsets = Path(path), np.cumsum([0, *lengths])
         if not self._is_whole():
             with file_lock(self.path.with_name(".lock")):
                 if not self._is_whole():
                     atomic_write(self.path, (record.tobytes() for record in make()))
 
-    def _is_whole(self):
+    def _is_whole(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.offsets[-1]
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         # A plain read: mapped pages would count as this process's memory, in every worker.
         length = self.offsets[i + 1] - self.offsets[i]
         try:
@@ -114,7 +115,7 @@ class RecordFile:
         return record
 
 
-def in_threads(function, count, title):
+def in_threads(function: Callable, count: int, title: str) -> Iterator:
     """function(0), function(1), ... in order, made by as many threads as there are cores, with a bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, title) as progress:
         done = 0
@@ -125,7 +126,7 @@ def in_threads(function, count, title):
                 progress.update(done)
 
 
-def one_ahead(function, items):
+def one_ahead(function: Callable, items: Iterable) -> Iterator:
     """function(item) for every item, each result made by a thread while the one before is in use."""
     with ThreadPoolExecutor(1) as thread:
         results = (thread.submit(function, item) for item in items)
@@ -135,13 +136,13 @@ def one_ahead(function, items):
             yield ready.result()
 
 
-def as_json(value):
+def as_json(value: dict) -> bytes:
     """The bytes of a JSON file; null for NaN and infinity, which JSON does not know."""
     text = json.dumps(value)
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1).encode()
 
 
-def as_csv(columns, rows):
+def as_csv(columns: list | tuple, rows: list[dict]) -> bytes:
     """Rows {column: value} as the bytes of a CSV file; other columns are left out."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -150,7 +151,7 @@ def as_csv(columns, rows):
     return text.getvalue().encode()
 
 
-def data_root(given, flag="--data-root"):
+def data_root(given: Path | str | None, flag: str = "--data-root") -> Path:
     """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
     root = Path(given) if given else find_dogflw()
     if root is None or not root.is_dir():
@@ -160,7 +161,7 @@ def data_root(given, flag="--data-root"):
     return root
 
 
-def find_dogflw(*folders):
+def find_dogflw(*folders) -> Path | None:
     """The folder that holds train/images, at or below `folders`, or None.
 
     Looked for by default in kagglehub's cache (newest version first), and where Kaggle and Colab put it.
@@ -174,7 +175,7 @@ def find_dogflw(*folders):
     return next((images.parent.parent for images in found), None)
 
 
-def make_sample(data_root, ann_root):
+def make_sample(data_root: Path, ann_root: Path):
     """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
     tools = Path(__file__).resolve().parent.parent
     convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
@@ -186,7 +187,7 @@ def make_sample(data_root, ann_root):
                 raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
 
 
-def run_directory(work_dir, resume):
+def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextManager:
     """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
     if int(os.environ.get("RANK", 0)) > 0:
         return contextlib.nullcontext()

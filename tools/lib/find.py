@@ -1,6 +1,7 @@
 """Boxes (N, 4) of x, y, width, height, and finding faces by looking at windows of a picture."""
 import cmath
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ SAME = 0.7  # IoU of two findings from which on they are one at first; which of 
 OVERLAP = 0.5
 
 
-def or_bundled(checkpoint):
+def or_bundled(checkpoint: Path | str | None) -> Path:
     """A checkpoint's path; None is the bundled model. Raises UserError where this copy has none."""
     if checkpoint is None and not BUNDLED.is_file():
         raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; "
@@ -43,27 +44,27 @@ def or_bundled(checkpoint):
 
 # ---------------------------------------------------------------- boxes
 
-def intersections(a, b):
+def intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Shared area of every box x, y, w, h of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
     return np.maximum(high - low, 0).prod(-1)
 
 
-def overlaps(a, b):
+def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
     shared = intersections(a, b)
     return shared / np.maximum(a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared, 1e-9)
 
 
-def hull_boxes(points, margin=MARGIN):
+def hull_boxes(points: np.ndarray, margin: float = MARGIN) -> np.ndarray:
     """Landmarks (N, K, 2) -> boxes around them (N, 4) and `margin` on each side, two pixels wide at least."""
     low, high = points.min(1), points.max(1)
     extent = np.maximum(high - low, 2)
     return np.concatenate([(low + high) / 2 - extent * (0.5 + margin), extent * (1 + 2 * margin)], axis=1)
 
 
-def lean(points, pairs):
+def lean(points: np.ndarray, pairs: list) -> float:
     """By how many degrees a face (K, 2) leans to the side, from -90 to 90, as its left-right pairs do.
 
     The mean of the pairs' axes: of doubled angles, so that the order in a pair does not matter. Long ones
@@ -73,7 +74,7 @@ def lean(points, pairs):
     return math.degrees(cmath.phase(sum(axes)) / 2)
 
 
-def upright(points, pairs, margin):
+def upright(points: np.ndarray, pairs: list, margin: float) -> tuple[np.ndarray, float]:
     """The box (4,) around landmarks (K, 2) when their face is turned upright; the turn, in degrees."""
     turn = -lean(points, pairs)
     a = math.radians(turn)
@@ -83,13 +84,13 @@ def upright(points, pairs, margin):
     return box, turn
 
 
-def frame(box):
+def frame(box: np.ndarray) -> np.ndarray:
     """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
     side = max(box[2:]) / (1 + 2 * MARGIN) * CLOSER
     return np.array([*(box[:2] + box[2:] / 2 - side / 2), side, side])
 
 
-def suppress(boxes, scores, nested=True):
+def suppress(boxes: np.ndarray, scores: np.ndarray, nested: bool = True) -> np.ndarray:
     """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
 
     That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
@@ -106,11 +107,11 @@ def suppress(boxes, scores, nested=True):
     return np.array(kept, dtype=int)
 
 
-def search_squares(image, sides):
+def search_squares(image: np.ndarray, sides: tuple) -> np.ndarray:
     """The whole picture and squares that cover it, each overlapping the next by half or more: (N, 4)."""
     height, width = image.shape[:2]
 
-    def starts(length, side):
+    def starts(length: int, side: float) -> list | np.ndarray:
         """Where the squares begin along a side of the picture; a larger one lies around its middle."""
         if length <= side:
             return [(length - side) / 2]
@@ -133,7 +134,7 @@ class Look:
     located: float | None = None  # the score of the locator's closer look, where it found the box
 
     @cached_property
-    def score(self):
+    def score(self) -> float:
         """The mean m of the landmarks' scores; where a locator found the box, (m * m * located) ** (1 / 3).
 
         The locator knows what is no face, which the face model never saw, and the face model has more pixels.
@@ -142,16 +143,16 @@ class Look:
         return mean if self.located is None else (mean**2 * self.located) ** (1 / 3)
 
     @cached_property
-    def tight(self):
+    def tight(self) -> np.ndarray:
         """The box (4,) around the landmarks."""
         return hull_boxes(self.points[None])[0]
 
     @cached_property
-    def stability(self):
+    def stability(self) -> float:
         """How well the box reproduced itself: its IoU with the box around the landmarks."""
         return float(overlaps(self.box[None], self.tight[None])[0, 0])
 
-    def as_face(self, box):
+    def as_face(self, box: np.ndarray) -> dict:
         """What a Predictor returns of it."""
         return {"box": box, "points": self.points, "scores": self.scores, "score": self.score}
 
@@ -166,7 +167,8 @@ class Predictor:
     def __init__(self, face, locator=None):
         self.face, self.locator, self.scheme = face, locator, face.scheme
 
-    def __call__(self, image, boxes=None, min_score=MIN_SCORE):
+    def __call__(self, image: np.ndarray, boxes: np.ndarray | list | None = None,
+                 min_score: float = MIN_SCORE) -> list[dict]:
         """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
 
         A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score":
@@ -175,7 +177,7 @@ class Predictor:
         """
         return self.many([image], [boxes], min_score)[0]
 
-    def many(self, images, boxes, min_score=MIN_SCORE):
+    def many(self, images: list, boxes: list, min_score: float = MIN_SCORE) -> list[list[dict]]:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
         faces, given, sought = [[] for _ in images], [], []
         for i, wanted in enumerate(boxes):
@@ -191,7 +193,7 @@ class Predictor:
             faces[look.picture].append(look.as_face(look.tight))
         return faces
 
-    def _find(self, images, sought, min_score):
+    def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:
         """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
 
         A locator looks at each finding again, in a square that it half fills, before the face model does. A
@@ -216,7 +218,7 @@ class Predictor:
         faces = [look for look in last if look.score >= min_score]
         return sorted(faces, key=lambda look: -look.score)
 
-    def _again(self, images, looks, boxes, flip=True):
+    def _again(self, images: list, looks: list[Look], boxes: list, flip: bool = True) -> list[Look]:
         """The face model's looks at what other looks have found."""
         again = see(self.face, images, boxes, flip)
         for look, before in zip(again, looks, strict=True):
@@ -224,7 +226,7 @@ class Predictor:
         return again
 
 
-def see(network, images, boxes, flip=True):
+def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
     """Look at boxes [(picture, box), ...] in full batches: a list of Looks. A third value turns the crop."""
     if not boxes:
         return []
@@ -232,7 +234,7 @@ def see(network, images, boxes, flip=True):
     return [Look(i, box, p, s) for (i, box, *_), p, s in zip(boxes, points, scores, strict=True)]
 
 
-def best_of(looks, faint, again=False):
+def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:
     """The looks that score `faint` or more, without those that show the same face as a better one.
 
     Better is a larger score, and the larger of similar ones; at the second look (`again`) also the more
@@ -249,7 +251,9 @@ def best_of(looks, faint, again=False):
     return found
 
 
-def predictor_of(open_checkpoint, checkpoint=None, locator=None, device="auto", batch_size=32):
+def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None,
+                 locator: Path | str | bool | None = None, device: str = "auto",
+                 batch_size: int = 32) -> Predictor:
     """A Predictor from a face checkpoint; None is the bundled one.
 
     open_checkpoint(path, device, batch_size) opens one.

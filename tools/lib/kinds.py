@@ -15,7 +15,7 @@ HANGING_TIP, HANGING_PEAK = -0.25, 0.25  # the tip is lower, and no point is so 
 TURNED = 0.25
 
 
-def face_frame(faces):
+def face_frame(faces) -> tuple[np.ndarray, np.ndarray]:
     """Every face's direction up (N, 2), its nose's offset in distances of the eyes (N,); NaN if unknown."""
     nose = faces.scheme.regions.get("nose", [])
     if not faces.scheme.interocular or not nose:
@@ -33,7 +33,7 @@ def face_frame(faces):
     return up, (to_nose * along).sum(1) / length[:, 0]
 
 
-def ears_of(scheme):
+def ears_of(scheme) -> list[tuple[list, list, list]]:
     """The landmarks of each ear: [(base, tip, all), ...]; empty where names and partners do not tell them."""
     ear, ears = set(scheme.regions.get("ear", [])), []
     for side in zip(*(pair for pair in scheme.flip_pairs if set(pair) <= ear)):
@@ -43,7 +43,7 @@ def ears_of(scheme):
     return ears
 
 
-def ear_kinds(faces):
+def ear_kinds(faces) -> dict[str, np.ndarray]:
     """{"erect", "folded", "hanging": the landmarks of such ears, a mask (N, K)}; without empty kinds.
 
     An erect ear's tip stands up. A hanging ear's tip lies below its base, and no part of it rises. All
@@ -64,7 +64,7 @@ def ear_kinds(faces):
     return {kind: mask for kind, mask in masks.items() if mask.any()}
 
 
-def poses(faces):
+def poses(faces) -> dict[str, np.ndarray]:
     """{"frontal", "turned": which faces are (N,)}; without empty ones."""
     offset = np.abs(face_frame(faces)[1])
     rows = {"frontal": offset < TURNED, "turned": offset >= TURNED}

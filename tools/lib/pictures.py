@@ -2,6 +2,7 @@
 import math
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -51,7 +52,7 @@ SUFFIXES = {suffix: kind for kind, suffixes in {
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
-def format_of(path):
+def format_of(path: Path | str) -> str:
     """A picture format's name, "video", or "" for anything else: by a file's content, else by its suffix."""
     suffix = SUFFIXES.get(Path(path).suffix[1:].lower(), "")
     try:
@@ -80,7 +81,7 @@ def format_of(path):
     return next((name for start, magic, name in HEADS if head[start:start + len(magic)] == magic), suffix)
 
 
-def read_image(path):
+def read_image(path: Path | str) -> np.ndarray:
     """Decode a picture of any kind: (H, W, 3) uint8 RGB, upright, as one sees it. Raises UserError naming it.
 
     The rules are `read_picture`'s.
@@ -88,7 +89,7 @@ def read_image(path):
     return read_picture(path)[0]
 
 
-def read_picture(path, at_most=math.inf):
+def read_picture(path: Path | str, at_most: float = math.inf) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a picture: ((h, w, 3) uint8 RGB, its own (width, height)). Raises UserError naming it.
 
     Upright by its EXIF tag; of an animation the first frame; what is transparent shows GREY. Values of more
@@ -118,7 +119,7 @@ def read_picture(path, at_most=math.inf):
         raise UserError(f"{path}: cannot be read as a picture ({why}); restore it or convert again") from None
 
 
-def can_read(kind):
+def can_read(kind: str) -> bool:
     """Whether one of UNREAD is read after all: HEIC by the optional pillow-heif, AVIF by a new Pillow."""
     if kind == "HEIC":
         try:
@@ -130,7 +131,7 @@ def can_read(kind):
     return kind in FORMATS
 
 
-def decode(path, at_most):
+def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int]]:
     """`read_picture` without its words for what goes wrong."""
     with open(path, "rb") as file:  # by its name Pillow would map a TIFF into memory, and turn it wrongly
         image = open_picture(path, file, at_most)
@@ -164,7 +165,7 @@ TURNS = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4:
          7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
 
 
-def open_picture(path, file, at_most):
+def open_picture(path: Path | str, file: BinaryIO, at_most: float) -> Image.Image:
     """The picture as Pillow opens it: its header is read, its pixels are not."""
     kind = format_of(path)
     readable = can_read(kind) if kind in UNREAD else True
@@ -184,7 +185,7 @@ def open_picture(path, file, at_most):
         return Image.fromarray(decode_deep(path))  # colours of 32 bits
 
 
-def decode_deep(path):
+def decode_deep(path: Path | str) -> np.ndarray:
     """A picture whose upper 8 bits alone Pillow would keep: (H, W) or (H, W, 3 or 4) uint8."""
     values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
@@ -196,7 +197,7 @@ def decode_deep(path):
     return np.concatenate([to_8_bits(values[..., 2::-1]), alpha], axis=2)
 
 
-def to_8_bits(values):
+def to_8_bits(values: np.ndarray) -> np.ndarray:
     """Numbers of any kind -> uint8 of the same shape.
 
     A file says how many bits hold a value, not how many of them the camera used. So the largest value

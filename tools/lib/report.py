@@ -21,14 +21,14 @@ img {max-width: 100%}
 """
 
 
-def show(value):
+def show(value: object) -> str:
     """A cell of a table."""
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------- plots
 
-def plots(report, faces, errors, limit):
+def plots(report: dict, faces, errors: np.ndarray, limit: float) -> dict[str, bytes]:
     """{file name: PNG bytes}: error curve, bars of the landmarks, errors on the mean face.
 
     Empty without matplotlib. errors: every face's main error (N,). limit: where the curve's area ends.
@@ -49,7 +49,7 @@ def plots(report, faces, errors, limit):
     return {name: as_png(figure) for name, figure in figures.items()}
 
 
-def draw_curve(axes, metrics, errors, main, limit):
+def draw_curve(axes, metrics: dict, errors: np.ndarray, main: str, limit: float):
     """The share of faces with at most an error, over the error."""
     errors = np.sort(errors)
     right = max(2 * limit, 1.1 * np.quantile(errors, 0.95))
@@ -61,7 +61,7 @@ def draw_curve(axes, metrics, errors, main, limit):
     axes.grid(True, alpha=0.3)
 
 
-def draw_bars(axes, values, scheme, main):
+def draw_bars(axes, values: np.ndarray, scheme, main: str):
     """Every landmark's error in percent, in its region's colour."""
     known = region_colours(scheme)
     colours = [np.divide(known[i] if i in known else (128, 128, 128), 255) for i in range(len(values))]
@@ -77,7 +77,7 @@ def draw_bars(axes, values, scheme, main):
         axes.legend(loc="best", fontsize=8)
 
 
-def draw_mean_face(figure, values, faces, main):
+def draw_mean_face(figure, values: np.ndarray, faces, main: str):
     """Every landmark's error in percent, as the colour of its dot on the mean face."""
     axes, face = figure.subplots(), mean_face(faces)
     for i, j in faces.scheme.skeleton:
@@ -94,7 +94,7 @@ def draw_mean_face(figure, values, faces, main):
 
 # ---------------------------------------------------------------- tables
 
-def as_table(report):
+def as_table(report: dict) -> bytes:
     """report.csv: one row for all faces, every region, kind of ear, pose, landmark, breed and face."""
     total = sum(row["labelled"] for row in report["face"])
     rows = [{"group": "all", "name": "all", "labelled": total, **report["metrics"]}]
@@ -104,7 +104,7 @@ def as_table(report):
     return as_csv(["group", "name", "labelled", *report["errors"], "along", "across"], rows)
 
 
-def html_table(title, rows):
+def html_table(title: str, rows: list[dict]) -> str:
     """A table of [{column: value}, ...] with its heading."""
     head = "".join(f"<th>{escape(str(c))}</th>" for c in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(show(v))}</td>" for v in row.values()) + "</tr>"
@@ -112,7 +112,7 @@ def html_table(title, rows):
     return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
 
 
-def as_html(report, pictures):
+def as_html(report: dict, pictures: dict[str, bytes]) -> bytes:
     """One page that needs no other file; every text from outside is escaped."""
     main = report["main"]
     metrics = {**report["metrics"], f"faces with {main}": report["faces_by_main"]}
@@ -135,7 +135,7 @@ def as_html(report, pictures):
     return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>'.encode()
 
 
-def print_report(report):
+def print_report(report: dict):
     """The report in the terminal: all faces, regions, kinds of ear, poses, scores."""
     main, metrics = report["main"], report["metrics"]
     print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()))

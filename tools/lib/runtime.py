@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tools.lib.cli import UserError, single_line
 WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
 
 
-def choose_device(name, training=False):
+def choose_device(name: str, training: bool = False) -> torch.device:
     """torch.device for --device; auto is cuda, mps or cpu, in this order. Raises UserError where it fails.
 
     An NVIDIA GPU that this PyTorch cannot use is an error for `training`, which would take days on the CPU;
@@ -54,7 +55,7 @@ def choose_device(name, training=False):
     return device
 
 
-def nvidia_gpu_here():
+def nvidia_gpu_here() -> bool:
     """Whether the system shows an NVIDIA GPU that may be used: a device file, or a line of nvidia-smi's.
 
     Not /proc/driver/nvidia: a container that was given no GPU shows its host's.
@@ -70,7 +71,7 @@ def nvidia_gpu_here():
     return listed.startswith("GPU ")
 
 
-def why_no_cuda():
+def why_no_cuda() -> str:
     """PyTorch's own reason for not starting CUDA: its first sentence."""
     if not torch.backends.cuda.is_built():
         return "a build without CUDA"
@@ -81,7 +82,7 @@ def why_no_cuda():
     return "no device found"
 
 
-def choose_amp(device, wanted=True):
+def choose_amp(device: torch.device, wanted: bool = True) -> torch.dtype | None:
     """bfloat16 where the device computes in it, float16 where its tensor cores know that alone, else None."""
     if not wanted or device.type == "mps":
         return None
@@ -92,17 +93,17 @@ def choose_amp(device, wanted=True):
     return torch.bfloat16 if any(ask and ask() for ask in computes) else None  # else float32 is faster
 
 
-def autocast(device, amp):
+def autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.AbstractContextManager:
     """The context of a forward pass; amp is None, torch.bfloat16 or torch.float16."""
     return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
 
 
-def precision_name(amp):
+def precision_name(amp: torch.dtype | None) -> str:
     """bfloat16, float16 or float32."""
     return str(amp or torch.float32).removeprefix("torch.")
 
 
-def prepare(device):
+def prepare(device: torch.device):
     """Settings of the process that make steps on this device fast."""
     if device.type == "cpu" and sys.platform == "linux":
         # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages
@@ -124,7 +125,7 @@ class Processes:
     Use as a context: the process group is closed at its end.
     """
 
-    def __init__(self, device_name="auto", training=True):
+    def __init__(self, device_name: str = "auto", training: bool = True):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device_name, training)
         prepare(self.device)
@@ -133,10 +134,10 @@ class Processes:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
                                     device_id=self.device if cuda else None)
 
-    def __enter__(self):
+    def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type | None, *_):
         if self.world > 1 and kind is None:
             # DistributedDataParallel refers to itself and to the group. Left to the interpreter's end, a
             # thread of gloo that then drops the last broadcast's tensor would abort the process.
@@ -144,12 +145,12 @@ class Processes:
             dist.destroy_process_group()
 
     @property
-    def first(self):
+    def first(self) -> bool:
         """Whether this process writes the files and speaks."""
         return self.rank == 0
 
     @property
-    def predict_batch(self):
+    def predict_batch(self) -> int:
         """Faces that validation looks at together: on a GPU the launches of a small batch would limit."""
         return 64 if self.device.type == "cuda" else 16
 
@@ -158,7 +159,7 @@ class Processes:
         if self.first:
             print(*text, flush=True)
 
-    def wrap(self, model):
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose gradients are averaged over the processes."""
         if self.world == 1:
             return model
@@ -168,18 +169,18 @@ class Processes:
         wrapped.broadcast_buffers = False  # `average_buffers` does better, once, where they are used
         return wrapped
 
-    def without_sync(self, model, wanted):
+    def without_sync(self, model: nn.Module, wanted: int) -> contextlib.AbstractContextManager:
         """The context of a micro-batch whose gradients only add up, where another one follows."""
         return model.no_sync() if wanted and self.world > 1 else contextlib.nullcontext()
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor's sum over the processes, on their device; of one process the tensor itself."""
         if self.world > 1:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
 
-    def average_buffers(self, model):
+    def average_buffers(self, model: nn.Module):
         """Make the processes' batch norm statistics their mean: each saw other faces. One call for all."""
         buffers = [b for name, b in model.named_buffers() if ".running_" in name] if self.world > 1 else []
         if buffers:
@@ -187,7 +188,7 @@ class Processes:
             for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
                 buffer.copy_(mean.view_as(buffer))
 
-    def from_first(self, make):
+    def from_first(self, make: Callable):
         """What make() returns in the first process, for all: nodes may not share a disk."""
         box = [make() if self.first else None]
         if self.world > 1:
@@ -197,7 +198,7 @@ class Processes:
 
 # ---------------------------------------------------------------- fewer launches
 
-def for_training(model, config, plan, processes, amp):
+def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
     """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes."""
     if config.graphs:
         faces = plan.batch_size // processes.world
@@ -213,11 +214,11 @@ class Graphed(nn.Module):
     captured: {shape of a batch: function}.
     """
 
-    def __init__(self, model, captured):
+    def __init__(self, model: nn.Module, captured: dict):
         super().__init__()
         self.model, self.captured = model, captured
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         captured = self.captured.get(tuple(images.shape)) if self.training else None
         return (captured or self.model)(images)
 
@@ -225,18 +226,19 @@ class Graphed(nn.Module):
 class WithAutocast(nn.Module):
     """A model and its autocast in one pass: so backward is captured outside of autocast, as a step has it."""
 
-    def __init__(self, model, device, amp):
+    def __init__(self, model: nn.Module, device: torch.device, amp: torch.dtype | None):
         super().__init__()
         self.model, self.device, self.amp = model, device, amp
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Cached casts of weights would be captured once, and replayed with the weights of that moment.
         dtype, wanted = self.amp or torch.bfloat16, bool(self.amp)
         with torch.autocast(self.device.type, dtype, enabled=wanted, cache_enabled=False):
             return self.model(images)
 
 
-def graphed(model, sizes, faces, device, amp, say):
+def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device, amp: torch.dtype | None,
+            say: Callable) -> nn.Module:
     """Capture training passes of `faces` crops of each of `sizes` pixels: two launches instead of thousands.
 
     The same kernels on the same numbers (torch.cuda.make_graphed_callables). Gradients are the graph's own
@@ -266,12 +268,12 @@ def graphed(model, sizes, faces, device, amp, say):
 
 # ---------------------------------------------------------------- how a run ends
 
-def stop(signum, _):
+def stop(signum: int, _):
     raise KeyboardInterrupt(signum)
 
 
 @contextlib.contextmanager
-def explained_ends(last):
+def explained_ends(last: Path) -> Iterator[None]:
     """Turn what ends a run early into one line and an exit code: a signal, a lost process, no memory left."""
     signal.signal(signal.SIGINT, stop)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -290,7 +292,7 @@ def explained_ends(last):
     raise SystemExit(code)
 
 
-def reason_of(error):
+def reason_of(error: RuntimeError) -> str | None:
     """What a RuntimeError means to the user, or None: PyTorch has no types for most of these."""
     text = str(error)
     if "DataLoader worker (pid" in text:  # not an error inside one, which keeps its traceback
@@ -303,14 +305,14 @@ def reason_of(error):
     return None
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a RuntimeError means that; cuDNN without room for an algorithm says that it finds no engine."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
 
 
 @contextlib.contextmanager
-def enough_memory():
+def enough_memory() -> Iterator[None]:
     """UserError where the device's memory does not hold a batch."""
     try:
         yield
@@ -320,7 +322,7 @@ def enough_memory():
         raise UserError("out of memory on the device; lower --batch-size") from None
 
 
-def quiet_worker(_):
+def quiet_worker(_: int):
     """A data worker's first act: signals go to the parent, which ends its workers; one thread each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure
@@ -336,27 +338,27 @@ class WeightAverage:
     The decay warms up with the steps, so that the first ones are soon forgotten.
     """
 
-    def __init__(self, model, average, decay):
+    def __init__(self, model: nn.Module, average: nn.Module, decay: float):
         self.decay = decay
         self.pair = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model)]
 
-    def update(self, step):
+    def update(self, step: int):
         torch._foreach_lerp_(*self.pair, 1 - min(self.decay, (1 + step) / (10 + step)))
 
 
 class FiniteWatch:
     """Remembers on the device, without waiting for it, after how many steps the loss was first not finite."""
 
-    def __init__(self, device, files, title, last):
+    def __init__(self, device: torch.device, files: list[str], title: str, last: Path):
         self.first, self.recent = torch.full((), -1, device=device), []
         self.files, self.title, self.last = files, title, last
 
-    def add(self, loss, faces):
+    def add(self, loss: torch.Tensor, faces: list[int]):
         """The loss of a step, and the faces in it."""
         self.first = torch.where(loss.isfinite() | (self.first >= 0), self.first, len(self.recent))
         self.recent.append(faces)
 
-    def check(self, scaler, model=None):
+    def check(self, scaler: torch.amp.GradScaler, model: nn.Module | None = None):
         """Look at the steps since the last check; waits for the device. With `model`, at its weights too.
 
         float16 skips steps whose gradients overflow, but not without end. Raises UserError naming the faces.
@@ -371,7 +373,7 @@ class FiniteWatch:
                             f"{named}; look at these faces, or lower --lr; earlier epochs are in {self.last}")
 
 
-def versions(root):
+def versions(root: Path) -> dict[str, str]:
     """What a run was made with, as plain strings."""
     try:
         command = ["git", "describe", "--always", "--dirty"]

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from tools.lib.cli import UserError
-from tools.lib.find import OVERLAP, hull_boxes, intersections
+from tools.lib.find import OVERLAP, Predictor, hull_boxes, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -41,7 +42,7 @@ class Video:
     opened, or holds no frame.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: Path | int | str):
         self.source, self.name = source, name_of(source)
         self.capture = open_capture(source)
         self.length = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -55,7 +56,7 @@ class Video:
         if isinstance(source, Path):
             self.rate = writing_rate(source, self.rate)
 
-    def frames(self, stopped):
+    def frames(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         """Yield (seconds since the first frame, RGB (H, W, 3) uint8), until an Event is set or it ends."""
         count, first, before = 0, 0.0, 0.0
         for seconds, frame in self._live(stopped) if self.live else self._recorded(stopped):
@@ -69,7 +70,7 @@ class Video:
         if not count and not stopped.is_set():
             raise UserError(f"{self.name}: cannot be read as a video")
 
-    def _recorded(self, stopped):
+    def _recorded(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         while not stopped.is_set():
             good, frame = self.capture.read()
             if not good:
@@ -77,7 +78,7 @@ class Video:
             yield self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, frame
         self.capture.release()
 
-    def _live(self, stopped):
+    def _live(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         newest, ended = queue.Queue(1), threading.Event()
 
         def pull():  # the one that uses the capture, and so closes it
@@ -102,21 +103,21 @@ class Video:
             thread.join(5)
 
 
-def name_of(source):
+def name_of(source: Path | int | str) -> str:
     """What a source is called in messages and files' names; an address without its password and its query."""
     if isinstance(source, int):
         return f"camera {source}"
     return re.sub(r"//[^/@]*@", "//", source).split("?")[0] if isinstance(source, str) else str(source)
 
 
-def open_capture(source):
+def open_capture(source: Path | int | str) -> cv2.VideoCapture:
     """OpenCV's reader of a source; videos of a phone come upright from it."""
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
     return capture
 
 
-def writing_rate(path, mean):
+def writing_rate(path: Path, mean: float) -> float:
     """Frames a second to write a video with: the mean rate if it is constant, else one that loses no frame.
 
     Judged by the first 64 frames, which are decoded once more for it; at most FASTEST.
@@ -142,7 +143,7 @@ class OneEuroFilter:
     def __init__(self):
         self.points, self.speed = None, 0.0
 
-    def __call__(self, points, size, seconds):
+    def __call__(self, points: np.ndarray, size: float, seconds: float) -> np.ndarray:
         """The points of the next frame, steadied; `size` of the face in pixels makes speeds comparable.
 
         seconds: since the frame before.
@@ -164,12 +165,12 @@ class Tracker:
     boxes: where faces are in the first frame (N, 4), or None: they are found.
     """
 
-    def __init__(self, predictor, boxes=None, min_score=0.5):
+    def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None, min_score: float = 0.5):
         self.predictor, self.min_score = predictor, min_score
         self.tracks = [{"box": box} for box in ([] if boxes is None else boxes)]
         self.count, self.frames, self.seconds = 0, 0, 0.0
 
-    def __call__(self, frame, seconds):
+    def __call__(self, frame: np.ndarray, seconds: float) -> list[dict]:
         """The faces of the next RGB frame (H, W, 3), at its time in seconds; "id" is a face's number."""
         tracks, step = self.tracks, max(seconds - self.seconds, 1e-3)
         looks = self.predictor(frame, [t["box"] for t in tracks]) if tracks else []
@@ -181,7 +182,7 @@ class Tracker:
             self._keep(track, step)
         return self.tracks
 
-    def _keep(self, track, step):
+    def _keep(self, track: dict, step: float):
         """Add a face, unless it is one of those that are kept already."""
         tight = hull_boxes(track["points"][None])
         known = np.reshape([t["box"] for t in self.tracks], (-1, 4))
@@ -195,7 +196,7 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def until_stopped():
+def until_stopped() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM only sets the Event that this yields: a loop ends after a whole frame."""
     stopped, before = threading.Event(), {}
 
@@ -215,7 +216,7 @@ def until_stopped():
 # ---------------------------------------------------------------- writing
 
 @functools.cache
-def has_h264():
+def has_h264() -> bool:
     """Whether there is an ffmpeg that writes H.264."""
     if not shutil.which("ffmpeg"):
         return False
@@ -230,7 +231,7 @@ class VideoWriter:
     leaves nothing behind.
     """
 
-    def __init__(self, target, rate, size):
+    def __init__(self, target: Path | str, rate: float, size: tuple[int, int]):
         self.target, self.rate, self.size, self.count, self.last = Path(target), rate, size, 0, None
         self.temporary = self.target.with_name(f".{self.target.stem}.tmp.mp4")
         self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +257,7 @@ class VideoWriter:
                 raise UserError(f"{target}: OpenCV cannot write an mp4 of {size[0]} x {size[1]} here; "
                                 f"{INSTALL}")
 
-    def __enter__(self):
+    def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, *_):
@@ -270,7 +271,7 @@ class VideoWriter:
             self.writer.release()
         self.temporary.unlink(missing_ok=True)
 
-    def write(self, frame, seconds):
+    def write(self, frame: np.ndarray, seconds: float):
         """Show an RGB frame from `seconds` on. Raises UserError where it cannot be written."""
         if frame.shape[1::-1] != self.size:  # some streams change theirs
             frame = cv2.resize(frame, self.size)
@@ -282,7 +283,7 @@ class VideoWriter:
         if place >= self.count:
             self._put(self.last)
 
-    def _put(self, frame):
+    def _put(self, frame: np.ndarray):
         self.count += 1
         if self.writer:
             return self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
@@ -291,14 +292,14 @@ class VideoWriter:
         except OSError:
             raise UserError(self._complaint()) from None
 
-    def _complaint(self):
+    def _complaint(self) -> str:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         said = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         said = f" (ffmpeg: {said[-1][:120]})" if said else ""
         return f"{self.target}: could not be written whole; is the disk full?{said}"
 
-    def finish(self, sound=None):
+    def finish(self, sound: Path | None = None) -> str:
         """Close the file and let it appear, with the sound of the video file `sound`.
 
         Returns what is to be said about it, in a few words, or "". Raises UserError where it is not whole.
@@ -321,7 +322,7 @@ class VideoWriter:
         return word
 
 
-def add_sound(video, source, seconds):
+def add_sound(video: Path, source: Path, seconds: float) -> str:
     """Give an mp4 the first sound track of another file, up to `seconds`; copied if browsers know its kind.
 
     Returns what went wrong in a few words, or "": then the file has the sound, or the source has none.
