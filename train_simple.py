@@ -30,7 +30,7 @@ from tools.lib.coco import find_annotations
 from tools.lib.draw import Log
 from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
-from tools.lib.windows import invert_matrix
+from tools.lib.windows import invert_matrix, with_background
 
 SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sample/annotations",
           "epochs": 5, "backbone": "hrnet_w18_small", "pretrained": False, "input_size": 128}
@@ -46,6 +46,7 @@ class Config(Augmentation):
     holdout: float = setting(0.0, "fraction of train, by breed and picture, that chooses the checkpoint; "
                              "val.json, where there is one, is then scored once, at the end", "[0, 0.9]")
     crop: str = setting("face", "train on faces, or on whole pictures (a locator)", choices=["face", "image"])
+    background: Path | None = setting(None, "folder of pictures without a face, for a locator", free=True)
     cache: Path | None = setting(ROOT / "data/cache", "folder for decoded faces, or none", free=True)
     num_workers: int = setting(4, "processes that cut crops", "[0, inf)", free=True)
     backbone: str = setting("hrnet_w32", "any convolutional timm model", group="model")
@@ -86,8 +87,9 @@ class Config(Augmentation):
 def parse_args(argv=None) -> Config:
     """Read and check the command line: a Config. Every problem is reported at once (UserError)."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
-    if config.empty and not (config.crop == "image" and config.kl_weight):
-        raise UserError("--empty: is for a locator; it needs --crop image and a --kl-weight above 0")
+    if (config.empty or config.background) and (config.crop == "face" or not config.empty * config.kl_weight):
+        raise UserError("--empty, --background: are for a locator; they need --crop image, and --empty and "
+                        "--kl-weight above 0")
     if config.graphs and (config.compile or config.accumulate > 1):
         raise UserError("--graphs: not together with --compile or --accumulate; leave one of them out")
     config.work_dir = config.work_dir or ROOT / "work_dirs" / ("sample" if config.sample else config.backbone)
@@ -305,10 +307,7 @@ def load_predictor(checkpoint=None, locator=None, device="auto", batch_size=32):
 # ---------------------------------------------------------------- the loop
 
 class Plan:
-    """What changes over a run: size of the crops by epoch, the targets' deviation and learning rate by step.
-
-    Raises UserError where a batch's parts cannot be filled.
-    """
+    """Crop size, sigma and learning rate over a run. Raises UserError where a batch's parts stay empty."""
 
     def __init__(self, config: Config, faces: int, world: int = 1):
         self.config, self.faces, parts = config, faces, config.accumulate * world
@@ -473,6 +472,7 @@ def train(config: Config, processes):
     """The whole run, top to bottom."""
     torch.manual_seed(config.seed)
     faces, select, test, chosen_on = load_sets(config, processes)
+    faces = with_background(faces, config.background, processes.say)
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
     resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme), plan.faces))
     run = Run(config, faces.scheme, plan, processes, resumed)

@@ -15,8 +15,8 @@ import dataset as data
 from dataset import Augmentation, DogFLWDataset
 from tools.lib.cli import UserError
 from tools.lib.pictures import read_image
-from tools.lib.windows import Windows, apply_matrix, cut_window, face_window, invert_matrix
-from train_simple import parse_args
+from tools.lib.windows import Windows, apply_matrix, cut_window, face_window, invert_matrix, with_background
+from train_simple import METRICS, parse_args
 
 numbers = st.floats(-300, 300)
 boxes = st.tuples(numbers, numbers, st.floats(5, 400), st.floats(5, 400))
@@ -322,3 +322,29 @@ def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
     assert sides.min() < 0.3 and sides.max() > 0.8
     again = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
     assert torch.equal(batch["image"], again["image"])
+
+
+def test_a_locator_learns_that_pictures_of_the_background_show_no_face(faces, tmp_path):
+    whole, colours = faces.whole_pictures(), [(250, 10, 10), (10, 250, 10)]
+    for name, size, colour in zip(("a.png", "deep/er/b.jpg"), ((90, 60), (40, 120)), colours):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, colour).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"left by a Mac")
+    (tmp_path / "notes.txt").write_text("no picture")
+    said = []
+    both = with_background(whole, tmp_path, said.append)
+    assert len(both) == len(whole) + 2 and both.sizes[-2:].tolist() == [[90, 60], [40, 120]]
+    assert "2 pictures without a face" in said[0] and len(set(both.ids)) == len(both)
+    assert with_background(whole, None) is whole
+    assert np.isnan(METRICS["nme"](both.points, both, 1.0)[-2:]).all()  # they count in no metric
+    dataset = DogFLWDataset(both, 64, 1.0, augment=Augmentation(scale=1.5, empty=0.1))
+    last = [len(both) - 2, len(both) - 1] * 20
+    batch = dataset.__getitems__([(epoch, i) for epoch, i in enumerate(last)])
+    assert (batch["visibility"] == -1).all()  # flat maps are asked for, of every landmark
+    shown = [np.abs(crop.astype(int) - colours[n % 2]).max(-1).min() for n, crop in enumerate(batch["image"].numpy())]
+    assert np.median(shown) < 80  # colours are the device's, so the picture's own are there
+    plain = DogFLWDataset(both, 64, 1.0).__getitems__(last[:2])
+    assert (plain["visibility"] == 0).all()
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    with pytest.raises(UserError, match="c.png"):
+        with_background(whole, tmp_path)

@@ -124,9 +124,10 @@ BASE = ["--lr", "1e-3", "--sigma", "1.5", "--val-every", "2", "--work-dir", "w",
 
 @pytest.mark.parametrize("field", [f for f in fields(Config) if f.name != "sample"], ids=lambda f: f.name)
 def test_a_setting_is_a_flag_recorded_and_guarded(field):
-    base = trainer.parse_args(BASE)
+    before = [*BASE, *(["--empty", "0.1"] if field.name == "background" else ())]
+    base = trainer.parse_args(before)
     wanted = another(field, getattr(base, field.name))
-    config = trainer.parse_args([*BASE, *given(field, wanted)])
+    config = trainer.parse_args([*before, *given(field, wanted)])
     got = getattr(config, field.name)
     assert (str(got).endswith(wanted) if isinstance(wanted, str) else got == wanted) and got != getattr(base, field.name)
     stored = json.loads(json.dumps(as_plain(config)))

@@ -380,7 +380,7 @@ def test_checkpoint(run, report):
 
 def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tmp_path, capsys):
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
-    checkpoint["metrics"]["chosen_on"] = checkpoint["epoch"] = "\x1b[2J\x07"
+    checkpoint["metrics"]["chosen_on"] = "\x1b[2J\x07"
     checkpoint["scheme"]["regions"]["\x1b[31m"] = [0]
     torch.save(checkpoint, tmp_path / "evil.pth")
     tool.main([str(tmp_path / "evil.pth"), "--device", "cpu"])

@@ -169,6 +169,20 @@ def test_several_dogs_are_found_once_each(locator):
     assert predictor(np.zeros((400, 640, 3), np.uint8), boxes=[[300, 40, 120, 120]])[0]["points"].shape == (20, 2)
 
 
+def test_a_locator_looks_closer_upright():
+    turns, truth = [], np.array([[[100.0, 100], [180, 160], [130, 190], [110, 170]]])  # the pair leans by 37 degrees
+
+    class Turning(Eye):
+        def look(self, jobs, flip=True):
+            turns.append({turn for _, _, *rest in jobs for turn in rest})
+            return super().look(jobs, flip)
+    predictor = find.Predictor(Turning(truth), Turning(truth, whole=True))
+    assert len(predictor(np.zeros((300, 300, 3), np.uint8))) == 1
+    windows, closer, second, last = turns
+    assert windows == second == set() and len(last) == 1
+    assert all(-45 < turn < -25 for turn in closer | last)
+
+
 @given(st.floats(-80, 80), st.booleans(), st.integers(0, 10**6))
 def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
     """The box of the turned crop holds the landmarks as tightly as that of the upright face, whatever a pair's order."""

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import torch
 from conftest import LIGHT, ROOT, SMALL, assert_same_run, children, ended, rows, wait_for, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dataset as data
 import train_simple as trainer
@@ -419,6 +421,20 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
     assert all(torch.equal(last["model"][k], last["raw"][k]) for k in last["raw"])
 
 
+def test_a_locator_is_trained_with_pictures_of_the_background(flags, tmp_path, capsys):
+    (tmp_path / "bg").mkdir()
+    for n in range(6):
+        Image.new("RGB", (50 + n, 40), (40 * n, 90, 200)).save(tmp_path / f"bg/{n}.png")
+    locator = ("--crop", "image", "--padding", 1, "--scale", 1.5, "--empty", 0.3, "--background", tmp_path / "bg")
+    trainer.main([*map(str, [*flags, *LIGHT, *locator, "--holdout", 0.3, "--epochs", 1, "--work-dir", tmp_path / "w"])])
+    said = capsys.readouterr().out
+    assert "bg: 6 pictures without a face" in said and (tmp_path / "w/train_batch.jpg").exists()
+    chosen = checkpoints.load_checkpoint(tmp_path / "w/best_model.pth")
+    assert chosen["metrics"]["nme"] > 0 and chosen["args"]["background"] == str(tmp_path / "bg")
+    faces = sum(map(int, re.search(r"(\d+) faces to train on, (\d+) to choose", said).groups()))
+    assert faces == 40 + 6
+
+
 def test_workers_and_the_cache_do_not_change_a_run(run, train, tmp_path):
     train(tmp_path / "w", "--num-workers", 2, "--cache", "none", check=True)  # the run itself has none, and a cache
     assert_same_run(tmp_path / "w", run.work_dir)
@@ -538,6 +554,9 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     w = ("--work-dir", tmp_path / "w", "--no-pretrained", "--cache", "none")
     here = ("--data-root", sample.data_root, "--ann-root", sample.ann_root)
     assert "--batch-size 0" in refused("--batch-size", 0)
+    assert "--crop image" in refused("--background", tmp_path, "--empty", 0.2)
+    assert "--empty" in refused("--background", tmp_path, "--crop", "image")
+    assert "holds no pictures" in refused(*w, *here, "--background", tmp_path / "none", "--crop", "image", "--empty", 0.2)
     assert "--crop image" in refused("--empty", 0.2) and "--kl-weight" in refused("--empty", 0.2, "--crop", "image", "--kl-weight", 0)
     assert "--graphs" in refused("--graphs", "--compile") and "--graphs" in refused("--graphs", "--accumulate", 2)
     assert "--epochs 0" in (line := refused("--epochs", 0, "--lr", -1)) and "--lr" in line

@@ -124,8 +124,8 @@ def load_resumable(path: Path, config, scheme: dict, faces: int) -> dict | None:
         raise UserError(f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
                         "name another --work-dir")
     if resumed.get("faces", faces) != faces:
-        raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, {config.ann_root} has "
-                        f"{faces}; name another --work-dir")
+        raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
+                        f"--background now give {faces}; name another --work-dir")
     changed = changed_settings(config, resumed["args"])
     if changed and resumed["epoch"] == resumed["args"]["epochs"]:
         raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; train on from its "

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,29 +11,30 @@ import numpy as np
 
 from tools.lib.cli import UserError
 from tools.lib.files import RecordFile, in_threads
-from tools.lib.pictures import GREY, read_image
+from tools.lib.pictures import GREY, format_of, read_image
 
 DECODING = 2  # raise it when kept pixels change: caches of before are then not read
 cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
 
 
-def whole_box(size):
+def whole_box(size: tuple | np.ndarray) -> np.ndarray:
     """The box x, y, w, h of a whole picture of `size` (width, height)."""
     return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
 
 
-def invert_matrix(matrix):
+def invert_matrix(matrix: np.ndarray) -> np.ndarray:
     """The inverse of 2 x 3 matrices (..., 2, 3)."""
     inverse = np.linalg.inv(matrix[..., :2])
     return np.concatenate([inverse, -inverse @ matrix[..., 2:]], axis=-1)
 
 
-def apply_matrix(matrix, points):
-    """Map points (..., N, 2) by 2 x 3 matrices (..., 2, 3); numpy or torch."""
+def apply_matrix(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Map points (..., N, 2) by 2 x 3 matrices (..., 2, 3)."""
     return points @ matrix[..., :2].swapaxes(-1, -2) + matrix[..., None, :, 2]
 
 
-def face_window(box, picture_size, size, padding, reach):
+def face_window(box: np.ndarray | tuple, picture_size: np.ndarray | tuple, size: float, padding: float,
+                reach: float) -> tuple[tuple, tuple]:
     """Which part of the picture a crop of this face can need, and at what resolution it is kept.
 
     Returns (x, y, w, h) in the picture and (w, h) as kept: faces larger than the crop are shrunk once, by
@@ -46,21 +49,22 @@ def face_window(box, picture_size, size, padding, reach):
     return (*low, *extent), (*kept,)
 
 
-def cut_window(image, window, kept):
+def cut_window(image: np.ndarray, window: tuple, kept: tuple) -> np.ndarray:
     """Cut and shrink (H, W, 3) -> (kept h, kept w, 3)."""
     x, y, w, h = window
     part = image[y:y + h, x:x + w]
     return part if (w, h) == tuple(kept) else cv2.resize(part, kept, interpolation=cv2.INTER_AREA)
 
 
-def window_matrix(window, kept):
+def window_matrix(window: tuple, kept: tuple) -> np.ndarray:
     """The 2 x 3 matrix kept window -> picture."""
     x, y, w, h = window
     sx, sy = w / kept[0], h / kept[1]
     return np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
 
 
-def warp(pixels, to_picture, matrix, size, out=None, over=False):
+def warp(pixels: np.ndarray, to_picture: np.ndarray, matrix: np.ndarray, size: int,
+         out: np.ndarray | None = None, over: bool = False) -> np.ndarray:
     """Sample a (size, size, 3) crop bilinearly; outside is mid-grey, or (`over`) what `out` held.
 
     `to_picture` maps pixels -> picture, `matrix` on to the crop. With `over`, pixels much finer than the
@@ -77,28 +81,31 @@ def warp(pixels, to_picture, matrix, size, out=None, over=False):
                           borderValue=GREY)
 
 
-def crop_of(image, box, matrix, size, padding):
+def crop_of(image: np.ndarray, box: np.ndarray | tuple, matrix: np.ndarray, size: int,
+            padding: float) -> np.ndarray:
     """The crop (size, size, 3) that `matrix` makes of the face in `box`, shrunk by area first."""
     reach = np.abs(matrix[0, :2]).sum() / math.hypot(*matrix[0, :2])  # above 1 where it turns
     window, kept = face_window(box, image.shape[1::-1], size, padding, reach)
     return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
 
 
-def inside(points, size):
+def inside(points: np.ndarray, size: int) -> np.ndarray:
     """Which points (..., 2) lie in a crop."""
     return (points > -0.5).all(-1) & (points < size - 0.5).all(-1)
 
 
-def scene(crop, i, place, windows, empty, rng):
+def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: float,
+          rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What a locator learns from: a crop of picture i, on a part of another picture, or with no face in it.
 
     place(i) -> a random matrix, points (K, 2), labelled (K,), colour; the same is returned, and `crop` is
     filled. At the chance `empty` the crop lies where the face is not, or what lies behind shows in the face's
-    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all.
+    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all, as it is of a
+    picture that has none: one of `with_background`.
     """
 
     def shows(drawn):
-        return (drawn[2] & inside(drawn[1], len(crop))).sum() >= 0.25 * drawn[2].sum()
+        return (drawn[2] & inside(drawn[1], len(crop))).sum() >= max(1, 0.25 * drawn[2].sum())
 
     def elsewhere(i):
         return next((drawn for drawn in (place(i) for _ in range(19)) if not shows(drawn)), place(i))
@@ -120,7 +127,29 @@ def scene(crop, i, place, windows, empty, rng):
         low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
         part = slice(low[1], high[1]), slice(low[0], high[0])
         crop[part] = behind[part]
-    return matrix, points, -1.0 * labelled, colour
+    return matrix, points, -1.0 * (labelled | ~labelled.any()), colour
+
+
+def with_background(faces, folder: Path | None, say: Callable = print):
+    """Faces looked for in whole pictures, and after them the pictures in `folder`, which show no face.
+
+    A locator learns from them what is none (see `scene`). They have no labelled landmark, so no metric counts
+    them. None adds nothing. Raises UserError for a folder without pictures, and for one that cannot be read.
+    """
+    if folder is None:
+        return faces
+    paths = sorted(path.absolute() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
+                   and format_of(path) not in ("", "video"))
+    if not paths:
+        raise UserError(f"--background {folder}: holds no pictures")
+    say(f"{folder}: {len(paths)} pictures without a face, beside the faces to train on")
+    n, arrays = len(paths), {name: getattr(faces, name) for name in ("points", "visible")}
+    sizes = [image.shape[1::-1] for image in in_threads(lambda i: read_image(paths[i]), n, "background")]
+    added = {name: np.zeros((n, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+    added |= {"sizes": np.array(sizes), "boxes": np.stack([whole_box(size) for size in sizes]),
+              "ids": np.arange(-n, 0), "image_ids": np.arange(-n, 0)}
+    joined = {name: np.concatenate([getattr(faces, name), array]) for name, array in added.items()}
+    return replace(faces, files=[*faces.files, *map(str, paths)], breeds=[*faces.breeds, *[""] * n], **joined)
 
 
 class Windows:
@@ -130,7 +159,7 @@ class Windows:
     stale one is never read. Raises UserError naming the first picture that is missing or cannot be read.
     """
 
-    def __init__(self, faces, size, padding, reach, folder=None):
+    def __init__(self, faces, size: float, padding: float, reach: float, folder: Path | str | None = None):
         self.paths, self.sizes, self.records = [faces.root / f for f in faces.files], faces.sizes, None
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
         missing = [path for path in self.paths if not path.exists()]
@@ -143,7 +172,7 @@ class Windows:
             self.records = RecordFile(Path(folder) / f"{key}.bin", [3 * w * h for _, (w, h) in self.geometry],
                                       lambda: in_threads(self._decode, len(self.paths), "decoding"))
 
-    def _decode(self, i):
+    def _decode(self, i: int) -> np.ndarray:
         image, size = read_image(self.paths[i]), tuple(self.sizes[i])
         if image.shape[1::-1] != size:
             turned = "; its EXIF tag turns it, so its landmarks were drawn on the picture as stored"
@@ -152,7 +181,7 @@ class Windows:
                             "annotations again")
         return cut_window(image, *self.geometry[i])
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(pixels (h, w, 3) uint8, matrix pixels -> picture)."""
         window, (w, h) = self.geometry[i]
         pixels = self.records[i].reshape(h, w, 3) if self.records else self._decode(i)
