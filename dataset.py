@@ -1,8 +1,7 @@
 """What a face is: landmark scheme, COCO file, crop and augmentation, heatmaps <-> points.
 
 One way only: COCO file -> `load_coco` -> `DogFLWDataset` -> batches of uint8 crops and points ->
-(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` makes the targets as
-maps, to look at; the loss computes with their one-dimensional `gaussians`.
+(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` is to look at.
 
 Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and heatmaps alike. A crop is one
 2 x 3 matrix (picture -> crop) for pixels and points. Heatmap cell h and crop pixel x of stride s:
@@ -68,9 +67,9 @@ class Faces:
     def take(self, index):
         """The faces of `index`, in its order."""
         index = np.asarray(index, dtype=int)
-        arrays = ("sizes", "boxes", "points", "visible", "ids", "image_ids")
         return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
-                       **{name: getattr(self, name)[index] for name in arrays})
+                       **{name: getattr(self, name)[index]
+                          for name in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
 
     def whole_pictures(self):
         """The same faces, each looked for in its whole picture. Raises UserError for several in one."""

@@ -3,7 +3,7 @@
     uv run train_simple.py --sample                       # drawn faces: a full run in minutes, on a CPU too
     uv run python tools/convert_dogflw_to_coco.py --download
     uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
-    uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 2e-3    # the same on four GPUs
+    uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 4e-3    # the same on four GPUs
 
 A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on with it.
 """
@@ -52,6 +52,7 @@ class Config(Augmentation):
     backbone: str = setting("hrnet_w32", "any convolutional timm model", group="model")
     pretrained: bool = setting(True, "start from timm's ImageNet weights", free=True)
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
+    freeze: bool = setting(False, "keep the backbone's weights: for few pictures, with --weights")
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the Gaussians, in cells (default: 1.5 at 256 px)", "[0.3, 100]")
@@ -60,7 +61,7 @@ class Config(Augmentation):
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
-    lr: float | None = setting(None, "learning rate (default: 1e-3, 4e-3 with --no-pretrained)", "(0, inf)")
+    lr: float | None = setting(None, "learning rate (default: 2e-3, --weights 1e-3, new 4e-3)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
     beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
     beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
@@ -96,7 +97,7 @@ def parse_args(argv=None) -> Config:
     # A checkpoint stores where its data is; absolute, so that the tools find it from any folder.
     config.ann_root = config.ann_root.absolute()
     config.data_root = config.data_root and config.data_root.absolute()
-    config.lr = config.lr or (1e-3 if config.pretrained or config.weights else 4e-3)
+    config.lr = config.lr or (1e-3 if config.weights else 2e-3 if config.pretrained else 4e-3)
     config.sigma = config.sigma or data.default_sigma(config.input_size)
     config.val_every = config.val_every or max(2, math.ceil(config.epochs / 100))
     return config
@@ -148,6 +149,7 @@ def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
         take_weights(model, config.weights, config.backbone, scheme.names, say)
     elif config.pretrained:
         take_imagenet(model.backbone, config.backbone, say)
+    model.backbone.requires_grad_(not config.freeze)
     return model
 
 
@@ -182,7 +184,6 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     1. Alone it prefers the empty map wherever a place is uncertain, and learns the ears last.
     CRPS: the continuous ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery
     2007, "Strictly proper scoring rules", eq. 20). It knows how far away a wrong map is.
-    Divergence: see there. It pulls to the truth where a map is broad or wrong.
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
@@ -234,8 +235,7 @@ def nme(points, faces: Faces, padding: float, some=True, *, length):
         return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / length(faces, padding)
 
 
-# What is reported, and how a face is measured: name -> function(points, faces, padding, some) as nme is. The
-# first selects best_model.pth, so less must be better.
+# Reported: name -> function(points, faces, padding, some), as nme is. The first selects; the least is best.
 LENGTHS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
 METRICS = {name: partial(nme, length=length) for name, length in LENGTHS.items()}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
@@ -461,10 +461,11 @@ def test_once(run: Run, datasets: dict, chosen_on: str):
     say(f"best: epoch {chosen['epoch']}, {as_text(chosen['metrics'], METRICS)} on the faces that chose it")
     if datasets:
         run.ema.load_state_dict(chosen["model"])
-        number, (_, _, metrics) = len(datasets[chosen["size"]]), validate(run, datasets[chosen["size"]])
-        say(f"on {number} faces that chose nothing: {as_text(metrics, METRICS)}")
+        dataset = datasets[chosen["size"]]
+        metrics = validate(run, dataset)[2]
+        say(f"on {len(dataset)} faces that chose nothing: {as_text(metrics, METRICS)}")
         if run.processes.first:
-            result = as_json({"faces": number, "chosen_on": chosen_on, **metrics})
+            result = as_json({"faces": len(dataset), "chosen_on": chosen_on, **metrics})
             atomic_write(path.with_name("test.json"), [result])
 
 
@@ -476,7 +477,7 @@ def train(config: Config, processes):
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
     resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme), plan.faces))
     run = Run(config, faces.scheme, plan, processes, resumed)
-    first, cuda = run.progress["epoch"], processes.device.type == "cuda"
+    first = run.progress["epoch"]
     saver = Saver(config, list(METRICS), runtime.versions(ROOT))
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
@@ -484,7 +485,7 @@ def train(config: Config, processes):
     select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
                               for some in (select, test))
     sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
-    batches = batches_of(train_set, sampler, config.num_workers, pin_memory=cuda)
+    batches = batches_of(train_set, sampler, config.num_workers, pin_memory=processes.device.type == "cuda")
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
                   f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")

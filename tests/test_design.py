@@ -169,7 +169,7 @@ def test_help_shows_every_flag(capsys):
 def test_defaults_that_depend_on_others():
     parse = trainer.parse_args
     assert [parse(["--input-size", size]).sigma for size in ("128", "256", "512")] == [0.75, 1.5, 3]
-    assert [parse(flags).lr for flags in ([], ["--no-pretrained"], ["--no-pretrained", "--weights", "x"])] == [1e-3, 4e-3, 1e-3]
+    assert [parse(flags).lr for flags in ([], ["--no-pretrained"], ["--no-pretrained", "--weights", "x"])] == [2e-3, 4e-3, 1e-3]
     assert [parse(["--epochs", n]).val_every for n in ("2", "200", "201")] == [2, 2, 3]
     assert parse(["--cache", "none"]).cache is None and parse(["--backbone", "resnet18"]).work_dir.name == "resnet18"
     sample = parse(["--sample", "--epochs", "3"])

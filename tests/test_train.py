@@ -421,6 +421,15 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
     assert all(torch.equal(last["model"][k], last["raw"][k]) for k in last["raw"])
 
 
+def test_a_frozen_backbone_keeps_its_weights(run, flags, tmp_path):
+    start = run.work_dir / "best_model.pth"
+    trainer.main([*map(str, [*flags, "--weights", start, "--freeze", "--epochs", 1, "--work-dir", tmp_path / "w"])])
+    before, after = (checkpoints.load_checkpoint(p)["model"] for p in (start, tmp_path / "w/best_model.pth"))
+    parameters = dict(trainer.LandmarkNet("hrnet_w18_small", 46).named_parameters())
+    same = {name: torch.equal(before[name], after[name]) for name in parameters}
+    assert all(equal == name.startswith("backbone.") for name, equal in same.items()), same
+
+
 def test_a_locator_is_trained_with_pictures_of_the_background(flags, tmp_path, capsys):
     (tmp_path / "bg").mkdir()
     for n in range(6):
