@@ -61,7 +61,7 @@ class Config(Augmentation):
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
-    lr: float | None = setting(None, "learning rate (default: 2e-3, --weights 1e-3, new 4e-3)", "(0, inf)")
+    lr: float | None = setting(None, "learning rate (default 2e-3, --weights 1e-3, scratch 4e-3)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
     beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
     beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
