@@ -1,7 +1,7 @@
 """What a face is: landmark scheme, COCO file, crop and augmentation, heatmaps <-> points.
 
 One way only: COCO file -> `load_coco` -> `DogFLWDataset` -> batches of uint8 crops and points ->
-(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` is to look at.
+(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` draws the targets.
 
 Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and heatmaps alike. A crop is one
 2 x 3 matrix (picture -> crop) for pixels and points. Heatmap cell h and crop pixel x of stride s:

@@ -143,11 +143,10 @@ def with_background(faces, folder: Path | None, say: Callable = print):
     if not paths:
         raise UserError(f"--background {folder}: holds no pictures")
     say(f"{folder}: {len(paths)} pictures without a face, beside the faces to train on")
-    n, arrays = len(paths), {name: getattr(faces, name) for name in ("points", "visible")}
+    n, k = len(paths), len(faces.scheme.names)
     sizes = [image.shape[1::-1] for image in in_threads(lambda i: read_image(paths[i]), n, "background")]
-    added = {name: np.zeros((n, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
-    added |= {"sizes": np.array(sizes), "boxes": np.stack([whole_box(size) for size in sizes]),
-              "ids": np.arange(-n, 0), "image_ids": np.arange(-n, 0)}
+    added = {"sizes": sizes, "boxes": [whole_box(size) for size in sizes], "points": np.zeros((n, k, 2)),
+             "visible": np.zeros((n, k), np.uint8), "ids": range(-n, 0), "image_ids": range(-n, 0)}
     joined = {name: np.concatenate([getattr(faces, name), array]) for name, array in added.items()}
     return replace(faces, files=[*faces.files, *map(str, paths)], breeds=[*faces.breeds, *[""] * n], **joined)
 
