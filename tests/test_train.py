@@ -421,7 +421,8 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
     assert all(torch.equal(last["model"][k], last["raw"][k]) for k in last["raw"])
 
 
-def test_a_frozen_backbone_keeps_its_weights(run, flags, tmp_path):
+def test_a_frozen_backbone_keeps_its_weights(run, refused, flags, tmp_path):
+    assert "--weights" in refused(*flags, "--freeze", "--work-dir", tmp_path / "random")
     start = run.work_dir / "best_model.pth"
     trainer.main([*map(str, [*flags, "--weights", start, "--freeze", "--epochs", 1, "--work-dir", tmp_path / "w"])])
     before, after = (checkpoints.load_checkpoint(p)["model"] for p in (start, tmp_path / "w/best_model.pth"))

@@ -199,7 +199,12 @@ class Processes:
 # ---------------------------------------------------------------- fewer launches
 
 def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
-    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes."""
+    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes.
+
+    Raises UserError where --freeze would keep random weights.
+    """
+    if config.freeze and not (config.weights or config.pretrained or config.resume):
+        raise UserError("--freeze: would keep random weights; give --weights FILE")
     if config.graphs:
         faces = plan.batch_size // processes.world
         model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
