@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tools.lib.cli import UserError, setting
-from tools.lib.coco import read_coco
+from tools.lib.coco import originals, read_coco
 from tools.lib.pictures import MEAN, STD
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
@@ -80,10 +80,10 @@ class Faces:
     def split(self, fraction: float, seed: int = 0):
         """Hold out `fraction` of every breed's pictures, at random (stratified). Returns (rest, held out).
 
-        The faces of one picture stay together, with the breed of the first of them.
+        The faces of one picture, and its copies, stay together, with the breed of the first of them.
         """
         rng = np.random.default_rng([seed, 7919])
-        _, first, picture = np.unique(self.files, return_index=True, return_inverse=True)
+        _, first, picture = np.unique(originals(self.files), return_index=True, return_inverse=True)
         breeds = np.array(self.breeds)[first]
         order = np.argsort(first)  # in the file's order, so that a file of one face a picture splits as ever
         held = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]

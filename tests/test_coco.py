@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def refused(read, data, *words, **options):
     line = str(e.value)
     assert "\n" not in line and line.isprintable() and all(w in line for w in words), line
     return line
+
+
+def test_ids_of_any_size_stay_as_they_are(read):
+    data = plain(3)
+    for i, (image, a) in enumerate(zip(data["images"], data["annotations"])):
+        image["id"] = a["image_id"] = a["id"] = [5, 2**63 + 1, "a-b"][i]
+    faces = read(data)
+    assert faces.ids.tolist() == faces.image_ids.tolist() == [5, 2**63 + 1, "a-b"]
+
+
+def test_a_single_landmark_has_the_whole_picture_for_a_box(read):
+    data = plain(2)
+    data["annotations"][0].update(bbox=None, keypoints=[*data["annotations"][0]["keypoints"][:3], *[0] * 12])
+    assert read(data).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
 
 
 def test_a_plain_file_is_read_as_it_is(read):
@@ -131,6 +146,10 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "names are numbers": (categories({"keypoints": [1, 2, 3, 4, 5]}), None, 6),
     "a box category beside": (boxes_beside, "left out: 6 without landmarks (annotation 101)", 6),
     "Roboflow's group": (roboflow, None, 6),
+    "landmarks as lists of three": (each(lambda a: a.update(keypoints=np.reshape(a["keypoints"], (-1, 3)).tolist())), None, 6),
+    "iscrowd as text": (lambda d: [a.update(iscrowd="01"[i == 1]) for i, a in enumerate(d["annotations"])],
+                        "1 marked iscrowd (annotation 2)", 5),
+    "a face beside its picture": (annotation(keypoints=[500, 500, 2] * 5), "1 with no landmark in their picture (annotation 2)", 5),
     "AP-10K's species": (species, None, 6),
     "an unused category with other landmarks": (categories({}, {"id": 2, "keypoints": ["a", "b"]}), None, 6),
     "no category_id": (each(lambda a: a.pop("category_id")), None, 6),
@@ -367,7 +386,7 @@ def test_a_linked_annotation_file_counts_where_it_lies(tmp_path):
     assert read_coco(tmp_path / "val.json", tmp_path / "zip").files == [f"valid/pic_{i}.jpg" for i in range(6)]
 
 
-def test_names_that_lead_out_count_by_their_last_part(read, tmp_path):
+def test_names_that_lead_out_count_by_how_they_end(read, tmp_path):
     """Label Studio's "COCO with images": the names are the server's, the pictures are in images/."""
     data = plain()
     for i, image in enumerate(data["images"]):
@@ -375,10 +394,79 @@ def test_names_that_lead_out_count_by_their_last_part(read, tmp_path):
         image["file_name"] = ["/data/upload/4/", "..\\..\\media\\upload\\4\\", "../media/upload/4/"][i % 3] + image["file_name"]
     faces = read(data, "root/result.json", tmp_path / "root")
     assert faces.files == [f"images/pic_{i}.jpg" for i in range(6)]
-    assert faces.notes == ["read otherwise: 6 names that lead out of the data root by their last part "
+    assert faces.notes == ["read otherwise: 6 names that lead out of the data root by how they end "
                            "(/data/upload/4/pic_0.jpg)"]
     (tmp_path / "root/images/pic_3.jpg").unlink()
     refused(read, data, "leaves the data root", path="root/result.json", root=tmp_path / "root")
+
+
+def sessions(tmp_path, name="/home/me/data/session{}/{}", counts=(5, 3)):
+    """Frames of two sessions with equal names, in a folder each; the file of another machine."""
+    first, second = plain(counts[0], 5), plain(counts[1], 5, first_id=101)
+    for number, data in enumerate((first, second), 1):
+        for image in data["images"]:
+            draw(tmp_path / f"root/session{number}" / image["file_name"])
+            image["path"] = f"/datasets/dogs/session{number}/{image['file_name']}"
+            image["file_name"] = name.format(number, image["file_name"])
+    return {**first, **{key: first[key] + second[key] for key in ("images", "annotations")}}
+
+
+SESSIONS = [f"session1/pic_{i}.jpg" for i in range(5)] + [f"session2/pic_{i}.jpg" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["/home/me/data/session{}/{}", "D:\\dogs\\session{}\\{}", "../session{}/{}",
+                                  "https://host/dogs/session{}/{}?signature=a/b", "s3://bucket/session{}/{}"])
+def test_names_that_lead_out_keep_their_session(read, tmp_path, name):
+    data = sessions(tmp_path, name)
+    faces = read(data, root=tmp_path / "root")
+    assert faces.files == SESSIONS and "8 names that lead out" in faces.notes[0]
+    (tmp_path / "root/session2/pic_1.jpg").unlink()  # then one picture would be two of the file
+    refused(read, data, "session1", "session2", "both session1/pic_1.jpg", root=tmp_path / "root")
+
+
+def test_names_that_lead_out_are_not_guessed(read, tmp_path):
+    data = sessions(tmp_path, "/upload/{1}", (5, 0))
+    draw(tmp_path / "root/session2/pic_2.jpg")
+    refused(read, data, "/upload/pic_2.jpg is session1/pic_2.jpg or session2/pic_2.jpg", root=tmp_path / "root")
+
+
+def test_coco_annotators_names_count_with_their_path(read, tmp_path):
+    assert read(sessions(tmp_path, "{1}"), root=tmp_path / "root").files == SESSIONS
+
+
+def test_a_missing_picture_does_not_send_a_file_to_another_folder(read, tmp_path):
+    for folder, number in (("A", 5), ("B", 6)):
+        for i in range(number):
+            draw(tmp_path / "root" / folder / f"pic_{i}.jpg")
+    (tmp_path / "root/A/pic_3.jpg").unlink()
+    assert read(plain(5), "root/A/ann.json", tmp_path / "root").files == [f"A/pic_{i}.jpg" for i in range(5)]
+
+
+def test_subsets_are_told_by_their_names(read, tmp_path):
+    """CVAT: the frames of two videos, whose names are equal, as the subsets Train and Validation."""
+    for subset, number in (("Train", 5), ("Validation", 3)):
+        for i in range(number):
+            draw(tmp_path / "root/images" / subset / f"pic_{i}.jpg")
+    for subset, number in (("Train", 3), ("Validation", 3)):
+        faces = read(plain(number), f"root/annotations/person_keypoints_{subset}.json", tmp_path / "root")
+        assert faces.files[0] == f"images/{subset}/pic_0.jpg"
+
+
+@pytest.mark.parametrize("written,there", [("A B.JPG", "a b.jpg"), ("a%20b.jpg", "a b.jpg"), ("Bjo\u0308rn.jpg", "Bj\u00f6rn.jpg"),
+                                           ("Dogs/a.jpg", "dogs/a.jpg")])
+def test_names_may_be_spelt_otherwise(read, tmp_path, written, there):
+    draw(tmp_path / "root" / there)
+    faces = read(plain(1, name=written), root=tmp_path / "root")
+    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures ({written})"]
+    draw(tmp_path / "root" / there.upper())  # two of them: neither is meant for certain
+    if written != there.upper():
+        assert read(plain(1, name=written), root=tmp_path / "root").files == [written]
+
+
+def test_copies_of_a_picture_have_one_original():
+    files = ["dog1_jpg.rf.0a1b.jpg", "dog1_jpg.rf.99ff.jpg", "dog2_jpg.rf.0a1b.jpg", "dog3.jpg"]
+    assert coco.originals(files) == ["dog1_jpg", "dog1_jpg", "dog2_jpg", "dog3.jpg"]
+    assert coco.read_breeds(files[:3], [""] * 3, [""] * 3) == [""] * 3  # a picture is no breed
 
 
 def test_pictures_in_two_folders_are_not_guessed(read, tmp_path):
@@ -426,6 +514,30 @@ def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn):
         bright = seen[points[:, 1], points[:, 0]].mean(1)
         assert (np.delete(bright, 2) > 150).all() and coco.box_problem(faces.boxes[i], coco.hull_of(points[[0, 1, 3, 4]])) is None
         assert not np.delete(points, 2, 0).min() < faces.boxes[i][:2].min() - 1
+
+
+@pytest.mark.parametrize("turn,size", [(2, (WIDTH, HEIGHT)), (3, (WIDTH, HEIGHT)), (4, (WIDTH, HEIGHT)), (6, (160, 160))])
+def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn, size):
+    """Pictures upside down, mirrored or square say nothing by their size; one of the file's does."""
+    from tools.lib.pictures import read_image
+    data = plain(3, 5)
+    for i, (image, a) in enumerate(zip(data["images"], data["annotations"])):
+        exif, (w, h) = Image.Exif(), (WIDTH, HEIGHT) if i == 0 else size
+        exif[0x112] = 6 if i == 0 else turn
+        pixels, points = np.zeros((h, w, 3), np.uint8), np.round(np.reshape(a["keypoints"], (5, 3))).astype(int)
+        a["keypoints"] = points.ravel().tolist()
+        pixels[points[:, 1], points[:, 0]] = 255
+        image.update(width=w, height=h)
+        Image.fromarray(pixels).save(tmp_path / image["file_name"], quality=100, subsampling=0, exif=exif)
+    faces = read(data)
+    assert "3 faces of pictures that EXIF turns" in faces.notes[0]
+    for i, name in enumerate(faces.files):
+        seen, points = read_image(tmp_path / name), faces.points[i].astype(int)
+        assert seen.shape[1::-1] == tuple(faces.sizes[i]) and seen[points[:, 1], points[:, 0]].min() > 100
+    data["annotations"][0]["keypoints"][:3] = [WIDTH + 3, 60, 1]  # one outside does not make them upright
+    assert "3 faces of pictures that EXIF turns" in read(data).notes[0]
+    data["images"][0].update(width=HEIGHT, height=WIDTH)  # a program that knows how pictures are seen
+    assert not any("EXIF" in note for note in read(data).notes)
 
 
 def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
@@ -520,7 +632,7 @@ REFUSED = {
     "boxes alone": (each(lambda a: a.pop("keypoints")), "no annotation has keypoints with a labelled"),
     "nothing labelled": (each(lambda a: a.update(keypoints=[0] * 15)), "no annotation has keypoints with a labelled"),
     "nothing labelled but in a crowd": (lambda d: [a.update(keypoints=[0] * 15) if i else a.update(iscrowd=1) for i, a in
-                                                   enumerate(d["annotations"])], "no annotation has a labelled landmark"),
+                                                   enumerate(d["annotations"])], "no face in it can be used (left out: 1 marked iscrowd"),
     "names no list": (categories({"keypoints": {"nose": 0}}), "category 1", "no list of names"),
     "unknown category": (lambda d: d["annotations"][0].update(category_id=9), "category 9", "not in the file"),
     "too few numbers": (first(keypoints=[1, 2, 2]), "annotation 1", "15 numbers, not 3"),
@@ -536,6 +648,7 @@ REFUSED = {
     "no image": (first(image_id=99), "annotation 1", "image that is not in the file"),
     "image a list": (first(image_id=[1]), "annotation 1", "image that is not in the file"),
     "an id twice": (first(id=2), "annotation 2", "the id of another"),
+    "a category's id twice": (lambda d: d["categories"].append(dict(d["categories"][0], name="cat")), "two of its categories"),
     "an id a list": (first(id=[1]), "annotation None", "neither number nor text"),
     "an image's id twice": (lambda d: d["images"][1].update(id=1), "image 1 (pic_1.jpg)", "id"),
     "an image without name": (lambda d: d["images"][1].pop("file_name"), "image 1", "file_name"),
@@ -613,6 +726,15 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
     (["annotations/train.json", "annotations/val.json"], "annotations/train.json", "annotations/val.json"),
     (["face_landmarks_wflw_train.json", "face_landmarks_wflw_test.json"], "face_landmarks_wflw_train.json",
      "face_landmarks_wflw_test.json"),
+    (["face_landmarks_wflw_train.json", "face_landmarks_wflw_test.json", "face_landmarks_wflw_test_blur.json",
+      "face_landmarks_wflw_test_pose.json"], "face_landmarks_wflw_train.json", "face_landmarks_wflw_test.json"),
+    (["face_landmarks_300w_train.json", "face_landmarks_300w_valid.json", "face_landmarks_300w_valid_common.json",
+      "face_landmarks_300w_test.json"], "face_landmarks_300w_train.json", "face_landmarks_300w_valid.json"),
+    (["ap10k-train-split1.json", "ap10k-val-split1.json", "ap10k-test-split1.json"], "ap10k-train-split1.json",
+     "ap10k-val-split1.json"),
+    (["annotations/person_keypoints_Train.json", "annotations/person_keypoints_Validation.json",
+      "annotations/person_keypoints_Test.json"], "annotations/person_keypoints_Train.json",
+     "annotations/person_keypoints_Validation.json"),
     (["result.json", ".hidden.json", "images/x.json"], "result.json", None),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
@@ -658,6 +780,9 @@ def test_the_way_from_labelme(read, tmp_path, monkeypatch, capsys):
     assert faces.names == ["left_eye", "nose", "right_eye"] and faces.flip_pairs == [[0, 2]]
     assert faces.files == [f"a/pic_{i}.jpg" for i in range(4) for _ in range(2)] and len(faces.notes) == 3
     assert faces.points[3].tolist() == [[90, 50], [99, 57], [108, 64]] and faces.visible[4].tolist() == [2, 0, 2]
+    (tmp_path / "a/pic_0.json").write_text(json.dumps({"shapes": [{**s, "group_id": None} for s in shapes], "imagePath": "pic_0.jpg"}))
+    with pytest.raises(SystemExit, match="pic_0.json: a label is twice in one group"):
+        snippet("labelme", [tmp_path], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("animals", [0, 2])
@@ -679,6 +804,12 @@ def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, c
     assert faces.files[0] == "labeled-data/clip/img0.png" and faces.points[-1, :, 0].tolist() == [
         v + 50 * (len(who) - 1) for v in (40, 49, 58)]
     assert faces.visible[len(who)].tolist() == [2, 0, 2] and (faces.sizes == (WIDTH, HEIGHT)).all()
+    later = (folder / "CollectedData_me.csv").read_text().replace("right_ear", "tail").replace("clip", "later")
+    (tmp_path / "labeled-data/later").mkdir()  # a video with a body part that the first has not
+    (tmp_path / "labeled-data/later/CollectedData_me.csv").write_text(later)
+    shutil.copytree(folder, tmp_path / "labeled-data/later", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.csv"))
+    faces = read(snippet("DeepLabCut", [tmp_path], monkeypatch, capsys), "mine.json")
+    assert faces.names == [*parts, "tail"] and (faces.visible[-1] > 0).tolist() == [True, True, False, True]
 
 
 def test_the_smallest_file_of_the_readme(read, tmp_path):

@@ -130,6 +130,7 @@ def test_a_file_is_what_its_content_says(image, tmp_path):
             (b"%PDF-1.7", "a.pdf", "PDF"), (b"\x1aE\xdf\xa3" + bytes(40), "a.webm", "video"), (b"<svg", "a.svg", "SVG"),
             (b"II*\0" + bytes(20), "a.dng", "raw camera"), (b"RIFF\0\0\0\0AVI LIST", "clip", "video"),
             (b"0&\xb2u\x8ef\xcf\x11" + bytes(9), "clip.dat", "video"), (b"G" + bytes(187) + b"G", "a.ts", "video"),
+            (b"GIF89a" + bytes(182) + b"G", "a.gif", "GIF"),
             (b"", "empty.mp4", "video"), (b"", "empty.jpg", "JPEG"), (b"hello", "notes.txt", ""), (b"P1 is", "P1", ""),
             (b"BMW", "car.txt", ""), (b"GREAT", "note", ""), (ISO.replace(b"heic", b"M4A ").replace(b"mif1", b"isom"), "song.m4a", "")):
         (tmp_path / name).write_bytes(content)

@@ -6,12 +6,14 @@ What is not clear is refused with one UserError that names the file, the entry a
 wrong.
 """
 import os
+import posixpath
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -35,23 +37,27 @@ COVERED = 0.7
 # 0.87).
 MARGIN = 0.1
 
-# Other programs' JSON that is taken for COCO: what its objects hold, and what it is.
+# Other programs' JSON that is taken for COCO: what its objects hold, what it is, and what to do.
 FOREIGN = (
-    ({"shapes", "imagePath"}, "a file of labelme"), ({"data", "annotations"}, "Label Studio's own JSON"),
-    ({"image_id", "keypoints"}, "a list of predictions"), ({"_via_img_metadata"}, "a project of VIA"))
+    ({"shapes", "imagePath"}, "a file of labelme; data/README.md has the way from there"),
+    ({"data", "annotations"}, "Label Studio's own JSON; data/README.md has the way from there"),
+    ({"image_id", "keypoints"}, "a list of predictions; name the file whose pictures they are of"),
+    ({"_via_img_metadata"}, "a project of VIA; write the form that data/README.md shows from it"))
 # What a file may hold beside plain faces: (group, what it is). Each is counted, with one example.
 KINDS = {
     "boxes": ("left out", "without landmarks"),
     "others": ("left out", "of another category"),
     "crowds": ("left out", "marked iscrowd"),
     "unlabelled": ("left out", "with no landmark labelled"),
+    "away": ("left out", "with no landmark in their picture"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN) as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
-    "outside": ("read otherwise", "names that lead out of the data root by their last part"),
+    "outside": ("read otherwise", "names that lead out of the data root by how they end"),
+    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures"),
     "sizes": ("read otherwise", "sizes from the pictures themselves"),
     "turned": ("read otherwise", "faces of pictures that EXIF turns, turned with them"),
     "upright": ("read otherwise", "sizes of pictures that EXIF turns; the landmarks are upright already"),
@@ -91,7 +97,7 @@ class CocoFaces:
     boxes: np.ndarray  # (N, 4) float64 x, y, width, height
     points: np.ndarray  # (N, K, 2) float64
     visible: np.ndarray  # (N, K) uint8: 0 not labelled, 1 hidden or outside, 2 labelled
-    ids: np.ndarray  # (N,) of the annotations
+    ids: np.ndarray  # (N,) of the annotations, as the file has them: int or str
     image_ids: np.ndarray  # (N,)
     breeds: list  # N texts, the strata; all "" where there are none
     notes: list  # texts of one line: what was repaired, left out, read otherwise
@@ -106,21 +112,29 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     notes, data = Notes(), open_coco(path)
     chosen, k = choose_categories(data, category, path)
     scheme = read_scheme(chosen, k, path, notes)
-    images = read_images(data["images"], path, safe_names(path, root, notes))
+    images = read_images(data["images"], path)
     entries, ids, image_ids, triples = read_annotations(data["annotations"], images, chosen, k, path, notes)
     names, sizes, breeds = zip(*(images[key] for key in image_ids), strict=True)
-    files = place_pictures(names, path, root)
+    files = place_pictures(names, path, root, notes)
     sizes = read_sizes(files, sizes, root, notes)
-    points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
-    if points.min() >= -0.5 and points.max() <= 1.5:  # no face is two pixels wide
-        points *= sizes[:, None]
+    if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
+        triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
-    turns = quarter_turns(files, sizes, points, visible, root, notes)
+    inside = ((triples[..., :2] < sizes.max(1)[:, None, None] + 1).all(2) & (triples[..., 2] > 0)).any(1)
+    for i in np.flatnonzero(~inside):
+        notes.add("away", f"annotation {ids[i]}")
+    if not inside.any():
+        raise UserError(f"{path}: no face in it can be used ({'; '.join(notes.lines())}); export it again")
+    entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
+                                              (entries, ids, image_ids, files, breeds))
+    sizes, triples = sizes[inside], triples[inside]
+    points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
+    turns = stored_turns(files, sizes, points, visible, root, notes)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
-                     ids=np.array(ids), image_ids=np.array(image_ids),
+                     ids=np.array(ids, object), image_ids=np.array(image_ids, object),
                      breeds=read_breeds(files, breeds, kinds), notes=notes.lines())
 
 
@@ -132,7 +146,7 @@ def open_coco(path: Path) -> dict:
     first = data[0] if isinstance(data, list) and data else data
     for mark, program in FOREIGN:
         if isinstance(first, dict) and mark <= first.keys() and "images" not in first:
-            raise UserError(f"{path}: not a COCO file but {program}; data/README.md has the way from there")
+            raise UserError(f"{path}: not a COCO file but {program}")
     for name in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(name), list):
             raise UserError(f"{path}: not a COCO file ({name} must be a list)")
@@ -149,11 +163,16 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
     `wanted`. An annotation without category_id gets the id of the one category with landmarks.
     """
     categories, lengths = {str(identity(c.get("id"))): c for c in data["categories"]}, defaultdict(Counter)
+    if len(categories) < len(data["categories"]):
+        raise UserError(f"{path}: two of its categories have the same id; give each its own")
     named = [key for key, c in categories.items() if c.get("keypoints")] or [*categories]
     for annotation in data["annotations"]:
         own = identity(annotation.get("category_id"))
         annotation["category_id"] = named[0] if own is None and len(named) == 1 else own
-        if isinstance(landmarks := annotation.get("keypoints"), list) and any(landmarks[2::3]):
+        landmarks = annotation.get("keypoints")
+        if isinstance(landmarks, list) and landmarks and all(isinstance(xyv, list) for xyv in landmarks):
+            landmarks = annotation["keypoints"] = sum(landmarks, [])  # [[x, y, v], ...]
+        if isinstance(landmarks, list) and any(landmarks[2::3]):
             lengths[str(annotation["category_id"])][len(landmarks) // 3] += 1
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
     for key in lengths:
@@ -308,89 +327,116 @@ def side_of(value) -> int:
     return int(number)
 
 
-def read_images(entries: list, path: Path, safe: Callable) -> dict:
-    """{id: (name, (width, height), breed)} of all images; a side that is not known is 0. Raises UserError.
-
-    safe: makes a name one that stays in the data root (safe_names).
-    """
-    images = {}
+def read_images(entries: list, path: Path) -> dict:
+    """{id: (name, (width, height), breed)} of all images; a side that is not known is 0. Raises UserError."""
+    images, twice = {}, len({str(image.get("file_name")) for image in entries}) < len(entries)
     for number, image in enumerate(entries):
         name, key = image.get("file_name"), identity(image.get("id"))
         sides = image.get("width"), image.get("height")
         where = f"{path}: image {number} ({printable(name)[:80]})"
         if not isinstance(name, str) or not name:
             raise UserError(f"{where} has no file_name")
-        if key is None or key in images:
-            raise UserError(f"{where} has no id, or that of another")
+        if key is None:
+            raise UserError(f"{where} has no id that is a number or a text")
+        if key in images:
+            raise UserError(f"{where} has the id of another; give each its own")
         try:
             size = side_of(sides[0]), side_of(sides[1])
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{where}: width and height cannot be {printable(sides)[:60]}") from None
-        images[key] = safe(name), size, "" if image.get("breed") is None else printable(image["breed"])
+        if twice and str(image.get("path")).endswith(f"/{name}"):
+            name = image["path"]  # COCO Annotator's, with the folders
+        images[key] = name, size, "" if image.get("breed") is None else printable(image["breed"])
     return images
 
 
-def safe_names(path: Path, root: Path, notes: Notes) -> Callable:
-    """A function: a name as the file has it -> a name that stays in the data root. Raises UserError.
+def plainly(name: str) -> str:
+    """A name without the differences in which programs write it: case, %20, an accent as two characters."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
 
-    A name that leads out of it, as Label Studio writes them, counts by its last part where the root holds
-    such a picture. The \\ of Windows is a /.
+
+def holding_folder(names: list, path: Path, root: Path) -> str:
+    """The folder, relative to the data root, that the names of pictures count from. UserError where two fit.
+
+    It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
+    the pictures the one folder of the root that holds most, as COCO's train2017 does. Of two that hold as
+    many the one counts whose name is in the file's, as CVAT's Train and Validation.
     """
-    held = None
-
-    def safe(name: str) -> str:
-        nonlocal held
-        try:
-            if os.path.isfile(picture_path(root, name, f"{path}: ")) or "\\" not in name:
-                return name
-            name = name.replace("\\", "/")
-        except UserError:
-            last = re.split(r"[/\\]", name)[-1]
-            held = held or {file for _, _, files in os.walk(root) for file in files}
-            if last not in held:
-                raise
-            notes.add("outside", name)
-            name = last
-        picture_path(root, name, f"{path}: ")
-        return name
-    return safe
-
-
-def place_pictures(names: tuple, path: Path, root: Path) -> list[str]:
-    """The pictures' paths relative to the data root. Raises UserError where two folders fit or one leads out.
-
-    Names count from the data root; else from the real folder of the annotation file, in the root; else from
-    the one folder of the root that holds these pictures, as COCO's train2017 does. The first with the most
-    pictures counts. Pictures that are nowhere keep their name.
-    """
-    wanted, real = list(dict.fromkeys(names)), os.path.realpath(root)
+    real = os.path.realpath(root)
 
     def held(folder):
-        return sum(os.path.isfile(os.path.join(real, folder, name)) for name in wanted)
+        return sum(os.path.isfile(os.path.join(real, folder, name)) for name in names)
     beside = Path(os.path.realpath(path)).parent
     best = max(["", *([str(beside.relative_to(real))] if beside.is_relative_to(real) else [])], key=held)
-    if (most := held(best)) < len(wanted):
-        missing = [*islice((n for n in wanted if not os.path.isfile(os.path.join(real, best, n))), 20)]
-        below = (os.path.relpath(folder, real) for folder, _, _ in os.walk(real))
-        counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
-        fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
-        if len(fitting) > 1:
-            a, b = map(printable, fitting[:2])
-            raise UserError(f"{path}: pictures ({printable(missing[0])}) are in {a} and in {b} of {root}; "
-                            "name the right one with --data-root")
-        best = fitting[0] if fitting else best
-    placed = {name: Path(best, name).as_posix() if best else name for name in wanted}
-    for name in placed.values() if best else ():
-        picture_path(root, name, f"{path}: ")
+    if (most := held(best)) * 2 >= len(names):
+        return best
+    missing = [*islice((n for n in names if not os.path.isfile(os.path.join(real, best, n))), 20)]
+    below = (os.path.relpath(folder, real) for folder, _, _ in os.walk(real))
+    counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
+    fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
+    words = re.split(r"[\W_]+", path.stem.lower())
+    fitting = [f for f in fitting if Path(f).name.lower() in words] or fitting
+    if len(fitting) > 1:
+        a, b = map(printable, fitting[:2])
+        raise UserError(f"{path}: pictures ({printable(missing[0])}) are in {a} and in {b} of {root}; "
+                        "name the right one with --data-root")
+    return fitting[0] if fitting else best
+
+
+def place_pictures(names: tuple, path: Path, root: Path, notes: Notes) -> list[str]:
+    """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out.
+
+    Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
+    missing the one counts whose name is only spelt otherwise (a.JPG, %20, an accent as two characters). A
+    name that leads out of the data root, another machine's or a server's, is the picture that shares the
+    longest end with it. Pictures that are nowhere keep their name.
+    """
+    placed, outside, known = {}, {}, defaultdict(list)
+    for name in dict.fromkeys(names):
+        try:
+            there = os.path.isfile(picture_path(root, name, f"{path}: "))
+            placed[name] = posixpath.normpath(name if there else name.replace("\\", "/"))
+        except UserError as e:
+            if not Path(name).is_absolute() and os.path.lexists(os.path.join(root, name)):
+                raise  # a link that leads out
+            outside[name] = e
+    folder = holding_folder([*placed.values()], path, root)
+    placed = {name: posixpath.join(folder, place) for name, place in placed.items()}
+    owners = {place: name for name, place in placed.items()}
+    lost = [name for name, place in placed.items() if not os.path.isfile(os.path.join(root, place))]
+    for at, _, files in os.walk(root) if lost or outside else ():
+        for file in files:
+            known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
+    for name in lost:
+        place = plainly(placed[name])
+        same = [p for p in known[posixpath.basename(place)] if plainly(p) == place]
+        if len(same) == 1 and owners.setdefault(same[0], name) == name:
+            notes.add("spelt", name)
+            placed[name] = same[0]
+    for name, error in outside.items():
+        parts = re.split(r"[/\\]", plainly(name.split("?")[0] if "://" in name else name))[::-1]
+        shared = {p: len(os.path.commonprefix([plainly(p).split("/")[::-1], parts])) for p in known[parts[0]]}
+        best = [p for p in shared if shared[p] == max(shared.values())]
+        if not best:
+            raise error
+        if len(best) > 1:
+            raise UserError(f"{path}: {name} is {best[0]} or {best[1]} of {root}; write names relative to it")
+        if (owner := owners.setdefault(best[0], name)) != name:
+            raise UserError(f"{path}: {owner} and {name} are both {best[0]} of {root}; write names relative "
+                            "to it")
+        notes.add("outside", name)
+        placed[name] = best[0]
+    for place in placed.values():
+        picture_path(root, place, f"{path}: ")
     return [placed[name] for name in names]
 
 
 def header(path: Path | str) -> tuple[tuple, int] | None:
-    """A picture's stored size, and EXIF's 5 to 8 if that turns it by a quarter, or 0; None if unreadable."""
+    """A picture's stored size, and EXIF's 2 to 8 if that turns or mirrors it, or 0; None if unreadable."""
     try:
         with Image.open(str(path), formats=FORMATS) as image:
             turn = image.getexif().get(0x112, 1)
-            return image.size, turn if turn in (5, 6, 7, 8) else 0
+            return image.size, turn if turn in range(2, 9) else 0
     except Exception:  # Pillow's parsers raise nearly anything on damaged files; read_picture says what it is
         return None
 
@@ -405,41 +451,53 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> np.ndarra
         if 0 in size and name not in read:
             path = picture_path(root, name)
             size, turn = header(path) or (read_picture(path)[1], 0)
-            read[name] = size[::-1] if turn else size
+            read[name] = size[::-1] if turn > 4 else size
             notes.add("sizes", name)
     return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)])
 
 
-def quarter_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
-                  notes: Notes) -> dict[int, int]:
-    """{face: EXIF's 5 to 8} of faces on pictures that EXIF turns, where the file gives the size as stored.
+def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
+                 notes: Notes) -> dict[int, int]:
+    """{face: EXIF's 2 to 8} of faces whose landmarks lie on the picture as stored, and not as it is seen.
 
-    Their landmarks lie on the stored picture. If any of the file's lies outside of it, the program showed
-    pictures upright: then only the sizes are wrong; they are corrected in place, and there is nothing to
-    turn.
+    An oblong picture that EXIF turns by a quarter (5 to 8) tells, where the file gives its size as stored.
+    Then its program did not know EXIF, and all pictures that EXIF turns are meant, square and upside down
+    ones too. But if of those oblong ones more landmarks lie outside as stored than as seen, the program
+    showed pictures upright: only the sizes are wrong; they are corrected in place.
     """
     names = [n for n in set(files) if not n.lower().endswith((".png", ".bmp", ".gif", ".ppm"))]  # no camera's
     headers = {name: header(os.path.join(root, name)) or ((), 0) for name in names}
-    turns = {i: headers[name][1] for i, name in enumerate(files) if headers.get(name, (0, 0))[1]
-             and sizes[i][0] != sizes[i][1] and tuple(sizes[i]) == headers[name][0]}
-    upright = any((points[i][visible[i] > 0] > sizes[i]).any() for i in turns)
-    for i in turns:
-        notes.add("upright" if upright else "turned", files[i])
-        if upright:
+    turns = {i: headers[name][1] for i, name in enumerate(files)
+             if headers.get(name, ((), 0))[1] and tuple(sizes[i]) == headers[name][0]}
+    oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
+    stored, seen = (sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in oblong)
+                    for step in (1, -1))
+    if not oblong or stored > seen:
+        for i in oblong:
+            notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
-    return {} if upright else turns
+        return {}
+    for i in turns:
+        notes.add("turned", files[i])
+    return turns
 
 
 def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.ndarray, visible: np.ndarray):
     """Turn the faces of `turns` with their pictures, in place."""
     for i, turn in turns.items():
-        sizes[i] = sizes[i][::-1]
+        step = -1 if turn > 4 else 1  # 5 swaps x and y; 6 to 8 mirror after that, 2 to 4 only mirror
+        sizes[i] = sizes[i][::step]
         corners = np.array([boxes[i][:2], boxes[i][:2] + boxes[i][2:]])
-        for place in points[i], corners:  # 5 swaps x and y, the others mirror after that
-            swapped = place[:, ::-1].copy()
-            place[:] = np.where([turn in (6, 7), turn in (7, 8)], sizes[i] - 1 - swapped, swapped)
+        for place in points[i], corners:
+            swapped = place[:, ::step].copy()
+            place[:] = np.where([turn in (2, 3, 6, 7), turn in (3, 4, 7, 8)], sizes[i] - 1 - swapped, swapped)
         boxes[i] = *corners.min(0), *np.ptp(corners, axis=0)
         points[i][visible[i] == 0] = 0
+
+
+def originals(files: list) -> list[str]:
+    """The picture that each file shows. Roboflow writes several changed copies of one: NAME.rf.HASH.jpg."""
+    return [file.split(".rf.")[0] for file in files]
 
 
 def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
@@ -450,10 +508,10 @@ def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
     """
     if any(breeds) or any(categories):
         return list(breeds if any(breeds) else categories)
-    stems = {name: Path(name).stem.split("_") for name in files}
+    stems = {name: Path(name).stem.split("_") for name in originals(files)}
     parts = {stem[0] for stem in stems.values()}
     fit = all(len(stem) > 1 for stem in stems.values()) and 1 < len(parts) <= len(stems) / 2
-    return [stems[name][0] if fit else "" for name in files]
+    return [stems[name][0] if fit else "" for name in originals(files)]
 
 
 # ---------------------------------------------------------------- annotations
@@ -465,12 +523,14 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
     for number, entry in enumerate(entries):
         key, picture = identity(entry.get("id", number)), identity(entry.get("image_id"))
         where = f"{path}: annotation {printable(key)}"
-        if key is None or key in ids:
-            raise UserError(f"{where} has the id of another, or one that is neither number nor text")
+        if key is None:
+            raise UserError(f"{where} has an id that is neither number nor text")
+        if key in ids:
+            raise UserError(f"{where} has the id of another; give each its own")
         if picture is None or picture not in images:
             raise UserError(f"{where} names an image that is not in the file")
         ids.add(key)
-        reason = ("crowds" if entry.get("iscrowd") else "boxes" if not entry.get("keypoints") else
+        reason = ("crowds" if entry.get("iscrowd") in (1, "1") else "boxes" if not entry.get("keypoints") else
                   "others" if str(entry["category_id"]) not in categories else None)
         triples = None if reason else read_triples(entry["keypoints"], k, where, notes)
         if reason or not triples[:, 2].any():
@@ -478,7 +538,7 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
         else:
             rows.append((entry, key, picture, triples))
     if not rows:
-        raise UserError(f"{path}: no annotation has a labelled landmark; export or convert the data again")
+        raise UserError(f"{path}: no face in it can be used ({'; '.join(notes.lines())}); export it again")
     entries, ids, image_ids, triples = zip(*rows, strict=True)
     return entries, ids, image_ids, np.stack(triples)
 
@@ -535,7 +595,12 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
 
 
 def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A face's box x, y, width, height from its hull: MARGIN wider on each side, cut to the picture."""
+    """A face's box x, y, width, height from its hull: MARGIN wider on each side, cut to the picture.
+
+    A single landmark says nothing of the face's size: then it is the whole picture.
+    """
+    if hull[2:].max() <= 1:
+        return np.array([0, 0, *size], dtype=np.float64)
     low, high = hull[:2], hull[:2] + hull[2:]
     margin = np.maximum(MARGIN * (high - low), 1)  # a pixel at least, so that clipping leaves something
     low, high = low - margin, high + margin
@@ -612,8 +677,13 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return train, named(SPLITS[1])
     files = [p for folder in (ann_root, ann_root / "annotations") for p in sorted(folder.glob("[!.]*.json"))]
     files = [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside them
-    words = [re.compile(rf"(?<![a-z])({'|'.join(split)})(?![a-z])") for split in SPLITS]
-    trains, vals = ([p for p in files if word.search(p.stem.lower())] for word in words)
+
+    def hits(word):
+        found = [p for p in files if re.search(rf"(?<![a-z]){word}(?![a-z])", p.stem.lower())]
+        short = min((p.stem for p in found), key=len, default="")
+        whole = all(p.stem.startswith(short) for p in found)  # WFLW has test, test_blur, test_pose, ...
+        return [p for p in found if p.stem == short] if whole else found
+    trains, vals = (next(filter(None, map(hits, split)), []) for split in SPLITS)
     if len(trains) == 1 and len(vals) <= 1:
         return trains[0], vals[0] if vals else None
     if len(files) == 1:

@@ -23,7 +23,7 @@ def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview]):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[-50:]}.tmp")  # shorter than any name may be
     try:
         with open(temporary, "wb") as f:
             f.writelines(parts)
@@ -79,7 +79,7 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.
-    if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name) or ".." in re.split(r"[/\\]", name)
+    if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name)
             or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
         raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative "
                         "to it, links stay in it")

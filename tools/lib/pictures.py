@@ -76,7 +76,7 @@ def format_of(path: Path | str) -> str:
         return "PPM"
     if head[:4] == b"OggS":
         return "video" if b"theora" in head else ""
-    if head[:1] == b"G" and head[188:189] == b"G":
+    if head[:1] == b"G" and head[188:189] == b"G" and head[:4] != b"GIF8":
         return "video"  # an MPEG transport stream: packets of 188 bytes
     return next((name for start, magic, name in HEADS if head[start:start + len(magic)] == magic), suffix)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tools.lib.files import RecordFile, in_threads
 from tools.lib.pictures import GREY, format_of, read_image
 
 DECODING = 2  # raise it when kept pixels change: caches of before are then not read
+cv2.utils.logging.setLogLevel(0)  # what it cannot read is said in one line of ours
 cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
 
 
@@ -161,7 +163,7 @@ class Windows:
     def __init__(self, faces, size: float, padding: float, reach: float, folder: Path | str | None = None):
         self.paths, self.sizes, self.records = [faces.root / f for f in faces.files], faces.sizes, None
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
-        missing = [path for path in self.paths if not path.exists()]
+        missing = [path for path in self.paths if not os.path.exists(path)]  # False of a name too long, too
         if missing:
             count = f"{len(missing)} of {len(self.paths)} missing"
             raise UserError(f"{missing[0]}: no such picture ({count}); check --data-root")
@@ -174,10 +176,8 @@ class Windows:
     def _decode(self, i: int) -> np.ndarray:
         image, size = read_image(self.paths[i]), tuple(self.sizes[i])
         if image.shape[1::-1] != size:
-            turned = "; its EXIF tag turns it, so its landmarks were drawn on the picture as stored"
             raise UserError(f"{self.paths[i]}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file "
-                            f"says {size[0]} x {size[1]}{turned * (image.shape[:2] == size)}; export the "
-                            "annotations again")
+                            f"says {size[0]} x {size[1]}; export the annotations again")
         return cut_window(image, *self.geometry[i])
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
