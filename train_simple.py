@@ -10,7 +10,7 @@ A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. 
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Config(Augmentation):
     sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
     progressive: float = setting(0.3, "share of the epochs, at first, on crops of half the size", "[0, 0.9]")
-    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, inf)")
+    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, 1e9]")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
     val_every: int | None = setting(None, "epochs between validations (default: --epochs / 100, >= 2)",
@@ -441,7 +441,7 @@ def load_sets(config: Config, processes):
     for note in dict.fromkeys([*train.notes, *(val.notes if val else ())]):
         processes.say(note)
     if val and val.scheme != train.scheme:
-        raise UserError(f"{paths[1]}: has other landmarks than {paths[0].name}; convert again")
+        raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
     if config.crop == "image":
         train, val = train.whole_pictures(), val and val.whole_pictures()
     if not config.holdout and not val:
@@ -450,7 +450,7 @@ def load_sets(config: Config, processes):
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
     if not len(held) or not len(rest):
-        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces")
+        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; take another")
     return rest, held, val, "held out of train"
 
 
@@ -475,10 +475,10 @@ def train(config: Config, processes):
     faces, select, test, chosen_on = load_sets(config, processes)
     faces = with_background(faces, config.background, processes.say)
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
-    resumed = processes.from_first(lambda: load_resumable(last, config, asdict(faces.scheme), plan.faces))
+    resumed = processes.from_first(lambda: load_resumable(last, config, faces, select))
     run = Run(config, faces.scheme, plan, processes, resumed)
     first = run.progress["epoch"]
-    saver = Saver(config, list(METRICS), runtime.versions(ROOT))
+    saver = Saver(config, list(METRICS), runtime.versions(ROOT), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
     train_set = DogFLWDataset(faces, config.input_size, sigma=config.sigma, augment=config, **options)

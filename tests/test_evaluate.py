@@ -309,6 +309,8 @@ def test_which_result_counts(tmp_path):
 
 def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     content = coco(np.random.default_rng(4), [1, 2, 1])
+    for image in content["images"]:
+        image["width"] = 900
     for annotation in content["annotations"][2:3]:  # the second of its picture stands elsewhere
         annotation["keypoints"] = (np.reshape(annotation["keypoints"], (-1, 3)) + (500, 0,
                                                                                    0)).ravel().tolist()
@@ -316,14 +318,14 @@ def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
     shifts = [(0, 0), (0, 9), (2, 1), (1, 2), (2, 3),
               (3, 900)]  # (face, pixels): 0 has a worse second, 3 is missed
-    path.write_text(json.dumps([{"image_id": faces.image_ids[i].item(), "score": 0.1 * n,
+    path.write_text(json.dumps([{"image_id": faces.image_ids[i], "score": 0.1 * n,
                                  "keypoints": np.column_stack(
         [faces.points[i] + d, np.ones(7)]).ravel().tolist()} for n, (i, d) in enumerate(shifts)]))
     found = tool.read_results(path, faces, match=True)
     away = {i: np.unique(p[:, :2] - faces.points[i]).round(6).tolist() for i, p in found.items()}
     assert away == {0: [0], 1: [2], 2: [1]}
     faces.visible[3, 1:] = 0  # one landmark has a box of no size
-    path.write_text(json.dumps([{"image_id": faces.image_ids[3].item(), "score": 1, "keypoints": np.column_stack(
+    path.write_text(json.dumps([{"image_id": faces.image_ids[3], "score": 1, "keypoints": np.column_stack(
         [faces.points[3], np.ones(7)]).ravel().tolist()}]))
     assert list(tool.read_results(path, faces, match=True)) == [3]
 
@@ -412,6 +414,12 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
         np.mean((2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.25)[2:]))
 
 
+def test_faces_that_it_was_trained_on_are_no_test(run, tmp_path):
+    train = run.ann_root / "train.json"
+    assert tool.is_train_file(run.ann_root, train) and not tool.is_train_file(run.ann_root, run.ann_root / "val.json")
+    assert not tool.is_train_file(tmp_path / "gone", train) and tool.is_train_file(train, train)  # --ann-root FILE
+
+
 def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):
     where = ["--ann", str(run.ann_root / "val.json"), "--data-root", str(run.data_root), "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
@@ -444,7 +452,7 @@ def test_refuses_in_one_line(run, report, tmp_path):
             ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the "
                                                                                      "checkpoint"),
             ([best, "--batch-size", "0"], "at least 1"),
-            ([best, "--ann", str(tmp_path / "no.json")], "no such file"),
+            ([best, "--ann", str(tmp_path / "no.json")], "is no file"),
             ([best, "--data-root", str(tmp_path / "no")], "no such folder"),
         ([best, "--device", "nonsense"], "--device"),
             ([best, "--ann", str(tmp_path / "other.json")], "landmarks"), (["--results", str(ann)], "--ann")):

@@ -586,6 +586,63 @@ def test_a_coco_file_needs_no_keypoints(tmp_path):
     assert source.image_id == 0
 
 
+def test_a_coco_files_pictures_are_found_as_the_trainer_finds_them(tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg")
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "sub/b c.jpg")
+    names = ["/home/me/a.jpg", "sub\\b%20c.jpg", "sub/none.jpg"]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"images": [{"id": i, "file_name": n} for i, n in enumerate(names)]}))
+    sources, _ = tool.list_inputs([str(path)], tmp_path, tmp_path / "out")
+    assert [s.place.relative_to(tmp_path).as_posix() for s in sources] == ["a.jpg", "sub/b c.jpg", "sub/none.jpg"]
+
+
+def test_given_boxes_are_those_that_the_trainer_reads(run, faces, tmp_path, capsys):
+    """Boxes as x1 y1 x2 y2, a missing one, and a body's box beside every face."""
+    content = json.loads((run.ann_root / "val.json").read_text())
+    bodies = [{"id": 1000 + a["id"], "image_id": a["image_id"], "category_id": 2, "bbox": [0, 0, 90, 90]} for a in content["annotations"]]
+    for a in content["annotations"]:
+        a["bbox"] = [*a["bbox"][:2], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]]
+    content["annotations"][0]["bbox"] = None
+    content["annotations"] = [*content["annotations"], *bodies]
+    content["categories"].append({"id": 2, "name": "body"})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    listing, expected = tool.read_boxes(tmp_path / "val.json", run.data_root), data.load_coco(tmp_path / "val.json", run.data_root)
+    assert "without landmarks" in capsys.readouterr().err and len(listing.boxes) == len(faces)
+    for file, own, box in zip(expected.files, expected.ids, expected.boxes):
+        ((found, given),) = listing.boxes[file]
+        assert found == own and np.array_equal(box, given)
+    np.testing.assert_allclose(expected.boxes[1:], faces.boxes[1:])
+
+
+@pytest.mark.parametrize("name", ["2024", "0"])
+def test_a_folder_of_a_number_is_no_camera(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / name / "a.jpg")
+    (tmp_path / name / "b.jpg").symlink_to("/nowhere/b.jpg")  # git-annex's: named when it cannot be read
+    assert [s.place.name for s in tool.expand(name, tmp_path / "out")] == ["a.jpg", "b.jpg"]
+    assert [s.place for s in tool.expand("7", tmp_path / "out")] == [7]
+
+
+def test_names_of_every_kind_are_written(run, picture, tmp_path):
+    """A name that is no text, one as long as names may be, one too long for the overlay's; a picture too long."""
+    folder, odd = tmp_path / "photos", os.fsdecode(b"Bj\xf6rn.png")
+    folder.mkdir()
+    for name in (odd, "d" * 251 + ".png"):
+        Image.fromarray(picture[0]).save(folder / "a.png")
+        (folder / "a.png").rename(folder / name)
+    Image.new("RGB", (66_000, 9)).save(folder / "wide.png")
+    args = run.work_dir / "best_model.pth", folder, "--box", *picture[1], "--out", tmp_path / "out"
+    with pytest.raises(UserError, match="1 of 3 files"):
+        predict(*args)
+    assert {len(name) for name in os.listdir(tmp_path / "out")} == {9, 15, 16, 255}  # csv and json, two overlays
+    assert "Bj\\udcf6rn.png" in (tmp_path / "out/predictions.csv").read_text()
+    (folder / ("d" * 251 + ".png")).rename(folder / ("d" * 250 + ".webp"))
+    with pytest.raises(UserError, match="name is too long for the overlay's"):
+        predict(*args, "--force")
+
+
 def test_the_checkpoint_may_come_first_or_by_its_flag():
     args = tool.parse_args(["best.pth", "a.jpg"])
     assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])

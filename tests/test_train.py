@@ -422,7 +422,8 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
 
 
 def test_a_frozen_backbone_keeps_its_weights(run, refused, flags, tmp_path):
-    assert "--weights" in refused(*flags, "--freeze", "--work-dir", tmp_path / "random")
+    for more in (), ("--resume",):  # with nothing to resume
+        assert "--weights" in refused(*flags, "--freeze", *more, "--work-dir", tmp_path / "random")
     start = run.work_dir / "best_model.pth"
     trainer.main([*map(str, [*flags, "--weights", start, "--freeze", "--epochs", 1, "--work-dir", tmp_path / "w"])])
     before, after = (checkpoints.load_checkpoint(p)["model"] for p in (start, tmp_path / "w/best_model.pth"))
@@ -603,7 +604,11 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
     line = refused(*resume, "--ann-root", tmp_path)
     assert "46 landmarks are not the 20" in line
     shutil.copy(run.ann_root / "val.json", tmp_path)
-    assert "val.json" in (line := refused(*flags, "--ann-root", tmp_path, "--work-dir", tmp_path / "w")) and "other landmarks" in line
+    assert "val.json" in (line := refused(*flags, "--ann-root", tmp_path, "--work-dir", tmp_path / "w")) and "category differs" in line
+    coco = json.loads((run.ann_root / "train.json").read_text())
+    coco["annotations"][3]["keypoints"][0] += 2  # as many faces, another label
+    (tmp_path / "train.json").write_text(json.dumps(coco))
+    assert "the labels in --ann-root have changed since" in refused(*resume, "--ann-root", tmp_path)
 
 
 def test_versions_where_there_is_no_git(monkeypatch, tmp_path):

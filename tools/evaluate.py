@@ -162,7 +162,7 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
         "pose": {pose: part(rows=rows) for pose, rows in poses(faces).items()},
         "landmark": {f"{i} {name}": landmarks([i]) for i, name in enumerate(names)},
         "breed": {name: part(rows=breeds == name) for name in sorted(set(faces.breeds))},
-        "face": [{"id": faces.ids[i].item(), "file": faces.files[i],
+        "face": [{"id": faces.ids[i], "file": faces.files[i],
                   "labelled": int((faces.visible[i] > 0).sum()),
                   **{name: float(e[i]) for name, e in errors.items()}} for i in range(len(faces))],
         "reliability": {} if scores is None else reliability(points, scores, faces, padding, radius),
@@ -265,19 +265,29 @@ def annotations_of(args, trained):
         raise UserError(f"{folder}: the data of {args.checkpoint} are not here; name a COCO file with --ann")
     _, val = find_annotations(folder)
     if not val:
-        raise UserError(f"{folder}: has no split to score on; name a COCO file with --ann")
+        raise UserError(f"{folder}: has no split to score on; name a COCO file of other faces with --ann")
     return val
+
+
+def is_train_file(folder, ann):
+    """Whether a run with --ann-root `folder` trained on faces of this file."""
+    try:
+        return find_annotations(folder)[0].resolve() == ann.resolve()
+    except UserError:  # the run's data are not here
+        return False
 
 
 def read_faces(args, trained):
     """The faces to score on, as the model is to see them, and their file. Raises UserError."""
     ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
     if not ann.is_file():
-        raise UserError(f"--ann {ann}: no such file; name the COCO file to score on")
+        raise UserError(f"--ann {ann}: is no file; name the COCO file to score on")
     category = args.category or (trained and trained.config.category)
     faces = data.load_coco(ann, data_root(args.data_root or stored or None), category)
     for note in dict.fromkeys(faces.notes):
         print(note)
+    if trained and not args.bundled and is_train_file(trained.config.ann_root, ann):
+        print(f"{ann}: {args.checkpoint} was trained on faces of this file; on others its errors are larger")
     if trained and faces.scheme.names != trained.scheme.names:
         raise UserError(f"{ann}: its {len(faces.scheme.names)} landmarks are not the "
                         f"{len(trained.scheme.names)} of {args.checkpoint}")

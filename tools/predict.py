@@ -32,12 +32,14 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import normpath
 
 import numpy as np
 from tqdm import tqdm
 
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
+from tools.lib.coco import Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, check_free, load_json, picture_path
 from tools.lib.find import MIN_SCORE, intersections
@@ -49,6 +51,7 @@ from train_simple import load_predictor
 
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
+MOST_SIDE = 65_500  # of a JPEG
 FACE = {"id": 1, "name": "face"}  # the category, where no COCO file says another
 
 
@@ -76,32 +79,57 @@ class Listing:
 
 def check_box(box, where):
     """A box of four usable numbers as an array (4,) of x, y, width, height. Raises UserError."""
-    box = np.array(box, dtype=float).reshape(4)
+    try:
+        box = np.array(box, dtype=float).reshape(4)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: its bbox must be four numbers: x, y, width, height") from None
     if not (np.isfinite(box).all() and np.abs(box).max() < 1e6 and box[2:].min() > 0):
         raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height above 0")
     return box
 
 
-def read_listing(path, with_boxes=True):
-    """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError."""
-    content, ids, boxes = load_json(path), {}, {}
+def read_listing(path, root=None, with_boxes=True):
+    """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError.
+
+    root: the data root, in which the pictures are found as the trainer finds them; None: names stay.
+    """
+    content, notes, boxes = load_json(path), Notes(), {}
     try:
-        names = {image["id"]: PurePosixPath(image["file_name"]).as_posix() for image in content["images"]}
-        for image_id, name in names.items():
-            if name in ids or len(names) < len(content["images"]):
-                raise UserError(f"{path}: two of its images have the same file_name or id; give every "
-                                "picture one entry")
-            ids[name] = image_id
+        names = {image["id"]: image["file_name"].replace("\\", "/") for image in content["images"]}
+        if root:
+            names = dict(zip(names, place_pictures([*names.values()], path, root, notes)))
+        names = {image_id: normpath(name) for image_id, name in names.items()}
+        ids = {name: image_id for image_id, name in names.items()}
+        if len(ids) < len(content["images"]):
+            raise UserError(f"{path}: two of its images have the same file_name or id; give every picture "
+                            "one entry")
         for annotation in content.get("annotations", []) if with_boxes else ():
             where = f"{path}: annotation {annotation.get('id')}"
             own_id = annotation.get("id") if annotation.get("keypoints") else None
-            box = check_box(annotation["bbox"], where)
+            box = check_box(annotation.get("bbox"), where)
             boxes.setdefault(names[annotation["image_id"]], []).append((own_id, box))
         category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
-        return Listing(ids, boxes, {key: category.get(key, value) for key, value in FACE.items()})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
         raise UserError(f"{path}: not a COCO file with images and bbox ({reason})") from None
+    for note in notes.lines():
+        print(note, file=sys.stderr)
+    return Listing(ids, boxes, {key: category.get(key, value) for key, value in FACE.items()})
+
+
+def read_boxes(path, root, category=None):
+    """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes."""
+    content = load_json(path)
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not any(isinstance(row, dict) and any((row.get("keypoints") or [])[2::3]) for row in rows or ()):
+        return read_listing(path)
+    listing, faces = read_listing(path, with_boxes=False), read_coco(path, root, category)
+    for note in faces.notes:
+        print(note, file=sys.stderr)
+    for file, image, own, box in zip(faces.files, faces.image_ids, faces.ids, faces.boxes, strict=True):
+        listing.ids[file] = image
+        listing.boxes.setdefault(file, []).append((own, box))
+    return listing
 
 
 def expand(text, out):
@@ -113,13 +141,15 @@ def expand(text, out):
     path = Path(text)
     if re.match(r"[a-z][a-z0-9+]*://", text):
         return [Source(text, "video")]
-    if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.is_file() else None:
+    if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.exists() else None:
         return [Source(int(camera[1] or camera[2]), "video")]
     if path.is_file():
         return [Source(path, "video" if format_of(path) == "video" else "picture")]
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
     members = [f for m in matches for f in (sorted(m.rglob("*")) if m.is_dir() else [m])]
-    files = [f for f in members if f.is_file() and out.resolve() not in f.resolve().parents]
+    # A link to nowhere is named when it cannot be read.
+    files = [f for f in members if (f.is_file() or f.is_symlink() and not f.exists())
+             and out.resolve() not in f.resolve().parents]
     kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
     if others := Counter(f.suffix.lower() or f.name for f in files if not kinds[f]):
         named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
@@ -139,7 +169,7 @@ def list_inputs(inputs, data_root, out):
         elif not data_root:
             raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
         else:
-            listing = read_listing(path, with_boxes=False)
+            listing = read_listing(path, data_root, with_boxes=False)
             known = set(ids.values())
             twice = [name for name, i in listing.ids.items() if i in known and ids.get(name) != i]
             if twice:
@@ -192,9 +222,11 @@ def plan(args):
         kept = (".mp4",) if source.kind == "video" else (".png", ".jpg", ".jpeg")
         source.target = args.out / (source.file + ("" if source.file.lower().endswith(kept) else kept[0]))
     if args.boxes:
-        listing = read_listing(args.boxes)
+        listing = read_boxes(args.boxes, root, args.category)
         category = listing.category
         take_boxes(sources, args.boxes, listing)
+    if long := [s.file for s in sources if len(os.fsencode(s.target.name)) > 255]:
+        raise UserError(f"{printable(long[0])}: its name is too long for the overlay's; rename it")
     targets = Counter(s.target.resolve() for s in sources)
     clash = [p for p in paths if p.resolve() in targets] + [t for t, n in targets.items() if n > 1]
     if clash:
@@ -240,7 +272,8 @@ class Results:
         for r in self.rows:
             table.writerow([r["file_name"], *(r[key] for key in first), *r["bbox"], *r["keypoints"]])
         atomic_write(out / "predictions.json", [json.dumps(self.rows).encode()])
-        atomic_write(out / "predictions.csv", [text.getvalue().encode()])
+        # Names that are no text (an old zip's) stay readable.
+        atomic_write(out / "predictions.csv", [text.getvalue().encode(errors="backslashreplace")])
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
 
@@ -304,6 +337,9 @@ class PictureQueue:
                 raise UserError(f"{source.place}: a box lies outside this picture of {size[0]} x {size[1]} "
                                 "pixels")
             boxes = np.concatenate([(boxes[:, :2] + 0.5) / scale - 0.5, boxes[:, 2:] / scale], axis=1)
+        if max(image.shape) > MOST_SIDE:
+            raise UserError(f"{source.place}: its {size[0]} x {size[1]} pixels are too long for an overlay; "
+                            "cut it into parts")
         if scale.max() > 1:
             tqdm.write(f"{source.file}: its {size[0]} x {size[1]} pixels are looked at, and drawn on, as "
                        f"{image.shape[1]} x {image.shape[0]}; coordinates are in its own", file=sys.stderr)
@@ -377,6 +413,7 @@ def parse_args(argv):
         help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
     add_checkpoint(parser, "best_model.pth of a run, which may also stand before INPUT", positional=False)
     add("--data-root", type=Path, metavar="DIR", help="folder that a COCO file's names are relative to")
+    add("--category", metavar="NAME", help="the faces' category, if several of --boxes have landmarks")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")
     boxes.add_argument("--box", type=float, nargs=4, action="append", metavar=("X", "Y", "W", "H"),

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read without running anything, old ones as new ones, ready to use."""
 
+import hashlib
 import io
 import math
 import time
@@ -40,15 +41,17 @@ def lightened(checkpoint: dict) -> dict:
 class Saver:
     """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
 
-    def __init__(self, config, metrics: list, versions: dict):
+    def __init__(self, config, metrics: list, versions: dict, *faces):
         self.config, self.metrics, self.versions, self.next = config, metrics, versions, 0.0
+        self.labels = digest_of(faces)
 
     def contents(self, run, metrics: dict, whole: bool = False) -> dict:
         """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
         epoch = run.progress["epoch"]
         needed = {"format": FORMAT, "epoch": epoch, "size": run.plan.size(epoch - 1),
                   "model": run.ema.state_dict(), "scheme": asdict(run.scheme), "args": as_plain(self.config),
-                  "metrics": metrics, "versions": self.versions, "faces": run.plan.faces}
+                  "metrics": metrics, "versions": self.versions, "faces": run.plan.faces,
+                  "labels": self.labels}
         if whole:
             needed |= {name: part.state_dict() for name, part in run.stateful.items()} | run.progress
         return needed
@@ -96,7 +99,8 @@ def load_file_safely(path: Path | str):
     except Exception as e:  # reading damaged or hostile bytes can raise almost anything
         hostile = "weights_only" in str(e).lower()
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
-        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run") from None
+        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run; take another checkpoint"
+                        ) from None
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -105,6 +109,8 @@ def load_checkpoint(path: Path | str) -> dict:
     checkpoint = load_file_safely(path)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
         checkpoint = {"size": checkpoint["args"].get("input_size"), **checkpoint}
+        if checkpoint.get("format") not in (None, 1, FORMAT):
+            raise UserError(f"{path}: is of a newer version of this trainer; update your copy")
     if (not isinstance(checkpoint, dict) or checkpoint.get("format") not in (1, FORMAT)
             or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items())):
         raise UserError(f"{path}: not a checkpoint of this trainer; give best_model.pth or epoch_N.pth of a "
@@ -112,20 +118,34 @@ def load_checkpoint(path: Path | str) -> dict:
     return checkpoint
 
 
-def load_resumable(path: Path, config, scheme: dict, faces: int) -> dict | None:
-    """last.pth for --resume, or None where there is none. UserError where the run had another command."""
+def digest_of(sets: tuple) -> str:
+    """A digest of the labels of several Faces, without those that have none (--background)."""
+    digest = hashlib.sha256()
+    for faces in sets:
+        rows = np.flatnonzero(faces.visible.any(1))
+        digest.update(repr([faces.files[i] for i in rows]).encode(errors="backslashreplace"))
+        for values in (faces.points, faces.visible, faces.boxes):
+            digest.update(values[rows].round(1).astype(np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_resumable(path: Path, config, faces, chooser) -> dict | None:
+    """last.pth for --resume, or None where there is none. UserError where the run had another command.
+
+    faces, chooser: the Faces to train on and to choose on, which must be those of the run.
+    """
     if not config.resume or not path.exists():
         return None
     resumed = load_checkpoint(path)
     if "raw" not in resumed or resumed["format"] != FORMAT:
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
-    if resumed["scheme"] != scheme:
-        theirs, ours = (len(s["names"]) for s in (resumed["scheme"], scheme))
+    if resumed["scheme"] != asdict(faces.scheme):
+        theirs, ours = len(resumed["scheme"]["names"]), len(faces.scheme.names)
         raise UserError(f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
                         "name another --work-dir")
-    if resumed.get("faces", faces) != faces:
+    if resumed.get("faces", len(faces)) != len(faces):
         raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
-                        f"--background now give {faces}; name another --work-dir")
+                        f"--background now give {len(faces)}; name another --work-dir")
     changed = changed_settings(config, resumed["args"])
     if changed and resumed["epoch"] == resumed["args"]["epochs"]:
         raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; train on from its "
@@ -134,6 +154,9 @@ def load_resumable(path: Path, config, scheme: dict, faces: int) -> dict | None:
     if changed:
         raise UserError(f"--resume {path}: {changed[0]}; repeat the first command, or name another "
                         "--work-dir")
+    if resumed.get("labels", labels := digest_of((faces, chooser))) != labels:
+        raise UserError(f"--resume {path}: the labels in --ann-root have changed since; name another "
+                        "--work-dir, and this run's best_model.pth with --weights")
     return resumed
 
 

@@ -203,7 +203,8 @@ def for_training(model: nn.Module, config, plan, processes: Processes, amp: torc
 
     Raises UserError where --freeze would keep random weights.
     """
-    if config.freeze and not (config.weights or config.pretrained or config.resume):
+    resumed = config.resume and (config.work_dir / "last.pth").exists()
+    if config.freeze and not (config.weights or config.pretrained or resumed):
         raise UserError("--freeze: would keep random weights; give --weights FILE")
     if config.graphs:
         faces = plan.batch_size // processes.world
