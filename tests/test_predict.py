@@ -622,7 +622,7 @@ def test_a_folder_of_a_number_is_no_camera(tmp_path, monkeypatch, name):
     Image.new("RGB", (60, 40)).save(tmp_path / name / "a.jpg")
     (tmp_path / name / "b.jpg").symlink_to("/nowhere/b.jpg")  # git-annex's: named when it cannot be read
     assert [s.place.name for s in tool.expand(name, tmp_path / "out")] == ["a.jpg", "b.jpg"]
-    assert [s.place for s in tool.expand("7", tmp_path / "out")] == [7]
+    assert [s.place for text in ("7", "/dev/video7") for s in tool.expand(text, tmp_path / "out")] == [7, 7]
 
 
 def test_names_of_every_kind_are_written(run, picture, tmp_path):

@@ -121,7 +121,8 @@ def read_boxes(path, root, category=None):
     """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes."""
     content = load_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
-    if not any(isinstance(row, dict) and any((row.get("keypoints") or [])[2::3]) for row in rows or ()):
+    landmarks = [row.get("keypoints") for row in rows or () if isinstance(row, dict)]
+    if not any(isinstance(xyv, list) and any(xyv[2::3]) for xyv in landmarks):
         return read_listing(path)
     listing, faces = read_listing(path, with_boxes=False), read_coco(path, root, category)
     for note in faces.notes:
@@ -141,7 +142,8 @@ def expand(text, out):
     path = Path(text)
     if re.match(r"[a-z][a-z0-9+]*://", text):
         return [Source(text, "video")]
-    if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.exists() else None:
+    camera = re.fullmatch(r"/dev/video(\d+)|(\d+)", text)
+    if camera and not (path.is_file() or path.is_dir()):
         return [Source(int(camera[1] or camera[2]), "video")]
     if path.is_file():
         return [Source(path, "video" if format_of(path) == "video" else "picture")]
