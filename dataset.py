@@ -16,7 +16,7 @@ import torch
 
 from tools.lib.cli import UserError, setting
 from tools.lib.coco import originals, read_coco
-from tools.lib.pictures import MEAN, STD
+from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - for users of load_coco
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
 ROOT = Path(__file__).resolve().parent

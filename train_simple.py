@@ -478,7 +478,7 @@ def train(config: Config, processes):
     resumed = processes.from_first(lambda: load_resumable(last, config, faces, select))
     run = Run(config, faces.scheme, plan, processes, resumed)
     first = run.progress["epoch"]
-    saver = Saver(config, list(METRICS), runtime.versions(ROOT), faces, select)
+    saver = Saver(config, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
     train_set = DogFLWDataset(faces, config.input_size, sigma=config.sigma, augment=config, **options)

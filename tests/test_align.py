@@ -48,6 +48,13 @@ def test_faces_are_upright_and_of_one_size(run, aligned):
     assert len({face["picture"] for face in report["faces"]}) == len(report["faces"])
 
 
+def test_left_may_be_the_animals(run):
+    faces = data.load_coco(run.ann_root / "val.json", run.data_root)
+    rows = [*zip(faces.files, faces.ids, faces.points, faces.visible > 0)]
+    left, right, nose = indices = tool.parts(faces.scheme)
+    assert tool.sides(rows, indices) == tool.sides(rows, (right, left, nose)) == indices
+
+
 @pytest.mark.parametrize("angle, scale", [(0, 1), (40, 2.5), (180, 0.4)])
 def test_the_aligned_picture_shows_what_the_matrix_says(angle, scale):
     """A picture that is smooth in x and y: its aligned pixel tells where it came from."""

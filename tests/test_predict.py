@@ -294,6 +294,14 @@ def test_video(run, picture, tmp_path, capfd, writer):
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)) == (12, width)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.csv", "predictions.json"]
+    for length, cut in ((12, None), (40, "12 of about 40 frames could be read; the rest is missing or damaged")):
+        clip = video.Video(tmp_path / "clip.mp4")
+        assert clip.length == 12
+        clip.length = length  # what the file's head says
+        assert len([*clip.frames(threading.Event())]) == 12 and clip.cut == cut
+    (tmp_path / os.fsdecode(b"Bj\xf6rn.mp4")).touch()
+    with pytest.raises(UserError, match="no text; rename"):
+        video.Video(tmp_path / os.fsdecode(b"Bj\xf6rn.mp4"))
 
 
 def test_frames_last_as_long_as_their_times_say(tmp_path, writer):
@@ -621,7 +629,8 @@ def test_a_folder_of_a_number_is_no_camera(tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
     Image.new("RGB", (60, 40)).save(tmp_path / name / "a.jpg")
     (tmp_path / name / "b.jpg").symlink_to("/nowhere/b.jpg")  # git-annex's: named when it cannot be read
-    assert [s.place.name for s in tool.expand(name, tmp_path / "out")] == ["a.jpg", "b.jpg"]
+    (tmp_path / name / "c.jpg").symlink_to("c.jpg")  # and one to itself
+    assert [s.place.name for s in tool.expand(name, tmp_path / "out")] == ["a.jpg", "b.jpg", "c.jpg"]
     assert [s.place for text in ("7", "/dev/video7") for s in tool.expand(text, tmp_path / "out")] == [7, 7]
 
 

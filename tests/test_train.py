@@ -592,6 +592,8 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
     torch.save({**last, "epoch": 1}, tmp_path / "last.pth")
     line = refused(*flags, "--work-dir", tmp_path, "--resume", "--seed", 1)
     assert "--seed was 0, now 1" in line and "repeat the first command" in line
+    line = refused(*flags, "--work-dir", tmp_path, "--resume", "--holdout", 0.4)  # which has other faces, too
+    assert "--holdout was 0.0, now 0.4" in line
     shutil.copy(run.work_dir / "best_model.pth", tmp_path / "last.pth")
     assert "--weights" in refused(*flags, "--work-dir", tmp_path, "--resume")
     coco = json.loads((run.ann_root / "train.json").read_text())
@@ -612,9 +614,9 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
 
 
 def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
-    assert runtime.versions(ROOT)["git"] not in ("", "unknown") or not (ROOT / ".git").exists()
+    assert runtime.versions()["git"] not in ("", "unknown") or not (ROOT / ".git").exists()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runtime.versions(ROOT)["git"] == "unknown"
+    assert runtime.versions()["git"] == "unknown"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

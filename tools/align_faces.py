@@ -51,6 +51,17 @@ def middles(points, visible, indices):
     return np.stack([points[i][visible[i]].mean(0) for i in indices])
 
 
+def sides(faces, indices):
+    """The indices with left and right swapped where the faces' left is the animal's, not the picture's.
+
+    Then the nose of most is above the line from left to right, and not below it as the template has it.
+    """
+    found = [m for *_, points, visible in faces if (m := middles(points, visible, indices)) is not None]
+    left, right, nose = indices
+    mirrored = found and np.median([np.linalg.det(m[1:] - m[0]) for m in found]) < 0
+    return (right, left, nose) if mirrored else indices
+
+
 def fit(source, target):
     """The similarity transform source -> target as a 2 x 3 matrix, or None where there is none."""
     if hasattr(SimilarityTransform, "from_estimate"):  # scikit-image 0.26 and later, where `estimate` goes
@@ -83,7 +94,7 @@ def read_predictions(path, k):
                 raise ValueError("a coordinate that cannot be")
             faces.append((name, number[name], points, np.ones(k, dtype=bool)))
             number[name] += 1
-    except (TypeError, KeyError, ValueError) as e:
+    except (TypeError, KeyError, ValueError, OverflowError) as e:
         raise UserError(f"{path}: no predictions of {k} landmarks ({type(e).__name__}: {str(e)[:60]}); "
                         "make them with tools/predict.py and the same checkpoint") from None
     return faces
@@ -104,8 +115,8 @@ def read_faces(args):
 class Aligner:
     """Writes faces, and remembers them: `aligned` and `left_out`, rows of transforms.json."""
 
-    def __init__(self, scheme, out, size, margin):
-        self.indices, self.out, self.size = parts(scheme), out, size
+    def __init__(self, scheme, faces, out, size, margin):
+        self.indices, self.out, self.size = sides(faces, parts(scheme)), out, size
         self.scale = size / (2 * HALF_SIDE * (1 + margin))  # pixels an eye distance
         self.target = (TEMPLATE - CENTRE) * self.scale + (size - 1) / 2
         self.aligned, self.left_out, self.used = [], [], Counter()
@@ -159,7 +170,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     scheme, faces = read_faces(args)
-    aligner, by_file, unread = Aligner(scheme, args.out, args.size, args.margin), {}, []
+    aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
         by_file.setdefault(face[0], []).append(face)
     for file, group in tqdm(by_file.items(), unit="file", disable=None):

@@ -52,6 +52,8 @@ def import_gradio():
 
 def read_photo(path):
     """An upload as (H, W, 3) uint8 RGB. Raises UserError that names no folder of this machine."""
+    if not Path(path).is_file():
+        raise UserError("The photo was deleted after an hour; drop it again.")
     try:
         image, size = read_picture(path, MAX_PIXELS)
     except UserError as e:
@@ -65,7 +67,8 @@ def draw_faces(image, faces, scheme, scale=1.0):
     """The picture, resized, with the landmarks of every face; several faces get their numbers."""
     if scale != 1:
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
+        size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=how)
     points = [(face["points"] + 0.5) * scale - 0.5 for face in faces]
     for face in points:
         image = draw_landmarks(image, face, scheme)
@@ -190,6 +193,8 @@ def main(argv=None):
     add("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise UserError(f"--port {args.port}: must be from 1 to 65535")
     models = {"pretrained": None}
     if args.checkpoint:
         run, name = args.checkpoint.resolve().parent.name, args.checkpoint.stem

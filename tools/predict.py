@@ -41,7 +41,7 @@ from tqdm import tqdm
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.coco import Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
-from tools.lib.files import atomic_write, check_free, load_json, picture_path
+from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
 from tools.lib.find import MIN_SCORE, intersections
 from tools.lib.pictures import format_of, read_picture
 from tools.lib.runtime import enough_memory
@@ -150,8 +150,8 @@ def expand(text, out):
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
     members = [f for m in matches for f in (sorted(m.rglob("*")) if m.is_dir() else [m])]
     # A link to nowhere is named when it cannot be read.
-    files = [f for f in members if (f.is_file() or f.is_symlink() and not f.exists())
-             and out.resolve() not in f.resolve().parents]
+    files = [f for f in members if (f.is_file() or f.is_symlink() and not os.path.exists(f))
+             and not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
     kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
     if others := Counter(f.suffix.lower() or f.name for f in files if not kinds[f]):
         named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
@@ -229,8 +229,9 @@ def plan(args):
         take_boxes(sources, args.boxes, listing)
     if long := [s.file for s in sources if len(os.fsencode(s.target.name)) > 255]:
         raise UserError(f"{printable(long[0])}: its name is too long for the overlay's; rename it")
-    targets = Counter(s.target.resolve() for s in sources)
-    clash = [p for p in paths if p.resolve() in targets] + [t for t, n in targets.items() if n > 1]
+    targets = Counter(os.path.realpath(s.target) for s in sources)
+    clash = [p for p in map(os.path.realpath, paths) if p in targets]
+    clash += [t for t, n in targets.items() if n > 1]
     if clash:
         raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
     if args.coco and (videos := [s.file for s in sources if s.kind == "video"]):
@@ -384,6 +385,8 @@ def predict_video(predictor, source, results, min_score):
             bar.update()
         if writer and (word := writer.finish(sound)):
             tqdm.write(f"{source.target}: written {word}", file=sys.stderr)
+    if video.cut:
+        raise UserError(f"{video.name}: {video.cut}")
     if stopped.is_set():
         tqdm.write(f"{video.name}: stopped; what was seen until then is written", file=sys.stderr)
     if stopped.is_set() and not video.live:
@@ -442,6 +445,8 @@ def parse_args(argv):
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
     check_free("--out", args.out, args.force)
+    if args.data_root:
+        data_root(args.data_root)
     if args.coco and args.coco.exists() and not args.force:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.boxes and args.coco.resolve() == args.boxes.resolve():
@@ -468,10 +473,11 @@ def main(argv=None):
             results.write(args.out, args.coco)
     done = len(sources) - failed
     if done:
-        print(f"{len(results.rows)} faces in {done} files -> {args.out}; names are relative to {root}")
+        print(f"{len(results.rows)} faces in {done} files -> {printable(args.out)}; names are relative to "
+              f"{printable(root)}")
     if args.coco and done:
-        print(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
-              f"--ann-root {args.coco} --data-root {root} --holdout 0.1")
+        print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
+                        f"--ann-root {args.coco} --data-root {root} --holdout 0.1"))
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted; they are named above")
 

@@ -14,7 +14,7 @@ from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, si
 from tools.lib.coco import checked_scheme
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
-from tools.lib.runtime import choose_amp
+from tools.lib.runtime import choose_amp, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 
@@ -41,8 +41,8 @@ def lightened(checkpoint: dict) -> dict:
 class Saver:
     """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
 
-    def __init__(self, config, metrics: list, versions: dict, *faces):
-        self.config, self.metrics, self.versions, self.next = config, metrics, versions, 0.0
+    def __init__(self, config, metrics: list, *faces):
+        self.config, self.metrics, self.versions, self.next = config, metrics, versions(), 0.0
         self.labels = digest_of(faces)
 
     def contents(self, run, metrics: dict, whole: bool = False) -> dict:
@@ -123,7 +123,8 @@ def digest_of(sets: tuple) -> str:
     digest = hashlib.sha256()
     for faces in sets:
         rows = np.flatnonzero(faces.visible.any(1))
-        digest.update(repr([faces.files[i] for i in rows]).encode(errors="backslashreplace"))
+        # The names without folders: --data-root may have changed.
+        digest.update(repr([Path(faces.files[i]).name for i in rows]).encode(errors="backslashreplace"))
         for values in (faces.points, faces.visible, faces.boxes):
             digest.update(values[rows].round(1).astype(np.float32).tobytes())
     return digest.hexdigest()[:16]
@@ -143,9 +144,6 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         theirs, ours = len(resumed["scheme"]["names"]), len(faces.scheme.names)
         raise UserError(f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
                         "name another --work-dir")
-    if resumed.get("faces", len(faces)) != len(faces):
-        raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
-                        f"--background now give {len(faces)}; name another --work-dir")
     changed = changed_settings(config, resumed["args"])
     if changed and resumed["epoch"] == resumed["args"]["epochs"]:
         raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; train on from its "
@@ -154,6 +152,9 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     if changed:
         raise UserError(f"--resume {path}: {changed[0]}; repeat the first command, or name another "
                         "--work-dir")
+    if resumed.get("faces", len(faces)) != len(faces):
+        raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
+                        f"--background now give {len(faces)}; name another --work-dir")
     if resumed.get("labels", labels := digest_of((faces, chooser))) != labels:
         raise UserError(f"--resume {path}: the labels in --ann-root have changed since; name another "
                         "--work-dir, and this run's best_model.pth with --weights")

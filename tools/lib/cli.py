@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT, errno.ENOTDIR,
-            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
 
 
 class UserError(Exception):

@@ -497,7 +497,7 @@ def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.nda
 
 def originals(files: list) -> list[str]:
     """The picture that each file shows. Roboflow writes several changed copies of one: NAME.rf.HASH.jpg."""
-    return [file.split(".rf.")[0] for file in files]
+    return [re.sub(r"\.rf\.[^/]*$", "", file) for file in files]
 
 
 def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
@@ -681,7 +681,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     def hits(word):
         found = [p for p in files if re.search(rf"(?<![a-z]){word}(?![a-z])", p.stem.lower())]
         short = min((p.stem for p in found), key=len, default="")
-        whole = all(p.stem.startswith(short) for p in found)  # WFLW has test, test_blur, test_pose, ...
+        whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
     trains, vals = (next(filter(None, map(hits, split)), []) for split in SPLITS)
     if len(trains) == 1 and len(vals) <= 1:

@@ -379,11 +379,11 @@ class FiniteWatch:
                             f"{named}; look at these faces, or lower --lr; earlier epochs are in {self.last}")
 
 
-def versions(root: Path) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What a run was made with, as plain strings."""
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        git = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         git = ""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,

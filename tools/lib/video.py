@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.lib.cli import UserError
+from tools.lib.cli import UserError, printable
 from tools.lib.find import OVERLAP, Predictor, hull_boxes, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
@@ -39,13 +39,13 @@ class Video:
     source: a Path, an int, or the text of an address. `rate` is what to write it with, in frames a second;
     `length` in frames, 0 where it is not known; `live` is true of what does not wait to be read: of it the
     newest frame comes next, and those missed do not. Raises UserError naming the source where it cannot be
-    opened, or holds no frame.
+    opened, or holds no frame. `cut` says at the end what of it could not be read.
     """
 
     def __init__(self, source: Path | int | str):
         self.source, self.name = source, name_of(source)
         self.capture = open_capture(source)
-        self.length = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        self.length, self.cut = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))), None
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else 25.0
         self.live = not isinstance(source, Path) and not self.length
@@ -69,6 +69,8 @@ class Video:
             yield moment, frame[..., ::-1]
         if not count and not stopped.is_set():
             raise UserError(f"{self.name}: cannot be read as a video")
+        if count < 0.9 * self.length and not stopped.is_set():  # the length may be an estimate
+            self.cut = f"{count} of about {self.length} frames could be read; the rest is missing or damaged"
 
     def _recorded(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         while not stopped.is_set():
@@ -112,6 +114,8 @@ def name_of(source: Path | int | str) -> str:
 
 def open_capture(source: Path | int | str) -> cv2.VideoCapture:
     """OpenCV's reader of a source; videos of a phone come upright from it."""
+    if isinstance(source, Path) and not str(source).isprintable():  # OpenCV 5 crashes
+        raise UserError(f"{printable(source)}: its name holds characters that are no text; rename it")
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
     return capture
@@ -233,7 +237,7 @@ class VideoWriter:
 
     def __init__(self, target: Path | str, rate: float, size: tuple[int, int]):
         self.target, self.rate, self.size, self.count, self.last = Path(target), rate, size, 0, None
-        self.temporary = self.target.with_name(f".{self.target.stem}.tmp.mp4")
+        self.temporary = self.target.with_name(f".{self.target.stem[-50:]}.tmp.mp4")
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.process = self.writer = None
         if has_h264():
