@@ -72,7 +72,7 @@ class Config(Augmentation):
     sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
     progressive: float = setting(0.3, "share of the epochs, at first, on crops of half the size", "[0, 0.9]")
-    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, 1e9]")
+    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, 9e18]")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
     val_every: int | None = setting(None, "epochs between validations (default: --epochs / 100, >= 2)",

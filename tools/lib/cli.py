@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# Read when cv2 is imported: what OpenCV cannot read is said in one line of ours.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT, errno.ENOTDIR,
             errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
 
