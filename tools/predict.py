@@ -142,11 +142,10 @@ def expand(text, out):
     path = Path(text)
     if re.match(r"[a-z][a-z0-9+]*://", text):
         return [Source(text, "video")]
-    camera = re.fullmatch(r"/dev/video(\d+)|(\d+)", text)
-    if camera and not (path.is_file() or path.is_dir()):
-        return [Source(int(camera[1] or camera[2]), "video")]
     if path.is_file():
         return [Source(path, "video" if format_of(path) == "video" else "picture")]
+    if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.is_dir() else None:
+        return [Source(int(camera[1] or camera[2]), "video")]
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
     members = [f for m in matches for f in (sorted(m.rglob("*")) if m.is_dir() else [m])]
     # A link to nowhere is named when it cannot be read.

@@ -83,6 +83,10 @@ class Notes:
                 groups[group].append(f"{number} {text} ({self.examples[kind]})")
         return [*self.said, *(f"{group}: {', '.join(parts)}" for group, parts in groups.items())]
 
+    def nothing_left(self, path: Path) -> UserError:
+        """The error of a file of which no face is left, with all that was left out."""
+        return UserError(f"{path}: no face in it can be used ({'; '.join(self.lines())}); export it again")
+
 
 @dataclass
 class CocoFaces:
@@ -124,7 +128,7 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     for i in np.flatnonzero(~inside):
         notes.add("away", f"annotation {ids[i]}")
     if not inside.any():
-        raise UserError(f"{path}: no face in it can be used ({'; '.join(notes.lines())}); export it again")
+        raise notes.nothing_left(path)
     entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
                                               (entries, ids, image_ids, files, breeds))
     sizes, triples = sizes[inside], triples[inside]
@@ -538,7 +542,7 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
         else:
             rows.append((entry, key, picture, triples))
     if not rows:
-        raise UserError(f"{path}: no face in it can be used ({'; '.join(notes.lines())}); export it again")
+        raise notes.nothing_left(path)
     entries, ids, image_ids, triples = zip(*rows, strict=True)
     return entries, ids, image_ids, np.stack(triples)
 
