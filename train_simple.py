@@ -170,7 +170,7 @@ def divergence(heatmaps, offsets, sigma):
     x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # of a point outside the crop it may be no sum at all
             for v in data.gaussians(offsets.gather(3, window), sigma))
     log_near = (near + 1e-9).log().unflatten(2, (width, width))
-    cross_entropy = -((y.unsqueeze(2) @ log_near).squeeze(2) * x).sum(2)
+    cross_entropy = -((y.unsqueeze(3) * log_near).sum(2) * x).sum(2)  # @'s gradient may need gcc on CUDA
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
@@ -369,8 +369,8 @@ class Run:
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
-            for name, part in self.stateful.items():
-                part.load_state_dict(resumed[name])
+            for name in filter(resumed.get, self.stateful):  # off float16 the scaler's state is empty
+                self.stateful[name].load_state_dict(resumed[name])
         self.average = runtime.WeightAverage(self.model, self.ema, config.ema) if config.ema else None
         self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
 
@@ -418,12 +418,12 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
                 progress.show(loss=f"{float(total) / (step + 1):.2e}")
             progress.update(step + 1)
     run.progress["epoch"] += 1
+    run.processes.average_buffers(run.ema)
     return float(run.processes.sum(total)) / run.processes.world / steps
 
 
 def validate(run: Run, dataset: DogFLWDataset):
     """The averaged weights' points (N, K, 2) in picture pixels, mean loss, and the mean of every metric."""
-    run.processes.average_buffers(run.ema)
     sigma = run.plan.sigma(run.progress["epoch"] * run.plan.steps, dataset.size)
     points, _, loss = predict(run.ema, dataset, run.config, run.processes, run.amp,
                               run.processes.predict_batch, sigma=sigma)
@@ -485,7 +485,7 @@ def train(config: Config, processes):
     select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
                               for some in (select, test))
     sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
-    batches = batches_of(train_set, sampler, config.num_workers, pin_memory=processes.device.type == "cuda")
+    batches = batches_of(train_set, sampler, config.num_workers, processes.device)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
                   f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import dataset as data
 import train_simple as trainer
-from tools.lib import backbones, runtime
+from tools.lib import backbones, batches, runtime
 from tools.lib.cli import UserError
 
 CUDA, CPU, K = torch.device("cuda", 0), torch.device("cpu"), 6
@@ -36,6 +36,7 @@ class Walk(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.count, self.waits, self.copies, self.convolutions, self.float64 = Counter(), [], [], [], []
+        self.outer = []  # products of (n, 1) and (1, m), for which torch 2.14 compiles a kernel on CUDA
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
@@ -46,6 +47,8 @@ class Walk(TorchDispatchMode):
         masks = name == "index" and [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
         if name in WAIT or masks:
             self.waits.append(str(operator))
+        if name == "bmm" and args[0].shape[2] == 1:
+            self.outer.append([tuple(t.shape) for t in args])
         if len(devices) > 1:
             to = out.device.type
             self.copies.append((to, bool((kwargs or {}).get("non_blocking"))))
@@ -159,10 +162,12 @@ def walked():
 
 def test_a_step_never_asks_for_a_number(walked):
     """`.item()`, `float(tensor)`, `if tensor`, a mask as index: each would wait for the GPU, in the backward pass too."""
-    assert walked[0].waits == []
+    assert walked[0].waits == [] and walked[0].outer == []
     with Walk() as walk:
         float(torch.ones(1))
         torch.ones(3)[torch.ones(3) > 0]
+        torch.ones(2, 3, 1) @ torch.ones(2, 1, 4)
+    assert walk.outer == [[(2, 3, 1), (2, 1, 4)]]
     assert walk.waits == ["aten._local_scalar_dense.default", "aten.index.Tensor"]  # the test can fail
 
 
@@ -171,6 +176,13 @@ def test_the_launches_of_a_step_stay_few(walked):
     layers = sum(isinstance(m, torch.nn.Conv2d) for m in network().modules())
     print(f"hrnet_w18_small: {layers} convolutions, {walked[0].launches} operators a step")
     assert walked[0].launches < 9 * layers + 250
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_batches_for_cuda_come_from_pinned_memory(monkeypatch, device):
+    options = {}
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **given: options.update(given) or [1, 2])
+    assert list(batches.batches_of([], [], 0, device)) == [1, 2] and options["pin_memory"] == (device == CUDA)
 
 
 def test_prediction_on_cuda_mixes_no_devices(cuda, monkeypatch):
@@ -205,7 +217,7 @@ def declared(path):
 
 
 def test_every_operator_of_a_step_exists_on_cuda_and_on_mps(walked):
-    """By the declarations of the torch that is installed; CI runs it with the lowest one allowed too."""
+    """By the declarations of the torch that is installed."""
     table = declared(Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml")
     names = set(walked[0].count) | set(walked[1].count)
     missing = {name: lacks for name in names & set(table) if (lacks := {"CUDA", "MPS"} - table[name])}
@@ -255,6 +267,20 @@ def test_a_driver_that_is_too_old_ends_training_with_its_reason(machine, capsys)
     assert runtime.Processes("cpu").device == CPU and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("error, reason", [
+    ("Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices() that might have "
+     "already set an error? Error 802: system not yet initialized", "Error 802: system not yet initialized"),
+    ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from ...",
+     "Found no NVIDIA driver on your system"),
+    ("CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable\nmore",
+     "CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable")])
+def test_the_reason_for_no_cuda_is_kept(machine, error, reason):
+    def init():
+        raise RuntimeError(error)
+    machine.setattr(torch.cuda, "init", init)
+    assert runtime.why_no_cuda() == reason
+
+
 def test_a_build_without_cuda_ends_training_beside_a_gpu(machine):
     machine.setattr(torch.backends.cuda, "is_built", lambda: False)
     with pytest.raises(UserError, match="a build without CUDA.*Troubles.*--device cpu"):
@@ -291,6 +317,9 @@ def test_whether_an_nvidia_gpu_is_here(monkeypatch, tmp_path):
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
     assert runtime.nvidia_gpu_here()
     smi.unlink()
+    with monkeypatch.context() as patch:  # on WSL CUDA itself may be all that sees it
+        patch.setattr(runtime, "why_no_cuda", lambda: "The NVIDIA driver on your system is too old (found version 11040)")
+        assert runtime.nvidia_gpu_here()
     (tmp_path / "nvidiactl").touch()  # the driver's own, without a GPU
     assert not runtime.nvidia_gpu_here()
     (tmp_path / "nvidia0").touch()
@@ -374,6 +403,18 @@ def test_a_captured_pass_has_autocast_without_its_cache(monkeypatch):
     runtime.WithAutocast(model, CPU, torch.bfloat16)(None)
     runtime.WithAutocast(model, CPU, None)(None)
     assert seen == [(True, False), (False, False)] and torch.is_autocast_cache_enabled()
+
+
+def test_a_run_in_bfloat16_goes_on_in_float16(monkeypatch):
+    """From a new card to a T4: the saved scaler has no state, and the new one starts as ever."""
+    run, _ = run_on(CPU)
+    saved = {name: copy.deepcopy(part.state_dict()) for name, part in run.stateful.items()}
+    assert saved["scaler"] == {}
+    monkeypatch.setattr(runtime, "choose_amp", lambda device, wanted=True: torch.float16)
+    monkeypatch.setattr(trainer, "build_model", lambda *_: on(CPU, network()))
+    resumed = trainer.Run(run.config, SCHEME, run.plan, run.processes, {**saved, "epoch": 1, "best": 2.0, "rows": []})
+    assert resumed.scaler.is_enabled() and resumed.scaler.get_scale() == 65536 and resumed.progress["epoch"] == 1
+    torch.testing.assert_close(dict(resumed.model.state_dict()), dict(saved["raw"]), rtol=0, atol=0, equal_nan=True)
 
 
 def test_processes_average_their_statistics_in_one_call(monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import LIGHT, ROOT, assert_same_run, children, ended, wait_for
 
 from tools.lib.batches import batches_of
@@ -111,7 +112,7 @@ def test_a_batch_that_its_killed_worker_never_sent_is_that_too(error):
     """The kill may come after a batch is announced; then its memory cannot be fetched any more."""
     def dead(_):
         raise error("no one there")
-    batches = batches_of(SimpleNamespace(__getitems__=dead, __getitem__=dead), [[0]], 0)
+    batches = batches_of(SimpleNamespace(__getitems__=dead, __getitem__=dead), [[0]], 0, torch.device("cpu"))
     with pytest.raises(RuntimeError) as e:
         next(batches)
     assert "data worker" in reason_of(e.value)

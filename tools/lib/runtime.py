@@ -56,9 +56,9 @@ def choose_device(name: str, training: bool = False) -> torch.device:
 
 
 def nvidia_gpu_here() -> bool:
-    """Whether the system shows an NVIDIA GPU that may be used: a device file, or a line of nvidia-smi's.
+    """Whether there is an NVIDIA GPU that may be used: by a device file, nvidia-smi, or CUDA's complaint.
 
-    Not /proc/driver/nvidia: a container that was given no GPU shows its host's.
+    Not by /proc/driver/nvidia: a container that was given no GPU shows its host's.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "x") in ("", "-1"):
         return False
@@ -67,18 +67,19 @@ def nvidia_gpu_here() -> bool:
     try:  # Windows, and Linux on it, have no device file
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.startswith("GPU ")
+        listed = ""
+    return listed.startswith("GPU ") or "driver on your system is too old" in why_no_cuda()
 
 
 def why_no_cuda() -> str:
-    """PyTorch's own reason for not starting CUDA: its first sentence."""
+    """PyTorch's own reason for not starting CUDA, in one line."""
     if not torch.backends.cuda.is_built():
         return "a build without CUDA"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        return single_line(e, 300).split(". ")[0]
+        text = single_line(e, 600)
+        return text[max(0, text.find("Error ")):].split(". Please ")[0][:300]
     return "no device found"
 
 
@@ -255,6 +256,9 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
     if device.type != "cuda":
         say(f"--graphs: needs CUDA; on {device.type} steps run as ever")
         return model
+    # Gradients remember the first capture's stream: not to wait for, nor to warn of. Of newer torch alone.
+    getattr(torch.autograd.graph, "set_override_stale_capture_stream", bool)(True)
+    getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     before, captured = [b.clone() for b in model.buffers()], {}
     model.train()
     for size in sizes:
@@ -305,7 +309,7 @@ def reason_of(error: RuntimeError) -> str | None:
         return ("a data worker was ended from outside (memory? then lower --num-workers; in a container, "
                 "raise --shm-size)")
     if is_out_of_memory(error):
-        return "out of memory on the device; raise --accumulate"
+        return "out of memory on the device; raise --accumulate, without --graphs"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection")):
         return f"another process of this job ended, or cannot be reached ({single_line(text, 160)})"
     return None
