@@ -1,6 +1,7 @@
 """The contracts of the design: which file imports which, what a setting is, the edge of every script."""
 import ast
 import errno
+import io
 import json
 import re
 import sys
@@ -201,6 +202,14 @@ def test_errors_show_no_control_codes(capsys):
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == 2 and capsys.readouterr().err == "error: name?[2J.png?\n  second line\n"
+
+
+def test_a_name_that_the_terminal_lacks_is_escaped(monkeypatch):
+    """Output redirected on Windows has such an encoding; so has a C locale."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: print("\u0416.png", flush=True))
+    assert end.value.code is None and sys.stdout.buffer.getvalue().strip() == b"\\u0416.png"
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(capsys):

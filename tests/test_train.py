@@ -578,6 +578,9 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     assert "--accumulate" in refused(*here, *w, "--batch-size", 64, "--accumulate", 64)
     assert "--holdout" in refused(*here, *w, "--holdout", 0.001)
     assert "--device" in refused(*here, *w, "--device", "cuda:99")
+    assert "nothing would be learnt" in refused(*here, *SMALL, *w, "--mse-weight", 0, "--crps-weight", 0, "--kl-weight", 0)
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(*here, *SMALL, "--work-dir", tmp_path / "file")
     assert "--bogus" in refused("--bogus") and "sync-bn" in refused("--sync-bn") and "--cache" in refused(*here, *SMALL, *w, "--cache")
     assert "no such picture (40 of 40 missing)" in refused("--data-root", tmp_path / "empty", "--ann-root", sample.ann_root, *w)
     assert "not empty" in refused(*here, "--work-dir", run.work_dir)
@@ -604,13 +607,33 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
     for name in ("train", "val"):
         (tmp_path / f"{name}.json").write_text(json.dumps(coco))
     line = refused(*resume, "--ann-root", tmp_path)
-    assert "46 landmarks are not the 20" in line
+    assert "names, flip_pairs, regions, interocular, skeleton in" in line and "--work-dir" in line
     shutil.copy(run.ann_root / "val.json", tmp_path)
     assert "val.json" in (line := refused(*flags, "--ann-root", tmp_path, "--work-dir", tmp_path / "w")) and "category differs" in line
     coco = json.loads((run.ann_root / "train.json").read_text())
     coco["annotations"][3]["keypoints"][0] += 2  # as many faces, another label
     (tmp_path / "train.json").write_text(json.dumps(coco))
     assert "the labels in --ann-root have changed since" in refused(*resume, "--ann-root", tmp_path)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda w: (w / "last.pth").unlink(), "is missing, but not best_model.pth"),
+    (lambda w: (w / "last.pth").write_bytes((w / "last.pth").read_bytes()[:50_000]), "not loaded"),
+    (lambda w: (w / "best_model.pth").unlink(), "best_model.pth is missing")])
+def test_resuming_a_folder_that_lacks_a_part_loses_nothing(run, refused, flags, tmp_path, damage, says):
+    """The model that is left is named as a start, and not written over."""
+    shutil.copytree(run.work_dir, work_dir := tmp_path / "w")
+    damage(work_dir)
+    before = {p.name: p.read_bytes() for p in work_dir.iterdir()}
+    line = refused(*flags, "--work-dir", work_dir, "--resume")
+    left = "last.pth" if "best_model.pth is" in says else "best_model.pth"
+    assert says in line and f"--weights {work_dir / left}" in line and "another --work-dir" in line
+    assert {p.name: p.read_bytes() for p in work_dir.iterdir()} == before
+
+
+def test_resuming_where_nothing_is_says_so(flags, tmp_path, capsys):
+    trainer.main([*map(str, flags), "--epochs", "1", "--work-dir", str(tmp_path / "w"), "--resume"])
+    assert "last.pth, so this is a new run" in capsys.readouterr().out
 
 
 def test_versions_where_there_is_no_git(monkeypatch, tmp_path):

@@ -133,22 +133,32 @@ def digest_of(sets: tuple) -> str:
 def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     """last.pth for --resume, or None where there is none. UserError where the run had another command.
 
-    faces, chooser: the Faces to train on and to choose on, which must be those of the run.
+    faces, chooser: the Faces to train on and to choose on, which must be those of the run. What is found of a
+    run is never lost: its best_model.pth without its last.pth is refused, unless the same will be made again.
     """
-    if not config.resume or not path.exists():
+    best = path.with_name("best_model.pth")
+    from_best = f"start from it with --weights {best} and another --work-dir"
+    if not config.resume:
         return None
-    resumed = load_checkpoint(path)
+    if not path.exists():
+        left = load_checkpoint(best) if best.exists() else None
+        if left and (left["epoch"] > 1 or changed_settings(config, left["args"])):
+            raise UserError(f"--resume {path}: is missing, but not best_model.pth beside it; {from_best}")
+        print(f"--resume: no {path}, so this is a new run", flush=True)
+        return None
+    try:
+        resumed = load_checkpoint(path)
+    except UserError as e:
+        raise UserError(f"--resume {e}; of best_model.pth beside it: {from_best}") from None
     if "raw" not in resumed or resumed["format"] != FORMAT:
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
-    if resumed["scheme"] != asdict(faces.scheme):
-        theirs, ours = len(resumed["scheme"]["names"]), len(faces.scheme.names)
-        raise UserError(f"--resume {path}: its {theirs} landmarks are not the {ours} of {config.ann_root}; "
-                        "name another --work-dir")
+    ours = asdict(faces.scheme)
+    if changed := [name for name in ours if resumed["scheme"][name] != ours[name]]:
+        raise UserError(f"--resume {path}: the category's {', '.join(changed)} in {config.ann_root} are not "
+                        "that run's; name another --work-dir")
     changed = changed_settings(config, resumed["args"])
     if changed and resumed["epoch"] == resumed["args"]["epochs"]:
-        raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; train on from its "
-                        f"best_model.pth with --weights {path.with_name('best_model.pth')} and another "
-                        "--work-dir")
+        raise UserError(f"--resume {path}: {changed[0]}, and that run is finished; to train on, {from_best}")
     if changed:
         raise UserError(f"--resume {path}: {changed[0]}; repeat the first command, or name another "
                         "--work-dir")
@@ -158,6 +168,9 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     if resumed.get("labels", labels := digest_of((faces, chooser))) != labels:
         raise UserError(f"--resume {path}: the labels in --ann-root have changed since; name another "
                         "--work-dir, and this run's best_model.pth with --weights")
+    if resumed["best"] < math.inf and not best.exists():
+        raise UserError(f"--resume {path}: best_model.pth is missing beside it; put it back, or start from "
+                        f"last.pth with --weights {path} and another --work-dir")
     return resumed
 
 

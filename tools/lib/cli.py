@@ -1,6 +1,7 @@
 """The edge of every script: one kind of error for what the user can mend, and flags made from a dataclass."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import os
@@ -45,6 +46,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable):
     """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
+    with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as e:

@@ -202,8 +202,10 @@ class Processes:
 def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
     """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes.
 
-    Raises UserError where --freeze would keep random weights.
+    Raises UserError where --freeze would keep random weights, and where no loss has a weight.
     """
+    if not (config.mse_weight or config.crps_weight or config.kl_weight):
+        raise UserError("--mse-weight, --crps-weight, --kl-weight: all are 0; nothing would be learnt")
     resumed = config.resume and (config.work_dir / "last.pth").exists()
     if config.freeze and not (config.weights or config.pretrained or resumed):
         raise UserError("--freeze: would keep random weights; give --weights FILE")
