@@ -106,6 +106,7 @@ def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
     (tmp_path / "wrong.json").write_text('[{"file_name": "a.png", "keypoints": [1, 2, 3]}]')
     for wanted, args in {
         "--force": (*ann, *root, "--out", aligned[0]),
+        "holds none of the": (*ann, "--data-root", tmp_path, "--out", tmp_path / "out"),
         "no such folder": (*ann, "--data-root", tmp_path / "none", "--out", tmp_path / "out"),
         "no bundled model": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
         "no predictions of 46": ("--predictions", tmp_path / "wrong.json", *checkpoint, *root, "--out",

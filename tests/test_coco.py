@@ -491,22 +491,26 @@ def test_no_name_leaves_the_data_root(read, tmp_path, name):
         read(data, root=tmp_path / "root")
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
 @pytest.mark.parametrize("turn", [5, 6, 7, 8])
-def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn):
+def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn, suffix):
     """A dot painted at every landmark of the stored picture is there in the picture as it is seen."""
     from tools.lib.pictures import read_image
     data, exif = plain(3, 5), Image.Exif()
     exif[0x112] = turn
     for image, a in zip(data["images"], data["annotations"]):
+        image["file_name"] = f"{Path(image['file_name']).stem}.{suffix}"
         pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         points = np.round(np.reshape(a["keypoints"], (5, 3))).astype(int)
         points[2] = 0
         a["keypoints"] = points.ravel().tolist()
         pixels[points[:, 1], points[:, 0]] = 255 * (points[:, 2:] > 0)
-        Image.fromarray(pixels).save(tmp_path / image["file_name"], quality=100, subsampling=0, exif=exif)
+        finest = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+        Image.fromarray(pixels).save(tmp_path / image["file_name"], exif=exif, **finest)
+        assert coco.header(tmp_path / image["file_name"]) == ((WIDTH, HEIGHT), turn)
     faces = read(data)
     assert (faces.sizes == (HEIGHT, WIDTH)).all() and faces.notes == [
-        "read otherwise: 3 faces of pictures that EXIF turns, turned with them (pic_0.jpg)"]
+        f"read otherwise: 3 faces of pictures that EXIF turns, turned with them (pic_0.{suffix})"]
     for i, name in enumerate(faces.files):
         seen, points = read_image(tmp_path / name), faces.points[i].astype(int)
         assert seen.shape[:2] == (WIDTH, HEIGHT)

@@ -522,6 +522,14 @@ def test_fuzz_bytes():
     assert 500 < faces < 9000  # both ways were taken often
 
 
+@pytest.mark.parametrize("name", ["turned.tif", "turned.jpg", "turned.png"])
+def test_the_size_of_a_turned_picture_is_the_one_seen(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (12, 9)).save(tmp_path / name, exif=exif)
+    assert convert.picture_size(tmp_path / name) == (9, 12)
+
+
 def test_fuzz_pictures(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.png"
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):

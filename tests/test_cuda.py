@@ -203,6 +203,13 @@ def test_prediction_on_cuda_mixes_no_devices(cuda, monkeypatch):
     assert walk.waits == [] and walk.float64 == []
 
 
+def test_mirrored_averaging_is_one_pass_of_twice_the_batch():
+    (run, batch), shapes = run_on(CPU, "--no-amp"), []
+    run.ema.eval().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    trainer.predict_heatmaps(run.ema, batch["image"], torch.tensor(SCHEME.flip_index))
+    assert shapes == [(4, 3, 64, 64)]
+
+
 def declared(path):
     """The devices that have a kernel for every operator, by torch's own declaration: {"aten.add.Tensor": {"CUDA", ...}}."""
     entries = {e["func"].split("(")[0]: e for e in yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))}

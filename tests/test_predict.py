@@ -294,10 +294,10 @@ def test_video(run, picture, tmp_path, capfd, writer):
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)) == (12, width)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.csv", "predictions.json"]
-    for length, cut in ((12, None), (40, "12 of about 40 frames could be read; the rest is missing or damaged")):
+    for seconds, cut in ((0.48, None), (1.6, "0.5 of about 1.6 s could be read; the rest is missing or damaged")):
         clip = video.Video(tmp_path / "clip.mp4")
-        assert clip.length == 12
-        clip.length = length  # what the file's head says
+        assert clip.length == 12 and clip.duration == pytest.approx(0.48)
+        clip.duration = seconds  # what the file's head says
         assert len([*clip.frames(threading.Event())]) == 12 and clip.cut == cut
     (tmp_path / os.fsdecode(b"Bj\xf6rn.mp4")).touch()
     with pytest.raises(UserError, match="no text; rename"):
@@ -319,6 +319,32 @@ def test_frames_last_as_long_as_their_times_say(tmp_path, writer):
         out.write(frames[0], 0.0)
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
+def test_a_trimmed_video_is_whole_and_a_damaged_one_is_not(run, picture, tmp_path, capfd):
+    """Trimming without a new encoding keeps the frames before; only an edit list says that they are not shown."""
+    def ffmpeg(*options):
+        subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, options)], check=True)
+    image, box = picture
+    height, width = (2 * (n // 2) for n in image.shape[:2])
+    write_video(tmp_path / "raw.mp4", [np.roll(image, shift, 1)[:height, :width] for shift in range(40)])
+    ffmpeg("-i", tmp_path / "raw.mp4", "-c:v", "mpeg4", "-g", 30, tmp_path / "long.mp4")
+    for name, start in (("trimmed.mp4", 1), ("trimmed.mkv", 1.3)):
+        ffmpeg("-ss", start, "-i", tmp_path / "long.mp4", "-c", "copy", tmp_path / name)
+    ffmpeg("-i", tmp_path / "long.mp4", "-vf", "select=not(mod(n\\,3))", "-fps_mode", "vfr", "-c:v", "mpeg4", tmp_path / "rate.mkv")
+    for name in ("trimmed.mp4", "trimmed.mkv", "rate.mkv"):
+        clip = video.Video(tmp_path / name)
+        assert len([*clip.frames(threading.Event())]) > 8 and clip.cut is None, name
+    ffmpeg("-i", tmp_path / "long.mp4", "-c", "copy", "-movflags", "faststart", tmp_path / "fast.mp4")
+    whole = (tmp_path / "fast.mp4").read_bytes()
+    (tmp_path / "damaged.mp4").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="1 of 1 files could not be predicted, or not to their end"):
+        predict(run.work_dir / "best_model.pth", tmp_path / "damaged.mp4", "--box", *box, "--min-score", 0, "--out",
+                tmp_path / "out")
+    said = capfd.readouterr()
+    assert "of about 1.6 s could be read; the rest is missing or damaged" in said.err and "faces in 0 files" in said.out
+    assert len(read(tmp_path / "out")[0]) > 5 and (tmp_path / "out/damaged.mp4").is_file()
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
@@ -623,6 +649,32 @@ def test_given_boxes_are_those_that_the_trainer_reads(run, faces, tmp_path, caps
     np.testing.assert_allclose(expected.boxes[1:], faces.boxes[1:])
 
 
+def test_folders_in_a_folder(tmp_path, capsys):
+    """Links to folders and predictions of before are left out, with a word; the folder to write into without."""
+    for folder in ("in/sub", "elsewhere", "in/before/sub", "in/out"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / folder / "a.png")
+    (tmp_path / "in/before/predictions.json").touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    sources = tool.expand(str(tmp_path / "in"), tmp_path / "in/out")
+    assert [s.place.relative_to(tmp_path).as_posix() for s in sources] == ["in/sub/a.png"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"{tmp_path}/in/before: is left out: predictions of before",
+        f"{tmp_path}/in/link: is left out: a link to a folder; name it, too"]
+    with pytest.raises(UserError, match="--out .* is the folder of the pictures"):
+        tool.expand(str(tmp_path / "in"), tmp_path / "in")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/secret"))
+        yield str(folder), [], ["a.png"]
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(os, "walk", walk)
+    assert len(tool.expand(str(tmp_path), tmp_path / "out")) == 1
+    assert capsys.readouterr().err == f"{tmp_path}/secret: is left out: Permission denied\n"
+
+
 @pytest.mark.parametrize("name", ["2024", "0"])
 def test_a_folder_of_a_number_is_no_camera(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -715,7 +767,11 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train):
     write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]])
     for wanted, args in {"exists; name another": (folder, "--coco", coco), "is the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
-            tmp_path / "clip.mp4", "--coco", tmp_path / "new.json")}.items():
+            tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "one of --out": (
+            folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (
+            folder, "--coco", folder, "--force"), "has boxes of pictures": (
+            tmp_path / "clip.mp4", "--boxes", coco), "1 of 1 files": (
+            tmp_path / "clip.mp4", "--box", 9000, 9000, 20, 20)}.items():
         with pytest.raises(UserError, match=wanted):
             predict(*args, *out)
 

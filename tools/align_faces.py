@@ -173,6 +173,9 @@ def main(argv=None):
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
         by_file.setdefault(face[0], []).append(face)
+    if not any((args.data_root / file).is_file() for file in by_file):
+        raise UserError(f"--data-root {args.data_root}: holds none of the {len(by_file)} pictures, as "
+                        f"{next(iter(by_file))}")
     for file, group in tqdm(by_file.items(), unit="file", disable=None):
         try:
             image = read_image(picture_path(args.data_root, file))

@@ -151,6 +151,7 @@ def picture_size(path):
                     raise ValueError(f"{width} x {height} pixels is too large")
                 if not (chunks if image.format == "PNG" else jpeg_end and image.format in ("JPEG", "MPO")):
                     image.load()  # no end where it should be: only decoding tells
+                    width, height = image.size  # a TIFF has turned itself
                 if chunks and not chunks & {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}:
                     return width, height  # getexif() would decode the PNG to look for these
                 return (height, width) if image.getexif().get(0x112, 1) in (5, 6, 7, 8) else (width, height)

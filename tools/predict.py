@@ -133,6 +133,25 @@ def read_boxes(path, root, category=None):
     return listing
 
 
+def files_in(folder, out):
+    """All files below a folder, in order. Says which of its folders are left out, and why."""
+    found, output = [], os.path.realpath(out)
+
+    def unread(error):
+        print(f"{printable(error.filename)}: is left out: {error.strerror}", file=sys.stderr)
+    for at, folders, files in os.walk(folder, onerror=unread):
+        for name in [*folders]:
+            path = Path(at, name)
+            linked, predicted = path.is_symlink(), os.access(path / "predictions.json", os.F_OK)
+            if linked or predicted:
+                folders.remove(name)
+                why = "a link to a folder; name it, too" if linked else "predictions of before"
+                if os.path.realpath(path) != output:
+                    print(f"{printable(path)}: is left out: {why}", file=sys.stderr)
+        found += [Path(at, name) for name in files]
+    return sorted(found)
+
+
 def expand(text, out):
     """What an INPUT names that is no COCO file: a list of Sources. Says what a folder or glob holds beside.
 
@@ -147,7 +166,7 @@ def expand(text, out):
     if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.is_dir() else None:
         return [Source(int(camera[1] or camera[2]), "video")]
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
-    members = [f for m in matches for f in (sorted(m.rglob("*")) if m.is_dir() else [m])]
+    members = [f for m in matches for f in (files_in(m, out) if m.is_dir() else [m])]
     # A link to nowhere is named when it cannot be read.
     files = [f for f in members if (f.is_file() or f.is_symlink() and not os.path.exists(f))
              and not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
@@ -156,6 +175,8 @@ def expand(text, out):
         named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
         print(f"{text}: {others.total()} files in it are no pictures or videos ({named})", file=sys.stderr)
     if not any(kinds.values()):
+        if matches and os.path.realpath(out) == os.path.realpath(path):
+            raise UserError(f"--out {out}: is the folder of the pictures; name another")
         raise UserError(f"{text}: " + ("no pictures in it" if matches else "no such file"))
     return [Source(f, "video" if kind == "video" else "picture") for f, kind in kinds.items() if kind]
 
@@ -192,8 +213,6 @@ def list_inputs(inputs, data_root, out):
 
 def take_boxes(sources, path, listing):
     """Give pictures their boxes and ids of a COCO file, in which a picture's name is any tail of its path."""
-    if any(s.kind == "video" for s in sources):
-        raise UserError(f"--boxes {path}: a COCO file has boxes of pictures; give a video's face with --box")
     names = {}
     for source in sources:
         parts = source.place.parts
@@ -223,6 +242,10 @@ def plan(args):
         kept = (".mp4",) if source.kind == "video" else (".png", ".jpg", ".jpeg")
         source.target = args.out / (source.file + ("" if source.file.lower().endswith(kept) else kept[0]))
     if args.boxes:
+        if any(s.kind == "video" for s in sources):
+            raise UserError(f"--boxes {args.boxes}: has boxes of pictures; give a video's face with --box")
+        if not args.data_root and root == Path(root.anchor):
+            raise UserError("--data-root: is needed with --boxes for pictures of unrelated folders")
         listing = read_boxes(args.boxes, root, args.category)
         category = listing.category
         take_boxes(sources, args.boxes, listing)
@@ -329,6 +352,8 @@ class PictureQueue:
 
     def add(self, source):
         """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
+        if self.args.coco and not source.file.isprintable():
+            raise UserError(f"{source.file}: its name holds characters that are no text; rename it")
         image, size = read_picture(source.place, MOST_PIXELS)
         scale, boxes = np.divide(size, image.shape[1::-1]), None
         if source.boxes is not None:
@@ -377,9 +402,12 @@ def predict_video(predictor, source, results, min_score):
         bar = stack.enter_context(tqdm(desc=video.name[-40:], total=video.length or None, unit="frame",
                                        leave=False, disable=None))
         for number, (seconds, frame) in enumerate(video.frames(stopped)):
+            size = frame.shape[1::-1]
+            if boxes and not number and not intersections(np.stack(boxes), whole_box(size)[None]).all():
+                raise UserError(f"{video.name}: a --box lies outside its {size[0]} x {size[1]} pixels")
             faces = tracker(frame, seconds)
             results.add(source, faces, frame=number, seconds=seconds)
-            writer = writer or stack.enter_context(VideoWriter(source.target, video.rate, frame.shape[1::-1]))
+            writer = writer or stack.enter_context(VideoWriter(source.target, video.rate, size))
             writer.write(draw_faces(frame, faces, predictor.scheme), seconds)
             bar.update()
         if writer and (word := writer.finish(sound)):
@@ -448,8 +476,11 @@ def parse_args(argv):
         data_root(args.data_root)
     if args.coco and args.coco.exists() and not args.force:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
-    if args.coco and args.boxes and args.coco.resolve() == args.boxes.resolve():
-        raise UserError(f"--coco {args.coco}: is the file of --boxes; name another")
+    if args.coco and args.coco.is_dir():
+        raise UserError(f"--coco {args.coco}: is a folder; name a file")
+    taken = [args.boxes, *(args.out / name for name in ("predictions.json", "predictions.csv"))]
+    if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
+        raise UserError(f"--coco {args.coco}: is the file of --boxes, or one of --out; name another")
     return args
 
 
@@ -471,14 +502,15 @@ def main(argv=None):
         if results.rows or failed < len(sources):
             results.write(args.out, args.coco)
     done = len(sources) - failed
-    if done:
+    if done or results.rows:
         print(f"{len(results.rows)} faces in {done} files -> {printable(args.out)}; names are relative to "
               f"{printable(root)}")
     if args.coco and done:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
                         f"--ann-root {args.coco} --data-root {root} --holdout 0.1"))
     if failed:
-        raise UserError(f"{failed} of {len(sources)} files could not be predicted; they are named above")
+        raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
+                        "are named above")
 
 
 if __name__ == "__main__":

@@ -440,7 +440,9 @@ def header(path: Path | str) -> tuple[tuple, int] | None:
     try:
         with Image.open(str(path), formats=FORMATS) as image:
             turn = image.getexif().get(0x112, 1)
-            return image.size, turn if turn in range(2, 9) else 0
+            tags = getattr(image, "tag_v2", {})  # newer versions of Pillow open a TIFF with its turned size
+            size = (int(tags.get(256, image.width)), int(tags.get(257, image.height)))
+            return size, turn if turn in range(2, 9) else 0
     except Exception:  # Pillow's parsers raise nearly anything on damaged files; read_picture says what it is
         return None
 

@@ -69,6 +69,8 @@ def load_json(path: Path | str):
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a JSON file in it") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
 

@@ -1,6 +1,7 @@
 """Videos and cameras: frames with their times, faces followed from frame to frame, H.264 and sound out."""
 import contextlib
 import functools
+import json
 import math
 import os
 import queue
@@ -53,6 +54,7 @@ class Video:
             raise UserError(f"{self.name}: cannot be " + (
                 "read as a video" if isinstance(source, Path) else
                 "opened; is it there, and does nothing else use it?"))
+        self.duration = duration(source, self.length / self.rate)
         if isinstance(source, Path):
             self.rate = writing_rate(source, self.rate)
 
@@ -69,8 +71,9 @@ class Video:
             yield moment, frame[..., ::-1]
         if not count and not stopped.is_set():
             raise UserError(f"{self.name}: cannot be read as a video")
-        if count < 0.9 * self.length and not stopped.is_set():  # the length may be an estimate
-            self.cut = f"{count} of about {self.length} frames could be read; the rest is missing or damaged"
+        seen, whole = before + 1 / self.rate, self.duration
+        if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are rough
+            self.cut = f"{seen:.1f} of about {whole:.1f} s could be read; the rest is missing or damaged"
 
     def _recorded(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         while not stopped.is_set():
@@ -119,6 +122,20 @@ def open_capture(source: Path | int | str) -> cv2.VideoCapture:
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
     return capture
+
+
+def duration(source: Path | int | str, otherwise: float) -> float:
+    """Seconds that a video lasts by ffprobe, which knows of cuts without a new encoding; else `otherwise`."""
+    if not isinstance(source, Path) or not shutil.which("ffprobe"):
+        return otherwise
+    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-of", "json", "-show_entries",
+               "stream=duration:stream_tags=DURATION:format=duration", str(source.absolute())]
+    said = json.loads(subprocess.run(command, capture_output=True).stdout or "{}")
+    stream = (said.get("streams") or [{}])[0]
+    written = stream.get("tags", {}).get("DURATION", "")  # of Matroska and WebM
+    clock = re.fullmatch(r"(\d+):(\d+):([\d.]+)", written)
+    tag = clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
+    return float(stream.get("duration") or tag or said.get("format", {}).get("duration") or otherwise)
 
 
 def writing_rate(path: Path, mean: float) -> float:
