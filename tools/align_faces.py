@@ -10,6 +10,7 @@ far eyes and nose are from the template, in eye distances: large in profile). Fa
 nose are named there as `left_out`.
 """
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -173,7 +174,7 @@ def main(argv=None):
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
         by_file.setdefault(face[0], []).append(face)
-    if not any((args.data_root / file).is_file() for file in by_file):
+    if not any(os.path.isfile(args.data_root / file) for file in by_file):
         raise UserError(f"--data-root {args.data_root}: holds none of the {len(by_file)} pictures, as "
                         f"{next(iter(by_file))}")
     for file, group in tqdm(by_file.items(), unit="file", disable=None):
