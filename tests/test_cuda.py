@@ -232,11 +232,12 @@ def test_every_operator_of_a_step_exists_on_cuda_and_on_mps(walked):
     assert any("MPS" not in devices for devices in table.values())  # the test can fail
 
 
-@pytest.mark.parametrize("backbone", ["hrnet_w18_small_v2", "resnet18", "convnext_atto", "tf_efficientnet_lite0",
+@pytest.mark.parametrize("backbone", [*timm.list_models("hrnet*"), "resnet18", "convnext_atto", "tf_efficientnet_lite0",
                                       "mobilenetv3_small_050", "regnetx_002"])
 def test_backbones_forward_and_backward(backbone):
-    """Shapes alone, on torch's meta device. One HRNet stands for all eleven, which differ in widths and number of blocks."""
-    model = trainer.LandmarkNet(backbone, K).to("meta")
+    """Shapes alone, on torch's meta device: every HRNet of timm, and five other families."""
+    with torch.device("meta"):
+        model = trainer.LandmarkNet(backbone, K)
     heatmaps = model(torch.zeros(2, 3, 64, 64, device="meta"))
     heatmaps.sum().backward()
     assert heatmaps.shape == (2, K, 32, 32) and heatmaps.dtype == torch.float32
