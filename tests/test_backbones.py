@@ -147,8 +147,10 @@ def test_imagenet_weights_are_taken_whole_or_refused(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("no network")
     monkeypatch.setattr(timm, "create_model", offline)
+    said = []  # before the hub is asked, which may take a minute to fail
     with pytest.raises(UserError, match="ImageNet weights of hrnet_w18_small .*ConnectionError.*with --no-pretrained"):
-        take_imagenet(model.backbone, "hrnet_w18_small", lambda _: None)
+        take_imagenet(model.backbone, "hrnet_w18_small", said.append)
+    assert said == ["ImageNet weights of hrnet_w18_small: from the hub, or its cache (--no-pretrained does without)"]
 
 
 # ---------------------------------------------------------------- checkpoints of before the redesign
