@@ -38,7 +38,7 @@ from posixpath import normpath
 import numpy as np
 from tqdm import tqdm
 
-from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
 from tools.lib.coco import Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
@@ -49,6 +49,7 @@ from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
 from tools.lib.windows import whole_box
 from train_simple import load_predictor
 
+RESULTS, TABLE = "predictions.json", "predictions.csv"  # in --out, beside the overlays
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -142,7 +143,7 @@ def files_in(folder, out):
     for at, folders, files in os.walk(folder, onerror=unread):
         for name in [*folders]:
             path = Path(at, name)
-            linked, predicted = path.is_symlink(), os.access(path / "predictions.json", os.F_OK)
+            linked, predicted = path.is_symlink(), os.access(path / RESULTS, os.F_OK)
             if linked or predicted:
                 folders.remove(name)
                 why = "a link to a folder; name it, too" if linked else "predictions of before"
@@ -296,9 +297,9 @@ class Results:
                         *(f"{name}_{part}" for name in self.scheme.names for part in ("x", "y", "score"))])
         for r in self.rows:
             table.writerow([r["file_name"], *(r[key] for key in first), *r["bbox"], *r["keypoints"]])
-        atomic_write(out / "predictions.json", [json.dumps(self.rows).encode()])
+        atomic_write(out / RESULTS, [json.dumps(self.rows).encode()])
         # Names that are no text (an old zip's) stay readable.
-        atomic_write(out / "predictions.csv", [text.getvalue().encode(errors="backslashreplace")])
+        atomic_write(out / TABLE, [text.getvalue().encode(errors="backslashreplace")])
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
 
@@ -352,8 +353,8 @@ class PictureQueue:
 
     def add(self, source):
         """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
-        if self.args.coco and not source.file.isprintable():
-            raise UserError(f"{source.file}: its name holds characters that are no text; rename it")
+        if self.args.coco:
+            check_name(source.file)
         image, size = read_picture(source.place, MOST_PIXELS)
         scale, boxes = np.divide(size, image.shape[1::-1]), None
         if source.boxes is not None:
@@ -478,7 +479,7 @@ def parse_args(argv):
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.coco.is_dir():
         raise UserError(f"--coco {args.coco}: is a folder; name a file")
-    taken = [args.boxes, *(args.out / name for name in ("predictions.json", "predictions.csv"))]
+    taken = [args.boxes, args.out / RESULTS, args.out / TABLE]
     if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
         raise UserError(f"--coco {args.coco}: is the file of --boxes, or one of --out; name another")
     return args

@@ -166,8 +166,8 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
                         f"--background now give {len(faces)}; name another --work-dir")
     if resumed.get("labels", labels := digest_of((faces, chooser))) != labels:
-        raise UserError(f"--resume {path}: the labels in --ann-root have changed since; name another "
-                        "--work-dir, and this run's best_model.pth with --weights")
+        raise UserError(f"--resume {path}: the labels in --ann-root have changed since best_model.pth; "
+                        f"{from_best}")
     if resumed["best"] < math.inf and not best.exists():
         raise UserError(f"--resume {path}: best_model.pth is missing beside it; put it back, or start from "
                         f"last.pth with --weights {path} and another --work-dir")

@@ -29,6 +29,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
+def check_name(path: Path | str):
+    """Raises UserError for a file whose name holds characters that are no text."""
+    if not str(path).isprintable():
+        raise UserError(f"{printable(path)}: its name holds characters that are no text; rename it")
+
+
 def single_line(error: Exception | str, length: int = 100) -> str:
     """The first line of an error's text, cut to `length`."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])[:length]

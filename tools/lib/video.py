@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.lib.cli import UserError, printable
+from tools.lib.cli import UserError, check_name
 from tools.lib.find import OVERLAP, Predictor, hull_boxes, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
@@ -117,8 +117,8 @@ def name_of(source: Path | int | str) -> str:
 
 def open_capture(source: Path | int | str) -> cv2.VideoCapture:
     """OpenCV's reader of a source; videos of a phone come upright from it."""
-    if isinstance(source, Path) and not str(source).isprintable():  # OpenCV 5 crashes
-        raise UserError(f"{printable(source)}: its name holds characters that are no text; rename it")
+    if isinstance(source, Path):
+        check_name(source)  # OpenCV 5 crashes
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
     return capture
