@@ -765,13 +765,15 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train):
     train(tmp_path / "work", "--data-root", folder, "--ann-root", tmp_path / "ann", "--batch-size", 4, check=True)
     out = ("--checkpoint", run.work_dir / "best_model.pth", "--out", tmp_path / "out2")
     write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]])
+    Image.fromarray(picture[0]).save(tmp_path / "new\nline.png")
     for wanted, args in {"exists; name another": (folder, "--coco", coco), "is the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
             tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "one of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (
             folder, "--coco", folder, "--force"), "has boxes of pictures": (
             tmp_path / "clip.mp4", "--boxes", coco), "1 of 1 files": (
-            tmp_path / "clip.mp4", "--box", 9000, 9000, 20, 20)}.items():
+            tmp_path / "clip.mp4", "--box", 9000, 9000, 20, 20), "1 of 1 files could": (
+            tmp_path / "new\nline.png", "--coco", tmp_path / "lines.json")}.items():
         with pytest.raises(UserError, match=wanted):
             predict(*args, *out)
 
