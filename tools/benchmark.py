@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,25 +41,25 @@ class Bench:
         self.micro_batch = self.run.plan.batch_size // self.config.accumulate
         self.repeat = 20 if self.device.type == "cuda" else 8
 
-    def plan(self, faces):
+    def plan(self, faces: int) -> trainer.Plan:
         """A plan without end for as many faces, at full size."""
         return trainer.Plan(replace(self.config, progressive=0.0, epochs=ENDLESS), faces)
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
-def print_rate(what, faces, seconds, more=""):
+def print_rate(what: str, faces: int, seconds: float, more: str = "") -> None:
     """One line of the table: faces in so many seconds."""
     print(f"{what:26s}{faces / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms{more}")
 
 
 # ---------------------------------------------------------------- input
 
-def samples_per_second(bench, workers, seconds=4.0):
+def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> float:
     """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
     sampler = EpochBatches(len(bench.dataset), bench.plan(len(bench.dataset)))
     batches = batches_of(bench.dataset, sampler, workers, torch.device("cpu"))
@@ -70,7 +71,7 @@ def samples_per_second(bench, workers, seconds=4.0):
     return count / (time.perf_counter() - start)
 
 
-def timed(batches, waits):
+def timed(batches: Iterator, waits: list[float]) -> Iterator:
     """The same batches; the seconds that each was waited for go to the list `waits`."""
     while True:
         start = time.perf_counter()
@@ -81,13 +82,13 @@ def timed(batches, waits):
 
 # ---------------------------------------------------------------- a step
 
-def resident(bench, faces, size):
+def resident(bench: Bench, faces: int, size: int) -> dict:
     """A batch of so many faces, cut to `size` pixels, that is on the device already."""
     batch = bench.dataset.__getitems__([(0, i % len(bench.dataset), size) for i in range(faces)])
     return {k: v if k in ("index", "matrix") else v.to(bench.device) for k, v in batch.items()}
 
 
-def step_seconds(bench, batch, repeat=None):
+def step_seconds(bench: Bench, batch: dict, repeat: int | None = None) -> float:
     """Seconds to finish a bare step (a micro-batch of it): the trainer's own, on a batch on the device."""
     repeat = repeat or bench.repeat
     bench.run.wrapped.train()
@@ -101,7 +102,7 @@ def step_seconds(bench, batch, repeat=None):
     return (time.perf_counter() - start) / repeat / bench.config.accumulate
 
 
-def enqueue_seconds(bench, repeat=5):
+def enqueue_seconds(bench: Bench, repeat: int = 5) -> float:
     """Seconds of this process's own work for a step: until all its kernels are enqueued on an idle device.
 
     With graphs the step itself. Else one of two small faces: the same kernels with little to compute, because
@@ -119,7 +120,7 @@ def enqueue_seconds(bench, repeat=5):
     return min(found) / bench.config.accumulate
 
 
-def largest_batch(measure):
+def largest_batch(measure: Callable[[int], float]) -> dict[int, float]:
     """Double the batch until the memory is full: {size: seconds a step}; measure(size) -> seconds."""
     found, size = {}, 16
     while size <= 2048:
@@ -138,7 +139,7 @@ def largest_batch(measure):
 class Parts:
     """Where a forward pass's time and a step's memory go: {part: [seconds, bytes kept for backward]}."""
 
-    def __init__(self, model, device):
+    def __init__(self, model: trainer.LandmarkNet, device: torch.device):
         self.device, self.parts, self.open, self.hooks = device, {}, [], []
         self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
         for owner, prefix in ((model.backbone, "backbone."), (model, "")):
@@ -151,14 +152,14 @@ class Parts:
                         self.hooks.append(module.register_forward_pre_hook(enter))
                         self.hooks.append(module.register_forward_hook(leave))
 
-    def of(self, part):
+    def of(self, part: str) -> list:
         return self.parts.setdefault(part, [0.0, 0])
 
-    def enter(self, part):
+    def enter(self, part: str) -> None:
         synchronize(self.device)
         self.open.append((part, time.perf_counter()))
 
-    def leave(self):
+    def leave(self) -> None:
         synchronize(self.device)
         part, start = self.open.pop()
         spent = time.perf_counter() - start
@@ -166,14 +167,14 @@ class Parts:
         if self.open:  # an outer part's time is without its inner parts'
             self.of(self.open[-1][0])[0] -= spent
 
-    def keep(self, tensor):
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that the backward pass will need."""
         storage = tensor.untyped_storage()
         self.of(self.open[-1][0])[1] += (storage.data_ptr() not in self.seen) * storage.nbytes()
         self.seen.add(storage.data_ptr())
         return tensor.detach()  # itself would be a cycle, which holds the whole graph beyond the pass
 
-    def forward(self, bench, images):
+    def forward(self, bench: Bench, images: torch.Tensor) -> dict[str, list]:
         """One pass by part."""
         self.parts = {}
         self.enter("fusion, softmax")
@@ -183,7 +184,7 @@ class Parts:
         return self.parts
 
 
-def profile_parts(bench, batch):
+def profile_parts(bench: Bench, batch: dict) -> dict[str, tuple[float, int]]:
     """{part: (seconds of a forward pass, bytes kept for backward)} of the bare model."""
     model = bench.run.model
     images, parts = normalize(batch["image"], model.mean, model.std), Parts(model, bench.device)
@@ -198,7 +199,7 @@ def profile_parts(bench, batch):
 
 # ---------------------------------------------------------------- the loop
 
-def measure_loop(bench, bare):
+def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
     """Two epochs of the real loop; of the second: seconds a micro-batch, share of them waiting for faces.
 
     On the CPU of as many faces as take some ten seconds; bare: seconds of a bare step.
@@ -222,7 +223,7 @@ def measure_loop(bench, bare):
     return seconds / plan.steps / bench.config.accumulate, waited / seconds
 
 
-def measure_validation(bench):
+def measure_validation(bench: Bench) -> float:
     """Seconds of a validation at full size."""
     some = bench.val.take(range(len(bench.val) if bench.device.type != "cpu" else min(len(bench.val), 64)))
     dataset = dataset_of(some, bench.config)
@@ -233,7 +234,7 @@ def measure_validation(bench):
     return seconds / len(some) * len(bench.val)
 
 
-def print_memory(device):
+def print_memory(device: torch.device) -> None:
     """The most that this process has used."""
     if os.name == "posix":
         import resource
@@ -247,7 +248,7 @@ def print_memory(device):
 
 # ---------------------------------------------------------------- what it means
 
-def verdict(bare, loop, waited, enqueue, config):
+def verdict(bare: float, loop: float, waited: float, enqueue: float | None, config: trainer.Config) -> str:
     """What limits a run, in words, and what to try.
 
     Seconds of a bare step, of one in the loop, and to enqueue one (None: the device is the CPU); waited: the
@@ -267,7 +268,7 @@ def verdict(bare, loop, waited, enqueue, config):
     return f"{what}; try {', or '.join(ways)}" if ways else what
 
 
-def projected_hours(bench, loop, small, validation):
+def projected_hours(bench: Bench, loop: float, small: float, validation: float) -> float:
     """Hours of the whole run, from seconds of a micro-batch in the loop and of a validation at full size.
 
     small: how long a step on small crops takes, as a fraction of a full one.
@@ -280,13 +281,13 @@ def projected_hours(bench, loop, small, validation):
     return total / 3600
 
 
-def dataset_of(faces, config, **more):
+def dataset_of(faces: Faces, config: trainer.Config, **more: object) -> DogFLWDataset:
     """Faces as the trainer cuts them."""
     options = {name: getattr(config, name) for name in ("padding", "sigma", "seed", "cache")}
     return DogFLWDataset(faces, config.input_size, **options, **more)
 
 
-def set_up(config, processes):
+def set_up(config: trainer.Config, processes: runtime.Processes) -> Bench:
     """The run to measure, as the trainer sets it up."""
     if processes.world > 1:
         raise UserError("benchmark.py measures one process; start it without torchrun")
@@ -300,7 +301,7 @@ def set_up(config, processes):
     return Bench(run, faces, val, dataset_of(faces, config, augment=config))
 
 
-def print_parts(bench, batch, bare):
+def print_parts(bench: Bench, batch: dict, bare: float) -> None:
     """The forward pass, part by part."""
     parts, faces = profile_parts(bench, batch), len(batch["index"])
     forward = sum(seconds for seconds, _ in parts.values())
@@ -309,7 +310,7 @@ def print_parts(bench, batch, bare):
         print(f"  {part:22s}  {100 * seconds / forward:8.1f} %  {kept / faces / 2**20:8.1f} MiB kept a face")
 
 
-def print_batches(bench):
+def print_batches(bench: Bench) -> None:
     """The rate at every batch that fits; graphs are of one batch alone, so these run without."""
     size = bench.config.input_size
     for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
@@ -317,7 +318,7 @@ def print_batches(bench):
     bench.run.optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left
 
 
-def measure(bench, search):
+def measure(bench: Bench, search: bool) -> None:
     """Print the table, from the input to the verdict."""
     config, n, small = bench.config, bench.micro_batch, 1.0
     for workers in sorted({0, 1, 2, 4, config.num_workers}):
@@ -350,7 +351,7 @@ def measure(bench, search):
           f"{verdict(bare, loop, waited, enqueue, config)}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__)

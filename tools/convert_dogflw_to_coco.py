@@ -16,6 +16,7 @@ import struct
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -48,7 +49,7 @@ LINES = [[0, 2, 4, 6, 8, 10, 12, 0], [1, 3, 5, 7, 9, 11, 13, 1], [0, 14, 15, 1],
          [36, 35, 37], [39, 43, 38, 44, 40, 41, 39], [45, 41, 42]]
 
 
-def category(k):
+def category(k: int) -> dict:
     """The COCO category: DogFLW's scheme for 46 landmarks, else numbered points and nothing claimed."""
     base = {"id": 1, "name": "dog_face" if k == 46 else "face", "supercategory": "animal"}
     if k != 46:
@@ -60,7 +61,7 @@ def category(k):
 
 # ---------------------------------------------------------------- one face; ValueError says what is bad
 
-def number(value):
+def number(value: object) -> float:
     """A label's number, which may be a string; NaN where it is missing or not finite."""
     if value in (None, ""):
         return math.nan
@@ -73,14 +74,14 @@ def number(value):
     return x if math.isfinite(x) else math.nan
 
 
-def once(pairs):
+def once(pairs: list) -> dict:
     """A JSON object whose keys differ; Python would silently take the last of two."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("uses a key twice")
     return dict(pairs)
 
 
-def parse_label(raw):
+def parse_label(raw: bytes) -> tuple[np.ndarray, list | None, list | None]:
     """bytes -> points (K, 2), NaN where not labelled; box x, y, width, height or None; the box as written."""
     try:
         label = json.loads(raw, object_pairs_hook=once)
@@ -106,7 +107,8 @@ def parse_label(raw):
     return points, box, [str(v)[:40] for v in written[:8]] if flat else None
 
 
-def convert_face(points, box, width, height):
+def convert_face(points: np.ndarray, box: list | None, width: int,
+                 height: int) -> tuple[list, np.ndarray, str | None]:
     """bbox, v (K,), and why the box was rebuilt: "empty" (or malformed), "mismatched", or None."""
     labelled, size = ~np.isnan(points[:, 0]), np.array([width, height])
     found = points[labelled]
@@ -122,7 +124,7 @@ def convert_face(points, box, width, height):
     return [round(float(n), 3) for n in (rebuilt_box(hull, size) if problem else box)], v, problem
 
 
-def png_chunks(f):
+def png_chunks(f: BinaryIO) -> set[bytes]:
     """The chunk types of a PNG, or an empty set when it has no end (cut off, or not a PNG)."""
     types, at, size = set(), 8, f.seek(0, os.SEEK_END)
     while at + 12 <= size:
@@ -137,7 +139,7 @@ def png_chunks(f):
     return set()
 
 
-def picture_size(path):
+def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) as seen, so turned by the EXIF tag as read_image turns it; decodes only what is odd."""
     with open(path, "rb", buffering=0) as f:
         try:
@@ -163,7 +165,7 @@ def picture_size(path):
 
 # ---------------------------------------------------------------- the data set
 
-def listing(folder, root, bad):
+def listing(folder: Path, root: Path, bad: list) -> dict[str, Path]:
     """{stem: path} of a folder's pictures or labels. Links that leave the data set go to `bad`."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; DogFLW has train and test, each with images and labels, "
@@ -186,7 +188,7 @@ def listing(folder, root, bad):
     return files
 
 
-def read_split(folder, root, bad):
+def read_split(folder: Path, root: Path, bad: list) -> list:
     """[(picture, label, (width, height), points, box, written box)]; what is unreadable goes to `bad`."""
     faces, odd = [], []
     images, labels = listing(folder / "images", root, odd), listing(folder / "labels", root, odd)
@@ -207,7 +209,7 @@ def read_split(folder, root, bad):
     return faces
 
 
-def build(faces, k, root, bad, repairs):
+def build(faces: list, k: int, root: Path, bad: list, repairs: dict[str, list]) -> dict:
     """The COCO file of one split. Adds to `bad`, and what was repaired to `repairs` {kind: [stem, ...]}."""
     images, annotations = [], []
     for picture, label, (width, height), points, box, written in faces:
@@ -238,13 +240,13 @@ def build(faces, k, root, bad, repairs):
     return {"images": images, "annotations": annotations, "categories": [category(k)]}
 
 
-def first(items, limit, separator):
+def first(items: list[str], limit: int, separator: str) -> str:
     """The first items, and how many more there are."""
     more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
 
 
-def download():
+def download() -> Path:
     """Fetch DogFLW with kagglehub, check that it came whole, and return its folder."""
     try:
         import kagglehub
@@ -267,7 +269,7 @@ def download():
     return root
 
 
-def write(cocos, out, k, repairs):
+def write(cocos: dict[str, dict], out: Path, k: int, repairs: dict[str, list]) -> None:
     """Write the files of {split: COCO} and say what is in them and what was repaired."""
     if len(cocos) == 1 and (out / SPLITS["test"]).exists():
         raise UserError(f"--out_dir {out}: its {SPLITS['test']} is of another data set; name another folder")
@@ -282,7 +284,7 @@ def write(cocos, out, k, repairs):
             print(f"repaired: {len(repairs[kind])} {what} ({first(repairs[kind], 3, ', ')})")
 
 
-def convert(root, out, skip_bad):
+def convert(root: Path, out: Path, skip_bad: bool) -> None:
     """Convert the data set in `root`, and say what was done. Raises UserError; then nothing is written."""
     bad, repairs = [], {"empty": [], "mismatched": [], "landmarks": []}
     flat = (root / "images").is_dir() and not (root / "train").exists()
@@ -307,7 +309,7 @@ def convert(root, out, skip_bad):
         print(f"train with: train_simple.py{''.join(needed)}")
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dogflw_root", "--dogflw-root", type=Path, metavar="DIR",

@@ -15,12 +15,15 @@ import html
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dataset import Scheme
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import draw_landmarks, encode_picture, region_colours
 from tools.lib.find import FAINT, MIN_SCORE
@@ -40,7 +43,7 @@ CSS = """
 """
 
 
-def import_gradio():
+def import_gradio() -> ModuleType:
     """gradio, told to send nothing anywhere and to keep no history. Raises UserError where it is missing."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")  # read at its import
     try:
@@ -50,7 +53,7 @@ def import_gradio():
     return gradio
 
 
-def read_photo(path):
+def read_photo(path: str) -> np.ndarray:
     """An upload as (H, W, 3) uint8 RGB. Raises UserError that names no folder of this machine."""
     if not Path(path).is_file():
         raise UserError("The photo was deleted after an hour; drop it again.")
@@ -63,7 +66,7 @@ def read_photo(path):
     return image
 
 
-def draw_faces(image, faces, scheme, scale=1.0):
+def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme, scale: float = 1.0) -> np.ndarray:
     """The picture, resized, with the landmarks of every face; several faces get their numbers."""
     if scale != 1:
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
@@ -81,7 +84,7 @@ def draw_faces(image, faces, scheme, scale=1.0):
     return np.asarray(picture)
 
 
-def in_words(faces, found, scheme):
+def in_words(faces: list[dict], found: list[dict], scheme: Scheme) -> str:
     """What was found, as HTML: the scores and whose colour is whose, or why there are none."""
     if not found:
         return "<b>No dog found.</b> A face should look at the camera and fill a tenth of the photo."
@@ -96,7 +99,7 @@ def in_words(faces, found, scheme):
     return f"<b>{count} {scores}.<div class=legend>{legend}</div>"
 
 
-def build(models, device="auto"):
+def build(models: dict[str, Path | None], device: str = "auto") -> object:
     """The page, gradio's Blocks. models: {name: checkpoint, None for the bundled one}, default first."""
     load = functools.lru_cache(4)(lambda model: load_predictor(models[model], device=device))
     load(next(iter(models)))  # what is wrong with it is said at the start
@@ -104,14 +107,15 @@ def build(models, device="auto"):
     from gradio.processing_utils import save_bytes_to_cache
 
     @functools.lru_cache(64)  # by path alone: gradio names a photo's folder by the photo's content
-    def look(photo, model):
+    def look(photo: str, model: str) -> list[dict]:
         return load(model)(read_photo(photo), min_score=FAINT)
 
-    def answer(text, kind="", shown=None, files=(None, None), rows=()):
+    def answer(text: str, kind: str = "", shown: str | None = None, files: tuple | list = (None, None),
+               rows: tuple | list = ()) -> tuple:
         buttons = [gr.update(value=file, interactive=bool(file)) for file in files]
         return f'<div class="message {kind}">{text}</div>', shown, *buttons, list(rows)
 
-    def find(photo, model, threshold):
+    def find(photo: str | None, model: str, threshold: float) -> tuple:
         """A photo's path, a model's name, the lowest score -> message, picture, files and table."""
         if not photo:
             return answer(WELCOME)
@@ -143,7 +147,7 @@ def build(models, device="auto"):
     return page
 
 
-def lay_out(gr, models, find, welcome):
+def lay_out(gr: ModuleType, models: list[str], find: Callable, welcome: str) -> None:
     """Fill the page: photo and settings, landmarks, table."""
     gr.Markdown(f"# {TITLE}")
     with gr.Row():
@@ -171,7 +175,7 @@ def lay_out(gr, models, find, welcome):
                      show_progress="hidden")
 
 
-def serve(page, host=None, port=None):
+def serve(page: object, host: str | None = None, port: int | None = None) -> str:
     """Start the page's server, in threads of its own: its address. Raises UserError if it cannot."""
     gr = import_gradio()
     try:  # here, because gradio tries a hundred ports whatever is wrong
@@ -185,7 +189,7 @@ def serve(page, host=None, port=None):
         prevent_thread_lock=True)[1]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the bundled one)")

@@ -21,6 +21,7 @@ import math
 import statistics
 import timeit
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,14 +45,14 @@ RUNS = 20
 class Exported(nn.Module):
     """uint8 crops -> landmarks, scores, by the trainer's own functions; `flip_index` None: one pass."""
 
-    def __init__(self, trained, flip_index):
+    def __init__(self, trained: Trained, flip_index: torch.Tensor | None):
         super().__init__()
         self.model, config = trained.model, trained.config
         self.decoding = config.decode_power, config.score_radius
         self.register_buffer("flip_index", flip_index)
         self.register_buffer("colour", torch.eye(3, 4)[None])
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up.
         colour = self.colour.expand(image.shape[0], 3, 4)
         image = normalize(image, self.model.mean, self.model.std, colour)
@@ -61,17 +62,17 @@ class Exported(nn.Module):
         return decode_heatmaps(heatmaps, *self.decoding)
 
 
-def photographs(size, n):
+def photographs(size: int, n: int) -> np.ndarray:
     """Cut-outs of the portrait that scikit-image ships, to compare on: (N, S, S, 3) uint8."""
     return np.stack([predict_crop(astronaut(), (20 * i, 10 * i, 300, 300), size, 1.0)[0] for i in range(n)])
 
 
-def latency(function):
+def latency(function: Callable) -> float:
     """Median milliseconds of a call, the first left out."""
     return statistics.median(timeit.repeat(function, number=1, repeat=RUNS + 1)[1:]) * 1e3
 
 
-def licence(trained):
+def licence(trained: Trained) -> tuple[str, str, str]:
     """(training data's name, identifier of the hub, what it means for the weights), as far as is known."""
     scheme = trained.scheme
     if trained.config.sample:
@@ -88,7 +89,7 @@ def licence(trained):
         "publish them.")
 
 
-def metadata(trained, flip):
+def metadata(trained: Trained, flip: bool) -> dict[str, str]:
     """What the ONNX file says of itself: {key: text}."""
     scheme, config = trained.scheme, trained.config
     values = {"names": scheme.names, "flip_pairs": scheme.flip_pairs, "regions": scheme.regions,
@@ -98,7 +99,7 @@ def metadata(trained, flip):
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def trace(trained, flip_index, path):
+def trace(trained: Trained, flip_index: torch.Tensor | None, path: Path) -> bytes:
     """The ONNX file's bytes; `path` is where it will be. Raises UserError without the packages for it."""
     try:
         import onnx
@@ -124,7 +125,7 @@ def trace(trained, flip_index, path):
     return content.SerializeToString()
 
 
-def export_onnx(trained, flip, path):
+def export_onnx(trained: Trained, flip: bool, path: Path) -> None:
     """Write the file, checked against PyTorch on a photo. Raises UserError, leaving nothing, if not equal."""
     try:
         import onnxruntime
@@ -137,7 +138,7 @@ def export_onnx(trained, flip, path):
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     crops = photographs(size, 5)  # not the batch size of the trace
 
-    def by_torch(crops):
+    def by_torch(crops: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         heatmaps = predict_heatmaps(trained.model, torch.from_numpy(crops), flip_index)
         return decode_heatmaps(heatmaps, config.decode_power, config.score_radius)
 
@@ -188,7 +189,7 @@ or load them as they are:
 """
 
 
-def write_safetensors(trained, folder):
+def write_safetensors(trained: Trained, folder: Path) -> None:
     """model.safetensors + config.json + README.md, the form of a Hugging Face repository."""
     from safetensors.torch import save  # timm brings it
     model, scheme, settings = trained.model, trained.scheme, trained.config
@@ -218,7 +219,7 @@ def write_safetensors(trained, folder):
     print(f"{folder}: model.safetensors, config.json, README.md")
 
 
-def write_light(checkpoint, path, force):
+def write_light(checkpoint: Path, path: Path, force: bool) -> None:
     """A checkpoint of 16-bit weights that loads like any other."""
     if path.exists() and not force:
         raise UserError(f"--light {path}: exists; name another file, or overwrite it with --force")
@@ -226,7 +227,7 @@ def write_light(checkpoint, path, force):
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_checkpoint(parser)

@@ -21,13 +21,13 @@ from train_simple import METRICS, Trained
 CURVES = ("train_loss", "val_loss", *METRICS)
 
 
-def show(value):
+def show(value: object) -> str:
     """A value of a checkpoint as one short piece of a line, whatever a stranger put there."""
     text = f"{value:.4g}" if isinstance(value, float) else printable(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_run(path):
+def read_run(path: Path) -> dict:
     """What there is to say about one checkpoint or run's folder."""
     file = path / "best_model.pth" if path.is_dir() else path
     if path.is_dir() and not file.exists():
@@ -45,7 +45,7 @@ def read_run(path):
                 "file": f"{size / 1e6:.1f} MB"}}
 
 
-def read_curves(checkpoint):
+def read_curves(checkpoint: Path) -> list[dict]:
     """The rows of metrics.csv beside a checkpoint."""
     path = checkpoint.with_name("metrics.csv")
     try:
@@ -58,14 +58,14 @@ def read_curves(checkpoint):
         raise UserError(f"{path}: not a run's metrics.csv ({show(str(e))})") from None
 
 
-def print_table(header, rows):
+def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Columns as wide as their longest cell."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
 
 
-def print_one(run):
+def print_one(run: dict) -> None:
     """All that one checkpoint holds, the weights aside."""
     regions = {name: " ".join(map(str, index)) or "-" for name, index in run["scheme"].regions.items()}
     print(run["path"])
@@ -77,7 +77,7 @@ def print_one(run):
             print(f"  {show(name):<16} {show(value)}")
 
 
-def print_several(names, runs):
+def print_several(names: list[str], runs: list[dict]) -> None:
     """A table of the runs, and what differs between their settings, versions and landmarks."""
     columns = list(runs[0]["summary"])
     print_table(["run", *columns], [[show(n), *run["summary"].values()] for n, run in zip(names, runs)])
@@ -93,7 +93,7 @@ def print_several(names, runs):
         print_table(["", *map(show, names)], different)
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read and check the command line; args.paths are the checkpoints. Raises UserError."""
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
@@ -111,7 +111,7 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     runs = [read_run(path) for path in args.paths]
     names = [p.resolve().name if p.is_dir() else f"{p.resolve().parent.name}/{p.name}" for p in args.paths]

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,7 @@ from tools.lib.draw import encode_picture
 from tools.lib.files import check_free
 from tools.lib.find import overlaps
 
+Rng = np.random.Generator
 SS = 2  # supersampling: a picture is drawn at twice its size
 
 CREAM, GOLD, RED, BROWN, BLACK, GREY, WHITE, TAN = np.float32(
@@ -52,19 +54,20 @@ BREEDS = (
 )
 
 
-def ramp(x, low, high):
+def ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
     """0 below `low`, 1 above `high`, smooth between."""
     t = np.clip((x - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def rotation(yaw, pitch, roll):
+def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
+    """The rotation (3, 3) by three angles in radians: turned to the side, nodding, leaning."""
     (a, b, c), (d, e, f) = np.cos((yaw, pitch, roll)), np.sin((yaw, pitch, roll))
     nod, turn = [[1, 0, 0], [0, b, e], [0, -e, b]], [[a, 0, d], [0, 1, 0], [-d, 0, a]]
     return np.array([[c, -f, 0], [f, c, 0], [0, 0, 1]]) @ nod @ turn
 
 
-def spline(points, closed=True, steps=8):
+def spline(points: np.ndarray | list, closed: bool = True, steps: int = 8) -> np.ndarray:
     """A Catmull-Rom curve through the points (n, 2)."""
     p = np.asarray(points, float)
     p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
@@ -75,7 +78,7 @@ def spline(points, closed=True, steps=8):
 
 
 @functools.cache
-def noise_tiles():
+def noise_tiles() -> tuple[np.ndarray, np.ndarray]:
     """Two 512 x 512 textures that tile, mean 0, deviation about 1: strokes along x for fur, and clouds."""
     rng = np.random.default_rng(0)
 
@@ -87,13 +90,15 @@ def noise_tiles():
     return 0.7 * blurred(7, 0.9) + 0.7 * blurred(14, 2.2), 0.8 * blurred(24, 24) + 0.5 * blurred(9, 9)
 
 
-def wrapped(tile, u, v):
+def wrapped(tile: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The tile's values at the places u, v, as if it went on for ever."""
     return cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
 # ------------------------------------------------------------------------------------------------ the model
 
-def surface(balls, turn, x, y, k=14.0):
+def surface(balls: np.ndarray, turn: np.ndarray, x: np.ndarray, y: np.ndarray,
+            k: float = 14.0) -> tuple[np.ndarray, np.ndarray]:
     """Height z of a smooth union of ellipsoids (cx, cy, cz, rx, ry, rz) turned by `turn`, and about how far
     (x, y) lies inside its outline (negative outside)."""
     height = inside = 0
@@ -110,7 +115,7 @@ def surface(balls, turn, x, y, k=14.0):
     return np.log(height) / k, np.log(inside) / k
 
 
-def make_ear(rng, kind, side, length):
+def make_ear(rng: Rng, kind: int, side: int, length: float) -> np.ndarray:
     """One ear, a sheet of points (19 from base to tip, 9 from inner to outer edge, xyz)."""
     t, u = np.linspace(0, 1, 19)[:, None], np.linspace(-1, 1, 9)[None]
     swivel = rng.uniform(-0.15, 0.5)  # turns the opening to the front or to the side
@@ -135,7 +140,7 @@ def make_ear(rng, kind, side, length):
     return spine + (width * u)[..., None] * out - hollow[..., None] * np.cross(step, out) * side
 
 
-def make_face(rng, breed):
+def make_face(rng: Rng, breed: tuple) -> dict:
     """The model of one face: {part: 3-D points}; curves hold pairs (n, left and right, xyz)."""
     chances, _, long, wide, ear_length = breed
     long, wide = long * rng.uniform(0.8, 1.25), wide * rng.uniform(0.93, 1.07)
@@ -192,13 +197,14 @@ def make_face(rng, breed):
 
 # ------------------------------------------------------------------------------------------------ the picture
 
-def window(points, pad):
+def window(points: np.ndarray, pad: float) -> tuple[tuple, np.ndarray]:
     """The part of a canvas round the points (n, 2), as slices and as the place of its corner."""
     (x0, y0), (x1, y1) = (np.int32(np.maximum(p, 0)) for p in (points.min(0) - pad, points.max(0) + pad))
     return np.s_[y0:y1, x0:x1], np.array([x0, y0])
 
 
-def paint(canvas, points, colour, soft=0.0, alpha=1.0):
+def paint(canvas: np.ndarray, points: np.ndarray, colour: tuple | np.ndarray, soft: float = 0.0,
+          alpha: float = 1.0) -> None:
     """Fill a polygon (n, 2) on the float canvas, its edge softened by `soft` pixels; colour: or a picture."""
     pad = int(3 * soft) + 2
     where, corner = window(points, pad)
@@ -212,13 +218,14 @@ def paint(canvas, points, colour, soft=0.0, alpha=1.0):
         part += (colour - part) * (mask[..., None] * np.float32(alpha / 255))
 
 
-def oval(centre, radius, squash=1.0, angle=0.0):
+def oval(centre: np.ndarray, radius: float, squash: float = 1.0, angle: float = 0.0) -> np.ndarray:
+    """An ellipse of 24 points (24, 2); squash: its height / its width, angle: in radians."""
     t = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     c, s = np.cos(angle), np.sin(angle)
     return np.stack([np.cos(t), squash * np.sin(t)], 1) @ [[c, s], [-s, c]] * radius + centre
 
 
-def background(rng, w, h):
+def background(rng: Rng, w: int, h: int) -> np.ndarray:
     """Loose shapes (boards, leaves, grass or far lights) on a ramp of colour, out of focus, in a picture of w
     x h.
     """
@@ -245,7 +252,8 @@ def background(rng, w, h):
     return cv2.GaussianBlur(img, (0, 0), rng.uniform(0.4, 2.5))
 
 
-def coat_colour(coat, x, y, z, ny, shift, body):
+def coat_colour(coat: tuple, x: np.ndarray, y: np.ndarray, z: np.ndarray, ny: float, shift: np.ndarray,
+                body: bool) -> np.ndarray:
     """Colours of the fur at points of the head (or of the body), in the model's own coordinates."""
     pattern, main, second = coat
     cloud = wrapped(noise_tiles()[1], x * 90 + shift[0], y * 90 + shift[1])
@@ -271,7 +279,8 @@ def coat_colour(coat, x, y, z, ny, shift, body):
     return main + (second - main) * mix[..., None]
 
 
-def draw_fur(canvas, balls, turn, scale, origin, coat, light, fur, fuzz):
+def draw_fur(canvas: np.ndarray, balls: np.ndarray, turn: np.ndarray, scale: float, origin: np.ndarray,
+             coat: Callable, light: np.ndarray, fur: np.ndarray, fuzz: float) -> np.ndarray:
     """Draw ellipsoids with their coat; shape and colour at the final size, the hairy outline supersampled.
     Returns their height z on the whole canvas."""
     centre, reach = (balls[:, :3] @ turn.T)[:, :2], balls[:, 3:].max(1, keepdims=True) + 0.05
@@ -297,7 +306,8 @@ def draw_fur(canvas, balls, turn, scale, origin, coat, light, fur, fuzz):
     return depth
 
 
-def ear_layer(ear, shape, scale, origin, light):
+def ear_layer(ear: np.ndarray, shape: tuple, scale: float, origin: np.ndarray,
+              light: np.ndarray) -> tuple[tuple, np.ndarray]:
     """An ear drawn quad by quad from base to tip: where it lies on the canvas, and there (h, w, 4) its shade,
     how much of the inner side shows, its height z and its cover."""
     px, pad = np.int32(ear[..., :2] * scale + origin), int(0.1 * scale)
@@ -317,7 +327,8 @@ def ear_layer(ear, shape, scale, origin, light):
     return np.s_[y0:y1, x0:x1], cv2.GaussianBlur(layer, (0, 0), 0.02 * scale)
 
 
-def draw_ear(canvas, where, layer, colours, scale, fur, depth=None):
+def draw_ear(canvas: np.ndarray, where: tuple, layer: np.ndarray, colours: tuple, scale: float,
+             fur: np.ndarray, depth: np.ndarray | None = None) -> None:
     """Draw an ear's layer where it lies; given `depth`, only what stands before it."""
     fur, cover = fur[where], layer[..., 3]
     shade, inner, z = (layer[..., i] / np.maximum(cover, 1e-3) for i in range(3))
@@ -331,7 +342,8 @@ def draw_ear(canvas, where, layer, colours, scale, fur, depth=None):
     canvas[where] += (colour - canvas[where]) * alpha[..., None]
 
 
-def draw_mouth(canvas, face, px, scale):
+def draw_mouth(canvas: np.ndarray, face: dict, px: Callable, scale: float) -> None:
+    """Lips, and what an open mouth shows; px brings the model's points into the picture."""
     around = lambda p: spline(np.concatenate([p[::-1, 0], p[1:, 1]]), closed=False)  # corner, middle, corner
     lip, jaw, (tip, _) = px(face["lip"]), px(face["jaw"]), px(face["tongue"])
     upper, lower, snout = around(lip), around(jaw), px(face["nose"])[5, 0]
@@ -359,7 +371,9 @@ def draw_mouth(canvas, face, px, scale):
     canvas[where] *= np.float32(1) - np.float32(0.82 / 255) * lines
 
 
-def draw_nose(canvas, face, px, scale, light, skin):
+def draw_nose(canvas: np.ndarray, face: dict, px: Callable, scale: float, light: np.ndarray,
+              skin: np.ndarray) -> None:
+    """The nose's skin (a colour), its shine and its nostrils; px as in draw_mouth."""
     nose = px(face["nose"])
     ring = spline(np.concatenate([nose[:6, 1], nose[4:0:-1, 0]]))
     middle = ring.mean(0)
@@ -373,7 +387,8 @@ def draw_nose(canvas, face, px, scale, light, skin):
         paint(canvas, oval(nose[6, i], 0.045 * scale, 0.6, np.arctan2(y, x)), (12, 8, 8), 0.008 * scale)
 
 
-def draw_eye(canvas, eye, look, scale, light, iris):
+def draw_eye(canvas: np.ndarray, eye: np.ndarray, look: np.ndarray, scale: float, light: np.ndarray,
+             iris: np.ndarray) -> None:
     """One eye from its eight outline points: inner corner, lid, outer corner, lower lid."""
     lids, centre = spline(eye), eye.mean(0)
     span, tall = np.hypot(*(eye[4] - eye[0])), np.hypot(*(eye[6] - eye[2]))
@@ -393,7 +408,7 @@ def draw_eye(canvas, eye, look, scale, light, iris):
     paint(canvas, lids, ball)
 
 
-def occlude(canvas, rng, centre, scale):
+def occlude(canvas: np.ndarray, rng: Rng, centre: np.ndarray, scale: float) -> None:
     """Hide a part of the face behind a ball, a stick or some grass."""
     kind, colour, soft = rng.integers(3), rng.uniform(30, 240, 3), 0.01 * scale
     if kind == 0:
@@ -414,7 +429,8 @@ def occlude(canvas, rng, centre, scale):
             paint(canvas, blade + centre, np.array([90, 140, 60]) * rng.uniform(0.5, 1.3), soft)
 
 
-def render(rng, face, coat, turn, size, scale, origin):
+def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int], scale: float,
+           origin: np.ndarray) -> np.ndarray:
     """The picture (h, w, 3) RGB of a face: its model origin lies at `origin`, a face unit is `scale` pixels
     long.
     """
@@ -472,7 +488,7 @@ def render(rng, face, coat, turn, size, scale, origin):
 
 # ----------------------------------------------------------------------------------------------- the data set
 
-def plan_defects(rng, train, test):
+def plan_defects(rng: Rng, train: int, test: int) -> dict[int, str]:
     """{index: defect}: each at least once where there are faces enough, and for large sets as often as in
     DogFLW.
     """
@@ -486,13 +502,13 @@ def plan_defects(rng, train, test):
     return plan
 
 
-def overlap(a, b):
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2)."""
     a, b = (np.array([[*box[:2], *(box[2:] - box[:2])]]) for box in (a, b))
     return overlaps(a, b).item()
 
 
-def make_label(rng, marks, size, defect):
+def make_label(rng: Rng, marks: np.ndarray, size: np.ndarray, defect: str | None) -> dict:
     """DogFLW's label. The box is the landmarks' hull and some 10 %, written as strings, unless a defect
     spoils it.
     """
@@ -511,7 +527,7 @@ def make_label(rng, marks, size, defect):
     return {"landmarks": marks.tolist(), "bounding_boxes": strings}
 
 
-def draw_sample(seed, index, defect=None):
+def draw_sample(seed: int, index: int, defect: str | None = None) -> tuple[int, np.ndarray, dict]:
     """Face number `index`: its breed, its picture (h, w, 3) RGB and its label."""
     rng = np.random.default_rng([seed, index])
     breed = int(rng.integers(len(BREEDS)))
@@ -532,7 +548,8 @@ def draw_sample(seed, index, defect=None):
     return breed, picture, make_label(rng, marks * scale + origin, size, defect)
 
 
-def write_sample(job):
+def write_sample(job: tuple) -> None:
+    """Draw and write one face, (folder, seed, index, split, defect), in a process of its own."""
     out, seed, index, split, defect = job
     cv2.setNumThreads(1)  # the processes share the cores already
     breed, picture, label = draw_sample(seed, index, defect)
@@ -541,7 +558,8 @@ def write_sample(job):
     (out / split / "labels" / f"{stem}.json").write_text(json.dumps(label))
 
 
-def make_sample(out, train=600, test=100, seed=0, workers=None):
+def make_sample(out: Path | str, train: int = 600, test: int = 100, seed: int = 0,
+                workers: int | None = None) -> None:
     """Write the data set to the folder `out`, in place of what is there; all of it or nothing."""
     out = Path(out).resolve()
     plan = plan_defects(np.random.default_rng(seed), train, test)
@@ -565,7 +583,7 @@ def make_sample(out, train=600, test=100, seed=0, workers=None):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "data/sample/dogflw",
                         help="folder to write (%(default)s)")

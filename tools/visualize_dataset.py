@@ -8,7 +8,9 @@ Says what was repaired or left out in reading, and writes into --out
     landmarks.png     every landmark's number and name on the mean face
     repaired.jpg      boxes that the converter rebuilt: the original in red, the new one in green
 """
+import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -26,7 +28,8 @@ from tools.lib.pictures import read_image
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
 
 
-def draw_box(tile, matrix, box, colour):
+def draw_box(tile: np.ndarray, matrix: np.ndarray, box: np.ndarray | tuple,
+             colour: tuple[int, int, int]) -> None:
     """Draw a picture's box on a tile that shows the picture through `matrix`."""
     (x, y, w, h) = box
     corners = data.apply_matrix(matrix, np.array([[x, y], [x + w, y + h]]))
@@ -34,7 +37,7 @@ def draw_box(tile, matrix, box, colour):
     cv2.rectangle(tile, low, high, colour, 2)
 
 
-def raw_tiles(faces, originals):
+def raw_tiles(faces: data.Faces, originals: dict) -> Iterator[np.ndarray]:
     """Whole pictures, landmarks, boxes (green); in red the box that `originals` has, of before the repair."""
     for i, name in enumerate(faces.files):
         size, old = faces.sizes[i], originals.get(faces.ids[i])
@@ -53,7 +56,7 @@ def raw_tiles(faces, originals):
         yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
 
 
-def trainer_tiles(faces, size, padding, seed):
+def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> Iterator[np.ndarray]:
     """Four tiles a face: plain crop, two augmented ones, and the targets of the second over its picture."""
     options = {"input_size": size, "padding": padding, "seed": seed}
     plain = DogFLWDataset(faces, **options)
@@ -74,7 +77,7 @@ def trainer_tiles(faces, size, padding, seed):
         yield caption(tile.clip(0, 255).astype(np.uint8), "its targets")
 
 
-def label_slots(marks, slots):
+def label_slots(marks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int]]:
     """Which slot (M, 2) names which landmark (N, 2): [(landmark, slot), ...].
 
     Straight lines of the least total length never cross; but rather a detour than a line that runs through
@@ -88,7 +91,7 @@ def label_slots(marks, slots):
     return list(zip(*linear_sum_assignment(cost)))
 
 
-def landmark_map(faces):
+def landmark_map(faces: data.Faces) -> np.ndarray:
     """Numbers and names around the mean face, each joined to its landmark by a line."""
     scheme, mean = faces.scheme, mean_face(faces)
     shown = np.flatnonzero(np.isfinite(mean[:, 0]))
@@ -115,7 +118,7 @@ def landmark_map(faces):
     return np.asarray(canvas)
 
 
-def original_boxes(path):
+def original_boxes(path: Path) -> dict:
     """{annotation id: the corners its box had before the converter rebuilt it, or None when it had none}."""
     boxes = {}
     for annotation in load_json(path)["annotations"]:
@@ -129,7 +132,7 @@ def original_boxes(path):
     return boxes
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -155,7 +158,7 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     faces = data.load_coco(args.ann, data_root(args.data_root), args.category)
     originals = original_boxes(args.ann)
