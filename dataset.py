@@ -1,7 +1,7 @@
 """What a face is: landmark scheme, COCO file, crop and augmentation, heatmaps <-> points.
 
-One way only: COCO file -> `load_coco` -> `DogFLWDataset` -> batches of uint8 crops and points ->
-(on the device) `normalize`; `decode_heatmaps` brings predictions back. `encode_heatmaps` draws the targets.
+COCO file -> `load_coco` -> `DogFLWDataset` -> uint8 crops, points -> (on the device) `normalize` -> model ->
+`decode_heatmaps`. The loss makes its targets of `gaussians`; `encode_heatmaps` draws them, to look at.
 
 Coordinates: integer (x, y) is the centre of a pixel, in pictures, crops and heatmaps alike. A crop is one
 2 x 3 matrix (picture -> crop) for pixels and points. Heatmap cell h and crop pixel x of stride s:
@@ -16,7 +16,7 @@ import torch
 
 from tools.lib.cli import UserError, setting
 from tools.lib.coco import originals, read_coco
-from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - for users of load_coco
+from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - read_image is imported from here
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
 ROOT = Path(__file__).resolve().parent
@@ -30,7 +30,7 @@ STRIDE = 2  # input pixels a heatmap cell
 class Scheme:
     """What the landmarks are; read from the COCO category, stored in every checkpoint as plain types."""
     names: list
-    flip_pairs: list  # [[i, j], ...] left/right partners; empty: no mirroring
+    flip_pairs: list  # [[i, j], ...] left/right partners, zero-based; empty: no mirroring
     regions: dict  # region -> indices
     interocular: list  # the two points whose distance normalises nme_iod; empty: no nme_iod
     skeleton: list  # [[i, j], ...] zero-based lines to draw
@@ -38,12 +38,8 @@ class Scheme:
     @property
     def flip_index(self):
         """The permutation that swaps partners, or None when there are no pairs."""
-        if not self.flip_pairs:
-            return None
-        index = list(range(len(self.names)))
-        for i, j in self.flip_pairs:
-            index[i], index[j] = j, i
-        return index
+        partner = dict(pair for i, j in self.flip_pairs for pair in ((i, j), (j, i)))
+        return [partner.get(i, i) for i in range(len(self.names))] if partner else None
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,7 @@ class Faces:
     image_ids: np.ndarray  # (N,)
     breeds: list  # N strings, for stratified splits and reports
     notes: list = field(default_factory=list)  # what the reader repaired or left out, a line each
+    room: list = field(default_factory=list)  # how boxes lie around landmarks: tools/lib/find.py, room_of
 
     def __len__(self):
         return len(self.files)
@@ -85,7 +82,7 @@ class Faces:
         rng = np.random.default_rng([seed, 7919])
         _, first, picture = np.unique(originals(self.files), return_index=True, return_inverse=True)
         breeds = np.array(self.breeds)[first]
-        order = np.argsort(first)  # in the file's order, so that a file of one face a picture splits as ever
+        order = np.argsort(first)  # in the file's order: names do not matter
         held = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
         # + rng.random() rounds up as often as down, so small breeds neither all give nor all keep their faces
         held = np.concatenate([h[:int(len(h) * fraction + rng.random())] for h in held])
@@ -105,7 +102,7 @@ def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
 def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False):
     """The 2 x 3 matrix picture -> crop of `size` pixels: a square of side `padding` * the box's longer side.
 
-    rotation in degrees, scale > 1 shows more of the picture, shift in sides of the square. Float64.
+    rotation in degrees, clockwise; scale > 1 shows more; shift in sides of the square. Float64.
     """
     x, y, w, h = box
     side = max(w, h) * padding * scale
@@ -118,7 +115,7 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
 
 
 def predict_crop(image, box, size, padding, rotation=0.0):
-    """Picture and box -> crop (size, size, 3) uint8 and its matrix: validation's, turned by `rotation`."""
+    """RGB picture, box -> crop (size, size, 3) uint8 and its matrix: validation's, turned by `rotation`."""
     matrix = crop_matrix(box, size, padding, rotation)
     return crop_of(image, box, matrix, size, padding), matrix
 
@@ -140,8 +137,8 @@ class Augmentation:
         return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
-        """Draw the geometry (crop_matrix's arguments) and the colour matrix (3, 4) of a crop at random."""
-        u = rng.uniform(-1, 1, 12)  # always the same number of draws, whatever is switched on
+        """Draw a crop's geometry (crop_matrix's arguments) and colour matrix (3, 4): always by 12 numbers."""
+        u = rng.uniform(-1, 1, 12)  # turn, zoom, shift (2), contrast, saturation, gain (3), light, far (2)
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
         geometry = {"rotation": self.rotation * u[0], "scale": scale, "shift": shift,
@@ -173,8 +170,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
     visibility is 1 where a landmark trains, 0 where it is not labelled or cut off, and -1 where there is no
-    face and its map is to be flat. A DataLoader calls `__getitems__` instead: whole batches of uint8
-    crops, from which the device makes images and heatmaps. An item is i, (epoch, i) or (epoch, i, crop size):
+    face and its map is to be flat. A DataLoader calls `__getitems__` instead: whole batches of uint8 crops,
+    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i, (epoch, i) or (epoch, i, crop size):
     augmentation is a pure function of seed, epoch and i. cache: the folder for decoded faces, or None.
     """
 
@@ -208,7 +205,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, items):
         items = [item if isinstance(item, tuple) else (0, range(len(self))[item]) for item in items]
-        n, k, size = len(items), len(self.faces.scheme.names), items[0][2] if items[0][2:] else self.size
+        n, k, size = len(items), len(self.faces.scheme.names), items[0][2] if len(items[0]) > 2 else self.size
         crops = np.empty((n, size, size, 3), np.uint8)
         points, visible = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
         colour, matrices = np.zeros((n, 3, 4), np.float32), np.zeros((n, 2, 3))
@@ -222,7 +219,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
                 warp(*self.windows[i], drawn[0], size, out=crops[row])
             matrices[row], points[row], labelled, colour[row] = drawn
             self.augment.paint(crops[row], rng)
-            # What the crop cut off cannot be learnt from a heatmap; validation scores it all the same.
+            # What the crop cut off cannot be learnt from a heatmap; validation scores it. -1 is `scene`'s.
             visible[row] = labelled * (inside(points[row], size) | (labelled < 0))
         arrays = {"image": crops, "keypoints": points, "visibility": visible, "colour": colour,
                   "matrix": matrices, "index": np.array([i for _, i, *_ in items])}
@@ -267,13 +264,13 @@ def encode_heatmaps(points, size, sigma):
 def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
     """Non-negative maps of any height (B, K, S, S) -> points (B, K, 2) in crop pixels, scores (B, K).
 
-    Sub-pixel: a centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2), right for sharp
-    and for broad maps; of the maps to a `power` above 1, because thin tails over the whole crop draw the
-    plain one to its middle. The score is the share of the map's mass within `radius` of the point, as a
-    fraction of the crop (in x and in y): the map's own probability of that error.
+    The point is the centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2) of the map to
+    the `power`: at 1, thin tails over the whole crop would draw it to the middle. The score is the share of
+    the map's mass that is within `radius` of the point, as a fraction of the crop, in x and in y: the map's
+    own probability of that error.
     """
     size, relative = heatmaps.shape[-1], heatmaps / heatmaps.amax((2, 3), keepdim=True).clamp(min=1e-30)
-    sharp = relative * relative.pow(power - 1)  # of 1.5 a square root, which is fast
+    sharp = relative * relative.pow(power - 1)  # of 1.5 a square root: faster than pow(1.5)
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
     sums = torch.stack([sharp.sum(2), sharp.sum(3)], 2)  # (B, K, 2, size), of columns and of rows
     centre = (sums * cells).sum(3) / sums.sum(3).clamp(min=1e-12)

@@ -146,8 +146,8 @@ def test_search_runs_without_boxes(run, picture, tmp_path):
 class Eye:
     """Stands for a trained network: sees the true face nearest to a box's middle, clearer the better the box fits."""
 
-    def __init__(self, truth, whole=False):
-        self.truth, self.whole, self.scheme = truth, whole, SimpleNamespace(flip_pairs=[[0, 1]])
+    def __init__(self, truth, whole=False, pair=(0, 1)):
+        self.truth, self.whole, self.scheme, self.room = truth, whole, SimpleNamespace(flip_pairs=[pair]), []
 
     def look(self, jobs, flip=True):
         boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), find.hull_boxes(self.truth)
@@ -183,6 +183,66 @@ def test_a_locator_looks_closer_upright():
     assert all(-45 < turn < -25 for turn in closer | last)
 
 
+INNER = np.array([[[0.3, 0.4], [0.7, 0.4], [0.5, 0.65]], [[0.25, 0.3], [0.8, 0.45], [0.5, 0.7]], [[0.35, 0.4], [0.6, 0.4], [0.5, 0.6]]])
+
+
+@pytest.mark.parametrize("which, expected", [([0, 1, 2], 4), ([0, 1], 4), ([2], 2)])
+def test_boxes_follow_from_landmarks_as_they_did_in_training(which, expected):
+    """Eyes and nose lie within a face: hulls alone would show the model a third of what it was trained on."""
+    boxes = np.array([[10, 20, 100, 100], [200, 40, 60, 60], [30, 300, 160, 160.0]])
+    points = boxes[:, None, :2] + INNER[:, which] * boxes[:, None, 2:]
+    room = find.room_of(points, np.ones(points.shape[:2]), boxes)
+    assert len(room) == expected
+    shape = boxes[:, None, :2] + np.median(INNER[:, which], 0) * boxes[:, None, 2:]  # the usual face, at each place
+    for face, box in zip(shape, boxes):
+        assert find.overlaps(find.box_around(face, box, find.LAST_MARGIN, room)[None], box[None])[0, 0] > 0.7
+        turned, turn = find.upright((face - box[:2]) @ [[0, 1], [-1, 0]] + box[:2], [[0, 1]] * (len(which) > 1), box,
+                                    find.LAST_MARGIN, room)
+        assert len(which) == 1 or abs(turn) == pytest.approx(90, abs=1) and turned[2] == pytest.approx(box[2], rel=0.2)
+    hulls = find.hull_boxes(points, find.LAST_MARGIN)
+    assert find.room_of(points, np.ones(points.shape[:2]), hulls) == []
+    hidden = np.concatenate([points, points * 0], 1)  # what is not labelled lies nowhere
+    assert find.room_of(hidden, np.repeat([[1, 0]], len(which), 1).repeat(3, 0), boxes) == pytest.approx(room)
+
+
+@pytest.mark.parametrize("which", [[0, 1, 2], [2]])
+def test_landmarks_within_a_face_are_found_and_followed_in_boxes_of_the_face(which):
+    boxes = np.array([[40, 60, 150, 150], [300, 50, 120, 120.0]])
+    truth = boxes[:, None, :2] + INNER[0, which] * boxes[:, None, 2:]
+
+    class Inner(Eye):
+        def look(self, jobs, flip=True):
+            """Clear where the box fits the face's, not its landmarks'."""
+            seen = np.reshape([box for _, box, *_ in jobs], (-1, 4))
+            fit = find.overlaps(seen, boxes)
+            return truth[fit.argmax(1)], np.repeat(np.clip(fit.max(1) + 0.3, 0, 1)[:, None], len(which), 1)
+    face, locator = Inner(truth), Eye(np.stack([b[:2] + b[2:] * [[0, 0], [1, 0], [0, 1], [1, 1]] for b in boxes]), whole=True)
+    face.scheme.flip_pairs = [[0, 1]] * (len(which) > 1)
+    face.room = find.room_of(truth, np.ones(truth.shape[:2]), boxes)
+    predictor, image = find.Predictor(face, locator), np.zeros((400, 640, 3), np.uint8)
+    faces = predictor(image)
+    assert len(faces) == 2 and all(find.overlaps(f["box"][None], boxes).max() > 0.5 for f in faces)
+    tracker = video.Tracker(predictor, boxes)
+    for number in range(4):
+        (one, two) = tracker(image, number / 25)
+        assert find.overlaps(np.stack([one["box"], two["box"]]), boxes).max(1).min() > 0.5
+
+
+def test_a_locator_of_other_landmarks_keeps_its_own_pairs():
+    """The bundled one, given to a model of somebody's own landmarks, in another number and order."""
+    looks, whole = [], np.array([[[100.0, 100], [180, 160], [130, 190], [110, 170]]])
+    own = whole[:, [3, 3, 2, 1, 2, 0]]  # the leaning pair is 5 and 3 here, which the locator does not have
+
+    class Turning(Eye):
+        def look(self, jobs, flip=True):
+            looks.append((self.whole, {turn for _, _, *rest in jobs for turn in rest}))
+            return super().look(jobs, flip)
+    predictor = find.Predictor(Turning(own, pair=(5, 3)), Turning(whole, whole=True))
+    assert predictor(np.zeros((300, 300, 3), np.uint8))[0]["points"].shape == (6, 2)
+    assert [kind for kind, _ in looks] == [True, True, False, False]
+    assert all(-45 < turn < -25 for turn in looks[1][1] | looks[3][1])
+
+
 @given(st.floats(-80, 80), st.booleans(), st.integers(0, 10**6))
 def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
     """The box of the turned crop holds the landmarks as tightly as that of the upright face, whatever a pair's order."""
@@ -192,7 +252,7 @@ def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
     a, pairs = np.deg2rad(degrees), [[i + 5, i] if swapped and i % 2 else [i, i + 5] for i in range(5)]
     points = face @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) + 300
     assert find.lean(points, pairs) == pytest.approx(degrees, abs=1e-6) and find.lean(points, []) == 0
-    box, turn = find.upright(points, pairs, 0.1)
+    box, turn = find.upright(points, pairs, None, 0.1, [])
     matrix = data.crop_matrix(box, 256, 1.0, turn)
     expected = data.crop_matrix(find.hull_boxes(face[None], 0.1)[0], 256, 1.0)
     np.testing.assert_allclose(apply_matrix(matrix, points), apply_matrix(expected, face), atol=1e-6)
@@ -529,7 +589,7 @@ def test_the_newest_frame_of_a_camera_comes_next(monkeypatch):
 def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
     class Two:
         """Two faces side by side, of which the left one is gone from the fourth look on."""
-        face, scheme, looks = SimpleNamespace(whole=False), trainer.Trained(run.work_dir / "best_model.pth").scheme, 0
+        face, locator, looks, scheme = SimpleNamespace(whole=False, room=[]), None, 0, trainer.Trained(run.work_dir / "best_model.pth").scheme
 
         def __call__(self, image, boxes=None, min_score=0.5):
             self.looks += boxes is not None
@@ -553,6 +613,20 @@ def test_notebook_function(run, picture):
     assert 0 <= face["score"] <= 1
     twice = predictor.many([picture[0]] * 2, [[picture[1]], [picture[1]]])
     assert all(np.abs(f[0]["points"] - face["points"]).max() < 1e-2 for f in twice)
+
+
+def test_a_second_run_takes_another_folder_and_a_lacking_locator_is_said(run, picture, tmp_path, monkeypatch, capsys):
+    Image.fromarray(picture[0]).save(tmp_path / "dog.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "BUNDLED", tmp_path / "no.pth")
+    for name in ("predictions", "predictions_2", "predictions_3"):
+        predict(run.work_dir / "best_model.pth", "dog.png")
+        said = capsys.readouterr()
+        assert f"-> {name};" in said.out and (tmp_path / name / "predictions.json").exists()
+        assert "no locator fits these landmarks" in said.err
+    predict(run.work_dir / "best_model.pth", "dog.png", "--force", "--box", *picture[1])
+    said = capsys.readouterr()
+    assert "-> predictions;" in said.out and "locator" not in said.err
 
 
 def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
@@ -596,6 +670,27 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=wanted):
             predict(checkpoint, *args, *out)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_boxes_of_a_picture_of_the_same_name_are_not_taken(run, picture, tmp_path):
+    (tmp_path / "photos/sub").mkdir(parents=True)
+    for name in ("dog.png", "sub/dog.png"):
+        Image.fromarray(picture[0]).save(tmp_path / "photos" / name)
+    images = [{"id": 7, "file_name": "dog.png"}, {"id": 8, "file_name": "sub/dog.png"}]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "bbox": [1, 1, 99, 99]}]}))
+    with pytest.raises(UserError, match="1 of 1 files"):
+        predict(run.work_dir / "best_model.pth", tmp_path / "photos/sub", "--data-root", tmp_path / "photos", "--boxes",
+                tmp_path / "boxes.json", "--out", tmp_path / "out")
+    assert not (tmp_path / "out/predictions.json").exists()
+
+
+def test_files_of_several_drives_need_a_data_root(run, picture, tmp_path, monkeypatch):
+    def commonpath(_):
+        raise ValueError("Paths don't have the same drive")  # as on Windows
+    monkeypatch.setattr(tool.os.path, "commonpath", commonpath)
+    Image.fromarray(picture[0]).save(tmp_path / "dog.png")
+    with pytest.raises(UserError, match="--data-root: is needed for files on several drives"):
+        predict(run.work_dir / "best_model.pth", tmp_path / "dog.png", "--out", tmp_path / "out")
 
 
 def test_a_coco_file_needs_no_keypoints(tmp_path):

@@ -9,6 +9,7 @@ pixels of the file -> of the picture), `landmarks` (in the picture, null where u
 far eyes and nose are from the template, in eye distances: large in profile). Faces without both eyes and a
 nose are named there as `left_out`.
 """
+import argparse
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ import dataset as data
 from tools.lib.checkpoints import load_checkpoint, stored_scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.draw import encode_picture
-from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
+from tools.lib.files import atomic_write, check_free, data_root, free_folder, load_json, picture_path
 from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, cut_window, face_window, invert_matrix, warp, window_matrix
@@ -35,7 +36,7 @@ TEMPLATE = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.71]])
 CENTRE, HALF_SIDE = np.array([0.0, 0.19]), 1.35
 
 
-def parts(scheme):
+def parts(scheme: data.Scheme) -> tuple[list, list, list]:
     """Indices of left eye, right eye and nose. Raises UserError for a scheme that does not name them."""
     eye, nose = (scheme.regions.get(name, []) for name in ("eye", "nose"))
     left, right = ([pair[side] for pair in scheme.flip_pairs if set(pair) <= set(eye)] for side in (0, 1))
@@ -45,14 +46,14 @@ def parts(scheme):
     return left, right, nose
 
 
-def middles(points, visible, indices):
+def middles(points: np.ndarray, visible: np.ndarray, indices: tuple) -> np.ndarray | None:
     """Middles of eyes and nose (3, 2), or None where less than half of one is labelled."""
     if any(visible[i].mean() < 0.5 for i in indices):
         return None
     return np.stack([points[i][visible[i]].mean(0) for i in indices])
 
 
-def sides(faces, indices):
+def sides(faces: list, indices: tuple) -> tuple:
     """The indices with left and right swapped where the faces' left is the animal's, not the picture's.
 
     Then the nose of most is above the line from left to right, and not below it as the template has it.
@@ -63,7 +64,7 @@ def sides(faces, indices):
     return (right, left, nose) if mirrored else indices
 
 
-def fit(source, target):
+def fit(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
     """The similarity transform source -> target as a 2 x 3 matrix, or None where there is none."""
     if hasattr(SimilarityTransform, "from_estimate"):  # scikit-image 0.26 and later, where `estimate` goes
         transform = SimilarityTransform.from_estimate(source, target)
@@ -74,7 +75,7 @@ def fit(source, target):
     return matrix if np.isfinite(matrix).all() and np.linalg.det(matrix[:, :2]) > 1e-9 else None
 
 
-def align(image, matrix, size):
+def align(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """The (size, size, 3) picture that `matrix` maps to; large faces are first shrunk by area."""
     square = np.array([[0, 0], [size, 0], [0, size], [size, size]]) - 0.5
     corners = apply_matrix(invert_matrix(matrix), square)
@@ -84,7 +85,7 @@ def align(image, matrix, size):
     return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
 
 
-def read_predictions(path, k):
+def read_predictions(path: Path, k: int) -> list:
     """[(file, face, points (K, 2), visible (K,))] of a predictions.json, in its order."""
     content, faces, number = load_json(path), [], Counter()
     try:
@@ -101,7 +102,7 @@ def read_predictions(path, k):
     return faces
 
 
-def read_faces(args):
+def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list]:
     """(scheme, [(file, face, points, visible)]) from annotations or predictions."""
     if args.ann:
         faces = data.load_coco(args.ann, args.data_root, args.category)
@@ -116,13 +117,14 @@ def read_faces(args):
 class Aligner:
     """Writes faces, and remembers them: `aligned` and `left_out`, rows of transforms.json."""
 
-    def __init__(self, scheme, faces, out, size, margin):
+    def __init__(self, scheme: data.Scheme, faces: list, out: Path, size: int, margin: float):
         self.indices, self.out, self.size = sides(faces, parts(scheme)), out, size
         self.scale = size / (2 * HALF_SIDE * (1 + margin))  # pixels an eye distance
         self.target = (TEMPLATE - CENTRE) * self.scale + (size - 1) / 2
         self.aligned, self.left_out, self.used = [], [], Counter()
 
-    def add(self, image, file, face, points, visible):
+    def add(self, image: np.ndarray, file: str, face: int | str, points: np.ndarray,
+            visible: np.ndarray) -> None:
         """Write a face of a picture, or say in `left_out` why not."""
         source = middles(points, visible, self.indices)
         matrix = None if source is None else fit(source, self.target)
@@ -141,7 +143,7 @@ class Aligner:
                              "landmarks": landmarks, "residual": round(float(away), 4)})
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -151,7 +153,7 @@ def parse_args(argv):
     add_checkpoint(parser, "what made the predictions; it names the landmarks", positional=False)
     add("--category", metavar="NAME", help="of --ann, where it has several with different landmarks")
     add("--data-root", type=Path, required=True, metavar="DIR", help="folder that file names are relative to")
-    add("--out", type=Path, default=Path("aligned"), metavar="DIR", help="(default: aligned)")
+    add("--out", type=Path, metavar="DIR", help="(default: aligned, then aligned_2, ...)")
     add("--size", type=int, default=224, metavar="S", help="pixels of the square pictures (default: 224)")
     add("--margin", type=float, default=0.6, metavar="F",
         help="room around a typical face, in parts of it (default: 0.6, which cuts no ear of 4 faces in 5)")
@@ -162,13 +164,14 @@ def parse_args(argv):
     if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
         raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
     data_root(args.data_root)
+    args.out = args.out or (Path("aligned") if args.force else free_folder("aligned"))
     if args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
     check_free("--out", args.out, args.force)
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     scheme, faces = read_faces(args)
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []

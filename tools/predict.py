@@ -21,6 +21,7 @@ In a notebook:
     predictor = load_predictor()  # or load_predictor("best_model.pth")
     faces = predictor(image_rgb)  # [{"box": (4,), "points": (K, 2), "scores": (K,), "score": float}, ...]
 """
+import argparse
 import contextlib
 import csv
 import glob
@@ -38,18 +39,19 @@ from posixpath import normpath
 import numpy as np
 from tqdm import tqdm
 
+from dataset import Scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
 from tools.lib.coco import Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
-from tools.lib.files import atomic_write, check_free, data_root, load_json, picture_path
-from tools.lib.find import MIN_SCORE, intersections
+from tools.lib.files import atomic_write, check_free, data_root, free_folder, load_json, picture_path
+from tools.lib.find import MIN_SCORE, Predictor, intersections
 from tools.lib.pictures import format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
 from tools.lib.windows import whole_box
 from train_simple import load_predictor
 
-RESULTS, TABLE = "predictions.json", "predictions.csv"  # in --out, beside the overlays
+OUT, RESULTS, TABLE = "predictions", "predictions.json", "predictions.csv"  # in --out, beside the overlays
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -78,7 +80,7 @@ class Listing:
     category: dict  # its id and name
 
 
-def check_box(box, where):
+def check_box(box: object, where: str) -> np.ndarray:
     """A box of four usable numbers as an array (4,) of x, y, width, height. Raises UserError."""
     try:
         box = np.array(box, dtype=float).reshape(4)
@@ -89,7 +91,7 @@ def check_box(box, where):
     return box
 
 
-def read_listing(path, root=None, with_boxes=True):
+def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) -> Listing:
     """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError.
 
     root: the data root, in which the pictures are found as the trainer finds them; None: names stay.
@@ -118,7 +120,7 @@ def read_listing(path, root=None, with_boxes=True):
     return Listing(ids, boxes, {key: category.get(key, value) for key, value in FACE.items()})
 
 
-def read_boxes(path, root, category=None):
+def read_boxes(path: Path, root: Path, category: str | None = None) -> Listing:
     """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes."""
     content = load_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
@@ -134,11 +136,11 @@ def read_boxes(path, root, category=None):
     return listing
 
 
-def files_in(folder, out):
+def files_in(folder: Path, out: Path) -> list[Path]:
     """All files below a folder, in order. Says which of its folders are left out, and why."""
     found, output = [], os.path.realpath(out)
 
-    def unread(error):
+    def unread(error: OSError) -> None:
         print(f"{printable(error.filename)}: is left out: {error.strerror}", file=sys.stderr)
     for at, folders, files in os.walk(folder, onerror=unread):
         for name in [*folders]:
@@ -153,7 +155,7 @@ def files_in(folder, out):
     return sorted(found)
 
 
-def expand(text, out):
+def expand(text: str, out: Path) -> list[Source]:
     """What an INPUT names that is no COCO file: a list of Sources. Says what a folder or glob holds beside.
 
     A file that is named by itself is taken for a picture unless it is a video. `out` is left out of folders.
@@ -182,7 +184,7 @@ def expand(text, out):
     return [Source(f, "video" if kind == "video" else "picture") for f, kind in kinds.items() if kind]
 
 
-def list_inputs(inputs, data_root, out):
+def list_inputs(inputs: list[str], data_root: Path | None, out: Path) -> tuple[list[Source], dict]:
     """The Sources that the command line names, without repeats, and the category of a COCO file in it."""
     sources, ids, category = {}, {}, FACE
     for text in inputs:
@@ -212,12 +214,12 @@ def list_inputs(inputs, data_root, out):
     return list(sources.values()), category
 
 
-def take_boxes(sources, path, listing):
+def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
     """Give pictures their boxes and ids of a COCO file, in which a picture's name is any tail of its path."""
     names = {}
     for source in sources:
         parts = source.place.parts
-        name = next((t for i in range(len(parts)) if (t := "/".join(parts[i:])) in listing.boxes), None)
+        name = next((t for i in range(len(parts)) if (t := "/".join(parts[i:])) in listing.ids), None)
         source.boxes = listing.boxes.get(name, [])
         if name and source.image_id is None:
             source.image_id = listing.ids[name]
@@ -226,13 +228,16 @@ def take_boxes(sources, path, listing):
                             "give their folders in it, too")
 
 
-def plan(args):
+def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
     """What is to be predicted, checked before a model is loaded: (Sources, folder of the names, category)."""
     fixed = [(None, check_box(b, "--box")) for b in args.box] if args.box else None
     sources, category = list_inputs(args.input, args.data_root, args.out)
     paths = [s.place for s in sources if isinstance(s.place, Path)]
-    common = os.path.commonpath([p.parent for p in paths]) if paths else "."
-    root = Path(os.path.abspath(args.data_root or common))
+    try:
+        common = args.data_root or (os.path.commonpath([p.parent for p in paths]) if paths else ".")
+    except ValueError:  # Windows'
+        raise UserError("--data-root: is needed for files on several drives") from None
+    root = Path(os.path.abspath(common))
     if outside := [p for p in paths if root not in p.parents]:
         raise UserError(f"--data-root {root}: {outside[0]} is not in it")
     for source in sources:
@@ -268,12 +273,13 @@ def plan(args):
 class Results:
     """Faces as they are found, and the files of all of them."""
 
-    def __init__(self, sources, scheme, category):
+    def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
         self.scheme, self.category, self.rows, self.images = scheme, category, [], []
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
-    def add(self, source, faces, size=None, frame=None, seconds=None):
+    def add(self, source: Source, faces: list[dict], size: tuple[int, int] | None = None,
+            frame: int | None = None, seconds: float | None = None) -> None:
         """Keep the faces of a picture of `size` (width, height), or of a frame of a video."""
         image_id = next(self.new_ids) if source.image_id is None else source.image_id
         if size:
@@ -289,7 +295,7 @@ class Results:
                 "score": round(face["score"], 4), "face": face.get("id", n), "frame": frame,
                 "time": None if seconds is None else round(seconds, 4), **known})
 
-    def write(self, out, coco=None):
+    def write(self, out: Path, coco: Path | None = None) -> None:
         """predictions.json, a list of COCO keypoint results; predictions.csv; the data set `coco`."""
         text = io.StringIO()
         table, first = csv.writer(text, lineterminator="\n"), ("frame", "time", "face", "score")
@@ -303,7 +309,7 @@ class Results:
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
 
-    def as_dataset(self):
+    def as_dataset(self) -> dict:
         """A COCO keypoint data set for labelling tools and train_simple.py: v is 2 in the picture, else 1."""
         sizes, annotations = {i["id"]: (i["width"], i["height"]) for i in self.images}, []
         for number, row in enumerate(self.rows, 1):
@@ -328,7 +334,7 @@ class Results:
                 "categories": [category]}
 
 
-def draw_faces(image, faces, scheme):
+def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme) -> np.ndarray:
     """A copy of an RGB picture with every face's landmarks."""
     for face in faces:
         image = draw_landmarks(image, face["points"], scheme)
@@ -337,9 +343,9 @@ def draw_faces(image, faces, scheme):
 
 # ---------------------------------------------------------------- predicting
 
-def resized(faces, scale):
+def resized(faces: list[dict], scale: np.ndarray) -> list[dict]:
     """Faces in a picture `scale` (2,) times as large."""
-    def place(points):
+    def place(points: np.ndarray) -> np.ndarray:
         return (points + 0.5) * scale - 0.5
     return [{**face, "points": place(face["points"]),
              "box": np.concatenate([place(face["box"][:2]), face["box"][2:] * scale])} for face in faces]
@@ -348,10 +354,10 @@ def resized(faces, scale):
 class PictureQueue:
     """Pictures on their way: read one by one, predicted in full batches, written."""
 
-    def __init__(self, predictor, results, args):
+    def __init__(self, predictor: Predictor, results: Results, args: argparse.Namespace):
         self.predictor, self.results, self.args, self.waiting = predictor, results, args, []
 
-    def add(self, source):
+    def add(self, source: Source) -> None:
         """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
         if self.args.coco:
             check_name(source.file)
@@ -376,7 +382,7 @@ class PictureQueue:
         if len(self.waiting) == self.args.batch_size or held > CHUNK_BYTES:
             self.finish()
 
-    def finish(self):
+    def finish(self) -> None:
         """Predict and write the pictures that wait."""
         images, boxes = [[w[i] for w in self.waiting] for i in (1, 3)]
         found = self.predictor.many(images, boxes, self.args.min_score) if images else []
@@ -387,7 +393,7 @@ class PictureQueue:
         self.waiting.clear()
 
 
-def predict_video(predictor, source, results, min_score):
+def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
     """Follow the faces through a video or what a camera sees, until Ctrl-C at most.
 
     What was done until then is kept whole. Raises UserError naming a video that cannot be read or written;
@@ -421,7 +427,8 @@ def predict_video(predictor, source, results, min_score):
         raise KeyboardInterrupt
 
 
-def predict_all(sources, predictor, results, args):
+def predict_all(sources: list[Source], predictor: Predictor, results: Results,
+                args: argparse.Namespace) -> int:
     """Predict every source; names those that fail, in one line each, and returns how many did."""
     failed, pictures = 0, PictureQueue(predictor, results, args)
     for source in tqdm(sources, unit="file", disable=None):
@@ -438,7 +445,7 @@ def predict_all(sources, predictor, results, args):
     return failed
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -456,7 +463,7 @@ def parse_args(argv):
              "../locator/best_model.pth; for DogFLW's landmarks the bundled one)")
     add("--min-score", type=float, default=MIN_SCORE, metavar="S",
         help=f"faces found below it are left out (default: {MIN_SCORE})")
-    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
+    add("--out", type=Path, metavar="DIR", help="(default: predictions, then predictions_2, ...)")
     add("--coco", type=Path, metavar="FILE", help="also write a COCO data set: predict, correct, train")
     add("--force", action="store_true", help="write into a folder that is not empty, over a --coco FILE")
     add("--batch-size", type=int, default=32, metavar="N", help="crops a forward pass (default: 32)")
@@ -472,6 +479,7 @@ def parse_args(argv):
                         "picture, a folder, a video")
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
+    args.out = args.out or (Path(OUT) if args.force else free_folder(OUT))
     check_free("--out", args.out, args.force)
     if args.data_root:
         data_root(args.data_root)
@@ -485,7 +493,7 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     sources, root, category = plan(args)
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
@@ -495,6 +503,9 @@ def main(argv=None):
     if predictor.face.whole and (videos := [s.place for s in sources if s.kind == "video"]):
         raise UserError(f"{name_of(videos[0])}: a locator (trained with --crop image) cannot follow faces; "
                         "give a face model")
+    if not (predictor.locator or predictor.face.whole) and any(s.boxes is None for s in sources):
+        print("no locator fits these landmarks, so the face model searches alone, and finds less; for "
+              "dogs add --locator work_dirs/pretrained/locator.pth", file=sys.stderr)
     results, failed = Results(sources, predictor.scheme, category), len(sources)
     try:
         with enough_memory():

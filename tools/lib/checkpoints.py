@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, single_line
-from tools.lib.coco import checked_scheme
+from tools.lib.coco import checked_scheme, shared_pictures
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
 from tools.lib.runtime import choose_amp, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
+SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
@@ -34,7 +35,8 @@ def lightened(checkpoint: dict) -> dict:
     light, args = dict(checkpoint["model"]), dict(checkpoint["args"])
     light |= {k: v.half() for k, v in light.items() if v.ndim > 1 and v.is_floating_point()}
     args |= {k: Path(v).name for k, v in args.items() if isinstance(v, str) and Path(v).is_absolute()}
-    kept = {k: checkpoint[k] for k in ("format", "epoch", "scheme", "size", "metrics", "versions")}
+    names = ("format", "epoch", "scheme", "size", "metrics", "versions", "room")
+    kept = {k: checkpoint[k] for k in names if k in checkpoint}
     return kept | {"model": light, "args": args}
 
 
@@ -43,7 +45,8 @@ class Saver:
 
     def __init__(self, config, metrics: list, *faces):
         self.config, self.metrics, self.versions, self.next = config, metrics, versions(), 0.0
-        self.labels = digest_of(faces)
+        self.labels, self.seen = digest_of(faces), SEEN if shared_pictures(*faces) else ""
+        self.room = faces[0].room
 
     def contents(self, run, metrics: dict, whole: bool = False) -> dict:
         """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
@@ -51,7 +54,7 @@ class Saver:
         needed = {"format": FORMAT, "epoch": epoch, "size": run.plan.size(epoch - 1),
                   "model": run.ema.state_dict(), "scheme": asdict(run.scheme), "args": as_plain(self.config),
                   "metrics": metrics, "versions": self.versions, "faces": run.plan.faces,
-                  "labels": self.labels}
+                  "labels": self.labels, "room": self.room}
         if whole:
             needed |= {name: part.state_dict() for name, part in run.stateful.items()} | run.progress
         return needed
@@ -67,7 +70,7 @@ class Saver:
             raise UserError(f"--work-dir {folder}: was moved or deleted, and the checkpoints with it")
         value, ends = row[self.metrics[0]], epoch == self.config.epochs
         metrics = {name: row[name] for name in ("train_loss", "val_loss", *self.metrics)}
-        metrics["chosen_on"] = chosen_on
+        metrics["chosen_on"] = chosen_on + self.seen
         best = value < progress["best"] or ends and progress["best"] == math.inf
         if best:
             progress["best"] = value
@@ -214,6 +217,9 @@ class TrainedModel:
         try:
             self.scheme = self.Scheme(**stored_scheme(checkpoint["scheme"], path))
             self.config = from_stored(self.Config, checkpoint["args"])
+            self.room = [float(v) for v in checkpoint.get("room", [])]  # older: like DogFLW's
+            if len(self.room) not in (0, 2, 4) or not np.isfinite(self.room).all():
+                raise ValueError("room")
             self.model = self.Network(self.config.backbone, len(self.scheme.names))
             self.model.load_state_dict(upgraded(checkpoint["model"]))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:

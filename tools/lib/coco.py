@@ -20,7 +20,7 @@ from PIL import Image
 
 from tools.lib.cli import UserError, printable
 from tools.lib.files import load_json, picture_path
-from tools.lib.find import intersections, overlaps
+from tools.lib.find import intersections, overlaps, room_of
 from tools.lib.pictures import FORMATS, read_picture
 
 MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
@@ -105,6 +105,7 @@ class CocoFaces:
     image_ids: np.ndarray  # (N,)
     breeds: list  # N texts, the strata; all "" where there are none
     notes: list  # texts of one line: what was repaired, left out, read otherwise
+    room: list  # how the boxes lie around the landmarks, of room_of
 
 
 def read_coco(path: Path, root: Path, category: str | int | None = None) -> CocoFaces:
@@ -124,7 +125,9 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
-    inside = ((triples[..., :2] < sizes.max(1)[:, None, None] + 1).all(2) & (triples[..., 2] > 0)).any(1)
+    limits = sizes.max(1)[:, None, None] + 1  # EXIF may still swap the sides
+    inside = (triples[..., :2] > -1) & (triples[..., :2] < limits) & (triples[..., 2:] > 0)
+    inside = inside.all(2).any(1)
     for i in np.flatnonzero(~inside):
         notes.add("away", f"annotation {ids[i]}")
     if not inside.any():
@@ -139,7 +142,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
                      ids=np.array(ids, object), image_ids=np.array(image_ids, object),
-                     breeds=read_breeds(files, breeds, kinds), notes=notes.lines())
+                     breeds=read_breeds(files, breeds, kinds), notes=notes.lines(),
+                     room=room_of(points, visible, boxes))
 
 
 # ---------------------------------------------------------------- the file and its categories
@@ -371,11 +375,12 @@ def holding_folder(names: list, path: Path, root: Path) -> str:
     def held(folder):
         return sum(os.path.isfile(os.path.join(real, folder, name)) for name in names)
     beside = Path(os.path.realpath(path)).parent
-    best = max(["", *([str(beside.relative_to(real))] if beside.is_relative_to(real) else [])], key=held)
+    inner = [beside.relative_to(real).as_posix()] if beside.is_relative_to(real) else []
+    best = max(["", *inner], key=held)
     if (most := held(best)) * 2 >= len(names):
         return best
     missing = [*islice((n for n in names if not os.path.isfile(os.path.join(real, best, n))), 20)]
-    below = (os.path.relpath(folder, real) for folder, _, _ in os.walk(real))
+    below = (Path(os.path.relpath(folder, real)).as_posix() for folder, _, _ in os.walk(real))
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
     fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
     words = re.split(r"[\W_]+", path.stem.lower())
@@ -504,6 +509,26 @@ def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.nda
 def originals(files: list) -> list[str]:
     """The picture that each file shows. Roboflow writes several changed copies of one: NAME.rf.HASH.jpg."""
     return [re.sub(r"\.rf\.[^/]*$", "", file) for file in files]
+
+
+def notes_of(train, val, paths: tuple) -> list[str]:
+    """What there is to say of the Faces to train on and of those beside them (or None), each line once.
+
+    A picture of both is said, too. Raises UserError where the landmarks differ.
+    """
+    if not val:
+        return [*dict.fromkeys(train.notes)]
+    if val.scheme != train.scheme:
+        raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
+    notes = [*train.notes, *val.notes]
+    if shared := len(shared_pictures(train, val)):
+        notes.append(f"{paths[1]}: {shared} of its pictures are in {paths[0]}, too: its errors are too small")
+    return [*dict.fromkeys(notes)]
+
+
+def shared_pictures(*sets) -> set[str]:
+    """The pictures that all of these Faces hold."""
+    return set.intersection(*({*originals(faces.files)} for faces in sets))
 
 
 def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:

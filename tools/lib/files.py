@@ -4,11 +4,13 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,16 +31,38 @@ def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview]):
             f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def put_in_place(temporary: Path, path: Path):
+    """os.replace. On Windows a file that another program has open (a table, say) is tried for a while."""
+    for wait in (0.1, 0.5, 2.0, None) if os.name == "nt" else (None,):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is empty, or not there."""
+    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+
+
+def free_folder(name: str) -> Path:
+    """The folder `name`, or the first of name_2, name_3, ... that is free: for what nobody named a folder."""
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(folder for folder in map(Path, names) if is_free(folder))
+
+
 def check_free(flag: str, folder: Path, force: bool):
     """Raises UserError for an output folder that holds something, unless `force`."""
-    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+    if not force and not is_free(folder):
         raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
 
 
@@ -96,9 +120,9 @@ class RecordFile:
     """
 
     def __init__(self, path: Path | str, lengths: list, make: Callable):
-        self.path, self.offsets = Path(path), np.cumsum([0, *lengths])
+        self.path, self.offsets = Path(path), np.cumsum([0, *lengths], dtype=np.int64)
         if not self._is_whole():
-            with file_lock(self.path.with_name(".lock")):
+            with file_lock(self.path.with_name(".cache.lock")):  # not a run's .lock, should it be that folder
                 if not self._is_whole():
                     atomic_write(self.path, (record.tobytes() for record in make()))
 
@@ -181,7 +205,7 @@ def make_sample(data_root: Path, ann_root: Path):
     """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
     tools = Path(__file__).resolve().parent.parent
     convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
-    with file_lock(ann_root.parent / ".lock"):  # every process of a job comes here
+    with file_lock(ann_root.parent / ".sample.lock"):  # every process of a job comes here
         for made, command in ((data_root, ["make_sample_dataset.py", "--out", data_root]),
                               (ann_root / "val.json", convert)):
             words = [sys.executable, tools / command[0], *command[1:]]

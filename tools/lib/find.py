@@ -29,6 +29,7 @@ FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2, 1 / 4)
 CLOSER = 2.0  # side of the locator's closer look / the longer side of the landmarks' hull
 # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
 STABLE = 0.5
+USUAL, TINY = 0.6, 0.1  # see room_of; DogFLW has 0.8; a hull's longer side / that of its box
 SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
 # Of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face.
 OVERLAP = 0.5
@@ -64,6 +65,41 @@ def hull_boxes(points: np.ndarray, margin: float = MARGIN) -> np.ndarray:
     return np.concatenate([(low + high) / 2 - extent * (0.5 + margin), extent * (1 + 2 * margin)], axis=1)
 
 
+def room_of(points: np.ndarray, visible: np.ndarray, boxes: np.ndarray) -> list[float]:
+    """How boxes (N, 4) lie around their landmarks (N, K, 2), of which some are labelled (N, K): medians.
+
+    [] where they are the landmarks' hulls and a bit, as DogFLW's: IoU of USUAL with hulls of LAST_MARGIN.
+    Else [left, top, right, bottom], how far they go beyond the hull, in its longer sides: eyes and nose lie
+    within a face. Or [x, y], where in a box the hull has its middle: one landmark alone tells no size.
+    """
+    points = np.where(visible[..., None] > 0, points, np.nan)
+    low, high = np.nanmin(points, 1), np.nanmax(points, 1)
+    hulls = hull_boxes(np.stack([low, high], 1), LAST_MARGIN)
+    if np.median(np.diagonal(overlaps(hulls, boxes))) >= USUAL:
+        return []
+    side, ends = (high - low).max(1), boxes[:, :2] + boxes[:, 2:]
+    if np.median(side / boxes[:, 2:].max(1)) < TINY:
+        return np.median(((low + high) / 2 - boxes[:, :2]) / boxes[:, 2:], 0).tolist()
+    room = np.concatenate([low - boxes[:, :2], ends - high], 1)[side > 0] / side[side > 0, None]
+    return np.median(room, 0).tolist()
+
+
+def box_around(points: np.ndarray, box: np.ndarray, margin: float, room: list) -> np.ndarray:
+    """The box (4,) that the landmarks (K, 2) of a face give, with `margin` as hull_boxes has it.
+
+    room: of `room_of`; box: the one that they were seen in, whose size counts where they tell none.
+    """
+    low, high = points.min(0), points.max(0)
+    if len(room) == 2:
+        return np.concatenate([(low + high) / 2 - np.multiply(room, box[2:]), box[2:]])
+    if not room:
+        return hull_boxes(points[None], margin)[0]
+    reach = np.reshape(room, (2, 2)) * max((high - low).max(), 2)
+    low, high = low - reach[0], high + reach[1]
+    grow = (margin - LAST_MARGIN) * (high - low)
+    return np.concatenate([low - grow, high - low + 2 * grow])
+
+
 def lean(points: np.ndarray, pairs: list) -> float:
     """By how many degrees a face (K, 2) leans to the side, from -90 to 90, as its left-right pairs do.
 
@@ -74,12 +110,13 @@ def lean(points: np.ndarray, pairs: list) -> float:
     return math.degrees(cmath.phase(sum(axes)) / 2)
 
 
-def upright(points: np.ndarray, pairs: list, margin: float) -> tuple[np.ndarray, float]:
-    """The box (4,) around landmarks (K, 2) when their face is turned upright; the turn, in degrees."""
+def upright(points: np.ndarray, pairs: list, box: np.ndarray, margin: float,
+            room: list) -> tuple[np.ndarray, float]:
+    """The box of `box_around` when the face is turned upright; the turn, in degrees."""
     turn = -lean(points, pairs)
     a = math.radians(turn)
     turned = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
-    box = hull_boxes((points @ turned.T)[None], margin)[0]
+    box = box_around(points @ turned.T, box, margin, room)
     box[:2] = (box[:2] + box[2:] / 2) @ turned - box[2:] / 2  # its middle, in the picture again
     return box, turn
 
@@ -131,6 +168,7 @@ class Look:
     box: np.ndarray  # (4,) that was looked at
     points: np.ndarray  # (K, 2) in the picture
     scores: np.ndarray  # (K,) of 0..1, probabilities of being about right
+    network: object  # that looked
     located: float | None = None  # the score of the locator's closer look, where it found the box
 
     @cached_property
@@ -144,8 +182,13 @@ class Look:
 
     @cached_property
     def tight(self) -> np.ndarray:
-        """The box (4,) around the landmarks."""
-        return hull_boxes(self.points[None])[0]
+        """The box (4,) that the landmarks give."""
+        return box_around(self.points, self.box, MARGIN, self.network.room)
+
+    def upright(self, margin: float) -> tuple[np.ndarray, float]:
+        """That box of the face turned upright, and the turn in degrees."""
+        pairs = self.network.scheme.flip_pairs
+        return upright(self.points, pairs, self.box, margin, self.network.room)
 
     @cached_property
     def stability(self) -> float:
@@ -161,7 +204,7 @@ class Predictor:
     """Landmarks of the faces in a picture; made by `load_predictor`.
 
     face, locator: what has look([(image, box, turn), ...], flip) -> points (N, K, 2), scores (N, K), and
-    `whole`, `scheme`.
+    `whole`, `scheme`, `room` (of room_of).
     """
 
     def __init__(self, face, locator=None):
@@ -203,17 +246,17 @@ class Predictor:
         and mirrored too: the first box may have cut off an ear.
         """
         network, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
-        faint, pairs = min(FAINT, min_score), self.scheme.flip_pairs
+        faint = min(FAINT, min_score)
         boxes = [(i, box) for i in sought for box in search_squares(images[i], sides)]
         found = best_of(see(network, images, boxes, flip=False), faint)
         if self.locator:
-            turned = [(look.picture, *upright(look.points, pairs, MARGIN)) for look in found]
+            turned = [(look.picture, *look.upright(MARGIN)) for look in found]
             closer = see(network, images, [(i, frame(box), turn) for i, box, turn in turned], flip=False)
             found = [look for look in closer if look.score >= faint]
         boxes = [(look.picture, look.tight) for look in found]
         second = best_of(self._again(images, found, boxes, flip=False), faint, again=True)
         stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]
-        boxes = [(look.picture, *upright(look.points, pairs, LAST_MARGIN)) for look in stable]
+        boxes = [(look.picture, *look.upright(LAST_MARGIN)) for look in stable]
         last = self._again(images, stable, boxes)
         faces = [look for look in last if look.score >= min_score]
         return sorted(faces, key=lambda look: -look.score)
@@ -231,7 +274,7 @@ def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
     if not boxes:
         return []
     points, scores = network.look([(images[i], *box) for i, *box in boxes], flip)
-    return [Look(i, box, p, s) for (i, box, *_), p, s in zip(boxes, points, scores, strict=True)]
+    return [Look(i, box, p, s, network) for (i, box, *_), p, s in zip(boxes, points, scores, strict=True)]
 
 
 def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from tools.lib.cli import UserError, check_name
-from tools.lib.find import OVERLAP, Predictor, hull_boxes, intersections
+from tools.lib.find import MARGIN, OVERLAP, Predictor, box_around, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -205,14 +205,14 @@ class Tracker:
 
     def _keep(self, track: dict, step: float):
         """Add a face, unless it is one of those that are kept already."""
-        tight = hull_boxes(track["points"][None])
+        tight = box_around(track["points"], track["box"], MARGIN, self.predictor.face.room)[None]
         known = np.reshape([t["box"] for t in self.tracks], (-1, 4))
         if len(known) and intersections(tight, known).max() > OVERLAP * tight[:, 2:].prod():
             return
         if "id" not in track:
             track["id"], track["filter"], self.count = self.count, OneEuroFilter(), self.count + 1
         track["points"] = track["filter"](track["points"], tight[0, 2:].max(), step)
-        track["box"] = hull_boxes(track["points"][None])[0]
+        track["box"] = box_around(track["points"], track["box"], MARGIN, self.predictor.face.room)
         self.tracks.append(track)
 
 
@@ -266,8 +266,9 @@ class VideoWriter:
                        "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart",
                        f"file:{self.temporary}"]
             # In a session of its own: Ctrl-C is for us, and ffmpeg ends whole when its input does.
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-                                            start_new_session=True)
+            alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {
+                "start_new_session": True}
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **alone)
         else:
             for codec in ("mp4v",) if sys.platform == "linux" else ("avc1", "mp4v"):
                 fourcc = cv2.VideoWriter_fourcc(*codec)
