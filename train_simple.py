@@ -3,7 +3,7 @@
     uv run train_simple.py --sample                       # drawn faces: a full run in minutes, on a CPU too
     uv run python tools/convert_dogflw_to_coco.py --download
     uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
-    uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 4e-3    # the same on four GPUs
+    uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 4e-3    # faster, on four GPUs
 
 A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on with it.
 """
@@ -26,7 +26,7 @@ from tools.lib.backbones import feature_maps, normalization, take_imagenet, take
 from tools.lib.batches import EpochBatches, batches_of
 from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
-from tools.lib.coco import find_annotations
+from tools.lib.coco import find_annotations, notes_of
 from tools.lib.draw import Log
 from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
@@ -55,23 +55,23 @@ class Config(Augmentation):
     freeze: bool = setting(False, "keep the backbone's weights: for few pictures, with --weights")
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
-    sigma: float | None = setting(None, "of the Gaussians, in cells (default: 1.5 at 256 px)", "[0.3, 100]")
+    sigma: float | None = setting(None, "of the targets, at the end, in cells (1.5 at 256 px)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score is the chance that x and y are within X crops", "(0, 1]")
+    score_radius: float = setting(0.05, "a score: the chance that x and y err by at most X crops", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
     lr: float | None = setting(None, "learning rate (default 2e-3, --weights 1e-3, scratch 4e-3)", "(0, inf)")
     weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
-    beta1: float = setting(0.9, "Adam's average of gradients", "[0, 1)")
-    beta2: float = setting(0.99, "Adam's average of squared gradients", "[0, 1)")
+    beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", "[0, 1)")
+    beta2: float = setting(0.99, "decay of Adam's running mean of their squares", "[0, 1)")
     warmup_epochs: float = setting(1.0, "linear warm-up before the cosine", "[0, inf)")
     mse_weight: float = setting(1.0, "weight of the maps' squared error", "[0, inf)")
     crps_weight: float = setting(1.0, "weight of the CRPS (ranked probability score) of x and y", "[0, inf)")
     kl_weight: float = setting(0.3, "weight of the Kullback-Leibler divergence from the target", "[0, inf)")
     sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
-    progressive: float = setting(0.3, "share of the epochs, at first, on crops of half the size", "[0, 0.9]")
+    progressive: float = setting(0.3, "first epochs' share, on crops half as wide, 128 at least", "[0, 0.9]")
     seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, 9e18]")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
@@ -109,9 +109,10 @@ class LandmarkNet(nn.Module):
     """Features of the whole backbone at stride 2, and a small head: (B, 3, S, S) -> (B, K, S/2, S/2).
 
     Every heatmap is a softmax over its cells: float32, a probability for each place, summing to 1. Each level
-    of the backbone is brought to `width` channels by a 1 x 1 convolution at its own resolution, then enlarged
-    and added (Lin et al. 2017, "Feature pyramid networks"). timm's first level of an HRNet is the *stem*,
-    which has seen 7 x 7 pixels: a head on it alone would learn nothing. Raises UserError without levels.
+    of the backbone gets `width` channels by a 1 x 1 convolution. The coarse ones are enlarged to stride 4 and
+    added; their sum joins the finest at stride 2: a feature pyramid (Lin et al. 2017) without its cascade.
+    timm's first level of an HRNet is the *stem*, which has seen 7 x 7 pixels: a head on it alone would learn
+    nothing. Raises UserError without levels.
     """
 
     def __init__(self, backbone: str, num_landmarks: int, width: int = 64):
@@ -129,12 +130,11 @@ class LandmarkNet(nn.Module):
 
     def forward(self, images):
         features = self.backbone(images)[-len(self.laterals):]
-        fine, *coarse = [lateral(x) for lateral, x in zip(self.laterals, features)]
+        levels = [lateral(x) for lateral, x in zip(self.laterals, features)]
         half = [side // data.STRIDE for side in images.shape[-2:]]
-        if fine.shape[-1] < half[1]:  # no level of stride 2
-            fine, coarse = 0, [fine, *coarse]
-        fused = coarse[0]  # of stride 4, where the others meet: that is cheap
-        for x in coarse[1:]:
+        fine = levels.pop(0) if levels[0].shape[-1] >= half[1] else 0  # 0: no level of stride 2
+        fused = levels[0]  # of stride 4, where the others meet: that is cheap
+        for x in levels[1:]:
             fused = fused + F.interpolate(x, size=fused.shape[-2:], mode="bilinear")
         logits = self.head(F.relu(fine + F.interpolate(fused, size=half, mode="bilinear")))
         if logits.requires_grad:  # else the softmax's gradient leaves channels_last: a third more time
@@ -264,7 +264,7 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
 
 
 def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
-    """Crops (B, S, S, 3), matrices (B, 2, 3) -> heatmaps, points (B, K, 2) in the picture, scores (B, K)."""
+    """uint8 crops (B, S, S, 3), matrices picture -> crop (B, 2, 3) -> heatmaps, points (B, K, 2), scores."""
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
     points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
         heatmaps, config.decode_power, config.score_radius))
@@ -329,8 +329,9 @@ class Plan:
 
     def size(self, epoch: int) -> int:
         """Side of the crops in pixels. Progressive resizing (Tan & Le 2021, "EfficientNetV2", section 4)."""
-        small, full = max(128, self.config.input_size // 64 * 32), self.config.input_size
-        return min(full, small) if epoch < int(self.config.progressive * self.config.epochs) else full
+        full = self.config.input_size
+        small = min(full, max(128, full // 64 * 32))
+        return small if epoch < int(self.config.progressive * self.config.epochs) else full
 
     def sigma(self, step: int, size: int) -> float:
         """The targets' deviation in cells: wide at first, where a place is learnt fast, then ever sharper."""
@@ -347,7 +348,8 @@ class Plan:
 
 def build_optimizer(model: nn.Module, config: Config):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of the convolutions' weights alone."""
-    weights, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=config.lr,
                              betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
                              fused=weights[0].device.type in ("cuda", "cpu"))
@@ -418,7 +420,7 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
                 progress.show(loss=f"{float(total) / (step + 1):.2e}")
             progress.update(step + 1)
     run.progress["epoch"] += 1
-    run.processes.average_buffers(run.ema)
+    run.processes.average_buffers(run.ema, run.model)
     return float(run.processes.sum(total)) / run.processes.world / steps
 
 
@@ -437,11 +439,9 @@ def load_sets(config: Config, processes):
     if config.sample:
         make_sample(config.data_root, config.ann_root)
     root, paths = data_root(config.data_root), find_annotations(config.ann_root)
-    train, val = (path and data.load_coco(path, root, config.category) for path in paths)
-    for note in dict.fromkeys([*train.notes, *(val.notes if val else ())]):
+    train, val = (data.load_coco(path, root, config.category) if path else None for path in paths)
+    for note in notes_of(train, val, paths):
         processes.say(note)
-    if val and val.scheme != train.scheme:
-        raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
     if config.crop == "image":
         train, val = train.whole_pictures(), val and val.whole_pictures()
     if not config.holdout and not val:
@@ -475,8 +475,8 @@ def train(config: Config, processes):
     faces, select, test, chosen_on = load_sets(config, processes)
     faces = with_background(faces, config.background, processes.say)
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
-    resumed = processes.from_first(lambda: load_resumable(last, config, faces, select))
-    run = Run(config, faces.scheme, plan, processes, resumed)
+    run = Run(config, faces.scheme, plan, processes,
+              processes.from_first(lambda: load_resumable(last, config, faces, select)))
     first = run.progress["epoch"]
     saver = Saver(config, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
@@ -491,6 +491,7 @@ def train(config: Config, processes):
                   f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")
     for epoch in range(first, config.epochs):
         begin, size, points = time.perf_counter(), plan.size(epoch), None
+        torch.manual_seed(config.seed + epoch)  # a backbone's dropout is the same after --resume
         row = dict.fromkeys(COLUMNS, math.nan) | {"epoch": epoch + 1, "size": size}
         row["train_loss"] = train_one_epoch(run, batches, faces.files)
         row["images_per_s"] = plan.steps * plan.batch_size / (time.perf_counter() - begin)

@@ -150,6 +150,7 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "iscrowd as text": (lambda d: [a.update(iscrowd="01"[i == 1]) for i, a in enumerate(d["annotations"])],
                         "1 marked iscrowd (annotation 2)", 5),
     "a face beside its picture": (annotation(keypoints=[500, 500, 2] * 5), "1 with no landmark in their picture (annotation 2)", 5),
+    "above and left of its picture": (annotation(keypoints=[-300, -40, 2] * 5), "1 with no landmark in their picture", 5),
     "AP-10K's species": (species, None, 6),
     "an unused category with other landmarks": (categories({}, {"id": 2, "keypoints": ["a", "b"]}), None, 6),
     "no category_id": (each(lambda a: a.pop("category_id")), None, 6),

@@ -178,6 +178,22 @@ def test_defaults_that_depend_on_others():
     assert "sample" in sample.data_root.parts and sample.lr == 4e-3
 
 
+def test_switches_may_have_a_value_as_cloud_jobs_pass_them():
+    config = trainer.parse_args(["--freeze", "True", "--tensorboard", "false", "--pretrained", "False", "--amp", "true", "--epochs", "3"])
+    assert config.freeze and not config.tensorboard and not config.pretrained and config.amp and config.epochs == 3
+    with pytest.raises(UserError, match="unrecognized"):
+        trainer.parse_args(["--freeze", "perhaps"])
+
+
+def test_a_run_from_before_a_setting_had_its_default():
+    config = trainer.parse_args([])
+    stored = as_plain(config)
+    del stored["empty"], stored["kl_weight"]
+    assert changed_settings(config, stored) == []
+    config.kl_weight = 0.5
+    assert changed_settings(config, stored) == ["--kl-weight was 0.3, now 0.5"]
+
+
 def test_a_checkpoint_knows_its_data_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = trainer.parse_args(["--data-root", "faces", "--ann-root", "ann"])

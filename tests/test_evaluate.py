@@ -416,8 +416,9 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
 
 def test_faces_that_it_was_trained_on_are_no_test(run, tmp_path):
     train = run.ann_root / "train.json"
-    assert tool.is_train_file(run.ann_root, train) and not tool.is_train_file(run.ann_root, run.ann_root / "val.json")
-    assert not tool.is_train_file(tmp_path / "gone", train) and tool.is_train_file(train, train)  # --ann-root FILE
+    assert tool.is_file_of(run.ann_root, train, 0) and not tool.is_file_of(run.ann_root, run.ann_root / "val.json", 0)
+    assert not tool.is_file_of(tmp_path / "gone", train, 0) and tool.is_file_of(train, train, 0)  # --ann-root FILE
+    assert tool.is_file_of(run.ann_root, run.ann_root / "val.json", 1) and not tool.is_file_of(train, train, 1)
 
 
 def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -15,9 +16,10 @@ import pytest
 import torch
 from conftest import LIGHT, ROOT, assert_same_run, children, ended, wait_for
 
+from tools.lib import files
 from tools.lib.batches import batches_of
 from tools.lib.checkpoints import load_checkpoint
-from tools.lib.files import file_lock
+from tools.lib.files import RecordFile, file_lock
 from tools.lib.pictures import read_image
 from tools.lib.runtime import reason_of
 
@@ -200,6 +202,32 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
     monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", lockf)
     with nullcontext() if passes else pytest.raises(OSError), file_lock(tmp_path / "a" / ".lock", busy="held"):
         assert (tmp_path / "a" / ".lock").exists()
+
+
+def test_a_cache_in_a_runs_folder_leaves_the_runs_lock(tmp_path):
+    """A process's locks on a file end when it closes any handle of that file."""
+    other = f"import fcntl; fcntl.lockf(open({str(tmp_path / '.lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with file_lock(tmp_path / ".lock", "held"):
+        assert RecordFile(tmp_path / "faces.bin", [3], lambda: [np.arange(3, dtype=np.uint8)])[0].tolist() == [0, 1, 2]
+        assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", other], capture_output=True).stderr
+    assert subprocess.run([sys.executable, "-c", other]).returncode == 0
+
+
+def test_a_file_that_windows_holds_open_is_tried_again(tmp_path, monkeypatch):
+    tries, held = [], []  # held: how often it is found open
+
+    def replace(*places):
+        tries.append(places)
+        if len(tries) <= held[-1]:
+            raise PermissionError(13, "in use")
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt", replace=replace))
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=lambda _: None))
+    for often, passes in ((2, True), (9, False)):
+        held.append(often)
+        tries.clear()
+        with nullcontext() if passes else pytest.raises(PermissionError):
+            files.put_in_place("a.tmp", "a")
+    assert tries == [("a.tmp", "a")] * 4
 
 
 CLOSED = f"""

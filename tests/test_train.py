@@ -404,6 +404,35 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
 
+def test_a_picture_that_is_trained_on_and_chooses_is_said(sample, flags, tmp_path, capsys):
+    for name in ("train", "val"):
+        shutil.copy(sample.ann_root / "val.json", tmp_path / f"{name}.json")
+    trainer.main([*map(str, [*flags, *LIGHT, "--ann-root", tmp_path, "--epochs", 1, "--work-dir", tmp_path / "w"])])
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'val.json'}: 12 of its pictures are in {tmp_path / 'train.json'}, too" in said
+    chosen = checkpoints.load_checkpoint(tmp_path / "w/best_model.pth")["metrics"]["chosen_on"]
+    assert chosen == "val.json, which it was trained on"
+
+
+def test_a_checkpoint_knows_how_boxes_lie_around_landmarks(sample, flags, tmp_path):
+    """Two eyes and a nose, in boxes of faces; the light copy knows it too, and damage is refused."""
+    coco, mine = json.loads((sample.ann_root / "val.json").read_text()), [18, 19, 25]
+    coco["categories"] = [{"id": 1, "name": "dog", "keypoints": ["left_eye", "right_eye", "nose"]}]
+    for a in coco["annotations"]:
+        a["keypoints"] = np.reshape(a["keypoints"], (-1, 3))[mine].ravel().tolist()
+    (tmp_path / "mine.json").write_text(json.dumps(coco))
+    options = [*flags, *LIGHT, "--ann-root", tmp_path / "mine.json", "--holdout", 0.3, "--epochs", 1, "--work-dir", tmp_path / "w"]
+    trainer.main([*map(str, options)])
+    stored = checkpoints.load_checkpoint(tmp_path / "w/best_model.pth")
+    assert len(stored["room"]) == 4 and all(0.2 < v < 2 for v in stored["room"])
+    checkpoints.save_checkpoint(tmp_path / "light.pth", checkpoints.lightened(stored))
+    assert trainer.Trained(tmp_path / "light.pth").room == stored["room"] == data.load_coco(tmp_path / "mine.json", sample.data_root).room
+    for room in ([1.0], ["x"] * 4, [math.nan] * 2, 3):
+        checkpoints.save_checkpoint(tmp_path / "bad.pth", {**stored, "room": room})
+        with pytest.raises(UserError, match="do not fit together"):
+            trainer.Trained(tmp_path / "bad.pth")
+
+
 def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused, flags, tmp_path, capsys):
     """MSE alone, no average, no progression, one sigma: the specification's; the loss falls. All is held out of train."""
     (tmp_path / "ann").mkdir()
@@ -507,6 +536,17 @@ def test_two_processes_or_micro_batches_train_as_one(script, job, flags, tmp_pat
         assert all(torch.allclose(whole[k].float(), other[k].float(), atol=1e-6, rtol=1e-4) for k in whole), name
         assert float(row["train_loss"]) == pytest.approx(float(its["train_loss"]), rel=1e-4), name
         assert float(row["nme"]) == pytest.approx(float(its["nme"]), rel=1e-3), name
+
+
+def test_two_processes_resume_bit_for_bit(job, flags, tmp_path):
+    """Each saw other faces, so their batch norm statistics differ; all go on from their mean, cut or not."""
+    flags = [*flags, *LIGHT, "--epochs", 2, "--batch-size", 8, "--no-amp"]
+    stop = "import train_simple\nreal = train_simple.train_one_epoch\ndef once(run, *rest):\n    if run.progress['epoch']:\n        " \
+           "os._exit(0)\n    return real(run, *rest)\ntrain_simple.train_one_epoch = once\n"
+    job(RUN, True, *[tmp_path / "uncut"] * 2, flags=flags)
+    job(stop + RUN, True, *[tmp_path / "cut"] * 2, flags=flags)
+    job(RUN, True, *[tmp_path / "cut"] * 2, flags=[*flags, "--resume"])
+    assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
 
 def test_two_nodes_without_a_shared_disk_resume_as_one(job, run, flags, tmp_path):
@@ -676,6 +716,44 @@ def test_out_of_memory_says_what_helps(refused, tmp_path, monkeypatch, message):
         raise RuntimeError(message)
     monkeypatch.setattr(trainer, "train", train)
     assert "--accumulate" in refused("--work-dir", tmp_path / "w")
+
+
+def no_memory():
+    torch.empty(2**50)
+
+
+def alone():
+    torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+
+
+def compiled():
+    def backend(*_):
+        raise RuntimeError("no C++ compiler")
+    torch.compile(torch.nn.Linear(1, 1), backend=backend)(torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("what, says", [(no_memory, "out of memory"), (alone, "two faces in every part"), (compiled, "--compile")])
+def test_what_pytorch_has_no_type_for_is_one_line(refused, tmp_path, monkeypatch, what, says):
+    monkeypatch.setattr(trainer, "train", lambda *_: what())
+    assert says in refused("--work-dir", tmp_path / "w")
+
+
+def test_dropout_is_the_same_after_a_resume(flags, tmp_path, monkeypatch, capsys):
+    """Of backbones that have it: its generator starts anew with every epoch."""
+    drawn, real = [], trainer.train_one_epoch
+
+    def epoch(run, *rest):
+        drawn.append((run.progress["epoch"], float(torch.rand(()))))
+        if drawn[-1][0] == 1 and len(drawn) == 2:
+            raise KeyboardInterrupt
+        return real(run, *rest)
+    monkeypatch.setattr(trainer, "train_one_epoch", epoch)
+    options = [*map(str, [*flags, *LIGHT, "--epochs", 2, "--work-dir", tmp_path / "w"])]
+    with pytest.raises(SystemExit):
+        trainer.main(options)
+    trainer.main([*options, "--resume"])
+    assert "from epoch 2 on" in capsys.readouterr().out
+    assert [number for number, _ in drawn] == [0, 1, 1] and drawn[1] == drawn[2] != drawn[0]
 
 
 def test_last_pth_takes_little_of_a_fast_run(flags, tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 import dataset as data
-from dataset import DogFLWDataset
+from dataset import DogFLWDataset, Faces
+from tools.lib.checkpoints import SEEN
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.coco import find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
@@ -64,31 +65,31 @@ DEFINITIONS = {
 }
 
 
-def definitions(main, radius):
+def definitions(main: str, radius: float) -> dict[str, str]:
     """What every number of a report means: {name: text}."""
     return {k: v.replace("MAIN", main).replace("RADIUS", str(radius)) for k, v in DEFINITIONS.items()}
 
 
 # ---------------------------------------------------------------- the numbers
 
-def pck(points, faces, length, threshold):
+def pck(points: np.ndarray, faces: Faces, length: np.ndarray, threshold: float) -> float:
     """The share of labelled landmarks with an error of at most threshold * length (N,), NaN left out."""
     error = np.linalg.norm(points - faces.points, axis=-1)  # (N, K)
     counts = (faces.visible > 0) & np.isfinite(length)[:, None]
     return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
 
 
-def failure_rate(errors, limit=LIMIT):
+def failure_rate(errors: np.ndarray, limit: float = LIMIT) -> float:
     """The share of faces above the limit."""
     return nan_mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > limit))
 
 
-def area_under_curve(errors, limit=LIMIT):
+def area_under_curve(errors: np.ndarray, limit: float = LIMIT) -> float:
     """The area under the errors' distribution up to `limit`, / limit. A face adds what is right of it."""
     return nan_mean(np.maximum(0, 1 - np.asarray(errors) / limit))
 
 
-def along_and_across(points, faces, length):
+def along_and_across(points: np.ndarray, faces: Faces, length: np.ndarray) -> np.ndarray:
     """Mean error / length (N,) along the outline and square to it: (K, 2).
 
     The outline's direction at a landmark is the one from one of its two neighbours in the skeleton to the
@@ -109,7 +110,7 @@ def along_and_across(points, faces, length):
     return result
 
 
-def reliability(points, scores, faces, padding, radius):
+def reliability(points: np.ndarray, scores: np.ndarray, faces: Faces, padding: float, radius: float) -> dict:
     """How true the scores (N, K) are: {"radius", "landmarks", "calibration_error", "bins": [...]}.
 
     A score claims to be the probability that the error is at most `radius` sides of the crop, in x and in y.
@@ -130,14 +131,15 @@ def reliability(points, scores, faces, padding, radius):
             "bins": bins}
 
 
-def score(points, faces, padding, scores=None, radius=RADIUS):
+def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray | None = None,
+          radius: float = RADIUS) -> tuple[dict, np.ndarray]:
     """All numbers of a report, as plain types; and every face's error under the main normaliser."""
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
     main = "nme_iod" if "nme_iod" in errors else "nme_box"
     length = LENGTHS[main](faces, padding)
 
-    def part(some=True, rows=slice(None)):
+    def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
         return {"labelled": int(((faces.visible > 0) & some)[rows].sum()),
                 **{name: nan_mean(METRICS[name](points, faces, padding, some)[rows]) for name in errors}}
@@ -145,7 +147,7 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
     names, breeds = faces.scheme.names, np.array(faces.breeds)
     k, directions = np.arange(len(names)), along_and_across(points, faces, length)
 
-    def landmarks(index):
+    def landmarks(index: list[int]) -> dict:
         """The scores of some landmarks of all faces."""
         along, across = map(nan_mean, directions[index].T)
         return {**part(np.isin(k, index)), "along": along, "across": across}
@@ -172,7 +174,7 @@ def score(points, faces, padding, scores=None, radius=RADIUS):
 
 # ---------------------------------------------------------------- other programs' results
 
-def parse_result(path, number, row, k):
+def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
     """A result: keypoints (K, 3), score, the id it names or None, picture's id, file. Raises UserError."""
     try:
         triples = np.array(row["keypoints"], np.float64).reshape(k, 3)
@@ -187,7 +189,8 @@ def parse_result(path, number, row, k):
     return triples, certainty, named, image, picture
 
 
-def faces_of_result(where, points, certainty, picture, faces, candidates, match):
+def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: tuple, faces: Faces,
+                    candidates: list[int], match: bool) -> list[tuple[float, int]]:
     """[(how well it fits, index), ...]: which of the candidate faces a result is of. Raises UserError."""
     for theirs in (PurePosixPath(faces.files[i]).parts for i in candidates):
         if any(a != b for a, b in zip(reversed(picture), reversed(theirs))):
@@ -205,7 +208,7 @@ def faces_of_result(where, points, certainty, picture, faces, candidates, match)
     return [(certainty, i) for i in candidates]
 
 
-def read_results(path, faces, match=False):
+def read_results(path: Path, faces: Faces, match: bool = False) -> dict[int, np.ndarray]:
     """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file. Raises UserError.
 
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
@@ -242,7 +245,8 @@ def read_results(path, faces, match=False):
 
 # ---------------------------------------------------------------- what is scored
 
-def worst_faces(points, faces, errors, padding, number=20, size=240):
+def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: float, number: int = 20,
+                size: int = 240) -> bytes:
     """A sheet of the faces with the largest error: prediction, and white lines to the truth."""
     tiles = []
     for i in np.argsort(-np.nan_to_num(errors, nan=-1))[:min(number, int(np.isfinite(errors).sum()))]:
@@ -254,7 +258,7 @@ def worst_faces(points, faces, errors, padding, number=20, size=240):
     return encode_picture(contact_sheet(tiles, min(len(tiles), 5)), ".jpg")
 
 
-def annotations_of(args, trained):
+def annotations_of(args: argparse.Namespace, trained: Trained | None) -> Path:
     """The COCO file to score on: --ann, or the val split of the checkpoint's own run. Raises UserError."""
     if args.ann:
         return args.ann
@@ -269,15 +273,16 @@ def annotations_of(args, trained):
     return val
 
 
-def is_train_file(folder, ann):
-    """Whether a run with --ann-root `folder` trained on faces of this file."""
+def is_file_of(folder: Path, ann: Path, place: int) -> bool:
+    """Whether a run with --ann-root `folder` trained on this file (place 0), or has it as val.json (1)."""
     try:
-        return find_annotations(folder)[0].resolve() == ann.resolve()
+        file = find_annotations(folder)[place]
     except UserError:  # the run's data are not here
         return False
+    return bool(file) and file.resolve() == ann.resolve()
 
 
-def read_faces(args, trained):
+def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces, Path]:
     """The faces to score on, as the model is to see them, and their file. Raises UserError."""
     ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
     if not ann.is_file():
@@ -286,7 +291,7 @@ def read_faces(args, trained):
     faces = data.load_coco(ann, data_root(args.data_root or stored or None), category)
     for note in dict.fromkeys(faces.notes):
         print(note)
-    if trained and not args.bundled and is_train_file(trained.config.ann_root, ann):
+    if trained and not args.bundled and is_file_of(trained.config.ann_root, ann, 0):
         print(f"{ann}: {args.checkpoint} was trained on faces of this file; on others its errors are larger")
     if trained and faces.scheme.names != trained.scheme.names:
         raise UserError(f"{ann}: its {len(faces.scheme.names)} landmarks are not the "
@@ -296,27 +301,29 @@ def read_faces(args, trained):
     return faces.whole_pictures() if trained and trained.whole else faces, ann
 
 
-def predict_faces(args, trained, faces, processes):
+def predict_faces(args: argparse.Namespace, trained: Trained, faces: Faces,
+                  processes: Processes) -> tuple[np.ndarray, np.ndarray]:
     """The checkpoint's points (N, K, 2) and scores (N, K) in the true boxes."""
     dataset = DogFLWDataset(faces, trained.size, trained.config.padding)
     options = trained.amp, args.batch_size, args.flip
     return predict(trained.model, dataset, trained.config, processes, *options)[:2]
 
 
-def by_checkpoint(args, trained, faces, ann, processes):
+def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann: Path,
+                  processes: Processes) -> tuple[np.ndarray, np.ndarray, str]:
     """Points, scores and where they come from."""
     points, scores = predict_faces(args, trained, faces, processes)
     chosen = printable(trained.metrics.get("chosen_on"))
     twice = args.flip and trained.scheme.flip_pairs
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, chosen on {chosen}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
-    folder = trained.config.ann_root.resolve()
-    if chosen == ann.name and ann.resolve().is_relative_to(folder):
+    if chosen.removesuffix(SEEN) == ann.name and is_file_of(trained.config.ann_root, ann, 1):
         source += "; these very faces chose it, so the numbers flatter it"
     return points, scores, source
 
 
-def by_results(args, trained, faces, processes):
+def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces,
+               processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
     found, total, finding = read_results(args.results, faces, args.match), len(faces), {}
     index = sorted(found)
@@ -339,7 +346,7 @@ def by_results(args, trained, faces, processes):
 
 # ---------------------------------------------------------------- command line
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read and check the command line; args.bundled: the bundled model is scored. Raises UserError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -381,7 +388,7 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with Processes(args.device, training=False) as processes, enough_memory():
         trained = Trained(args.checkpoint, processes.device) if args.checkpoint else None

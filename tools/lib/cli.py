@@ -17,7 +17,7 @@ from tqdm import tqdm
 # Read when cv2 is imported: what OpenCV cannot read is said in one line of ours.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT, errno.ENOTDIR,
-            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
+            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.ENOMEM)
 
 
 class UserError(Exception):
@@ -179,6 +179,20 @@ def problems_of(settings) -> list[str]:
     return found
 
 
+def without_truth(settings: type, argv: list) -> list:
+    """A command line whose `--resume True` and `--resume False`, as cloud jobs pass them, are plain flags."""
+    switches = {flag_of(f.name): f.default for f in dataclasses.fields(settings) if kind_of(f) is bool}
+    plain, words = [], {"true": True, "false": False}
+    for text in argv:
+        on = words.get(str(text).lower()) if plain and plain[-1] in switches else None
+        if on is False:
+            flag = plain.pop()
+            plain += [flag.replace("--", "--no-", 1)] if switches[flag] else []
+        elif on is None:
+            plain.append(text)
+    return plain
+
+
 def parse_settings(settings: type, description: str | None, argv: list | None = None,
                    presets: dict | None = None):
     """The command line as an object of the dataclass `settings`. Raises UserError with every problem.
@@ -187,6 +201,7 @@ def parse_settings(settings: type, description: str | None, argv: list | None = 
     """
     parser = Parser(description=description)
     add_settings(parser, settings)
+    argv = without_truth(settings, sys.argv[1:] if argv is None else argv)
     for name, values in (presets or {}).items():
         if getattr(parser.parse_known_args(argv)[0], name):
             parser.set_defaults(**values)
@@ -214,9 +229,10 @@ def from_stored(settings: type, stored: dict):
 def changed_settings(settings, stored: dict) -> list[str]:
     """What a stored run had otherwise, among the settings that are not free: one text each."""
     now = as_plain(settings)
-    names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    return [f"{flag_of(name)} was {stored.get(name)}, now {now[name]}"
-            for name in names if stored.get(name) != now[name]]
+    fields = [f for f in dataclasses.fields(settings) if not f.metadata["free"]]
+    before = {f.name: stored.get(f.name, f.default) for f in fields}  # of older code it lacks new settings
+    return [f"{flag_of(name)} was {value}, now {now[name]}"
+            for name, value in before.items() if value != now[name]]
 
 
 def as_text(values: dict, names: Iterable[str]) -> str:

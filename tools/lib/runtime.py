@@ -181,10 +181,10 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def average_buffers(self, model: nn.Module):
+    def average_buffers(self, *models: nn.Module):
         """Make the processes' batch norm statistics their mean: each saw other faces. One call for all."""
-        buffers = [b for name, b in model.named_buffers() if ".running_" in name] if self.world > 1 else []
-        if buffers:
+        buffers = [b for model in models for name, b in model.named_buffers() if ".running_" in name]
+        if buffers and self.world > 1:
             flat = self.sum(torch.cat([b.flatten() for b in buffers])) / self.world
             for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
                 buffer.copy_(mean.view_as(buffer))
@@ -295,7 +295,7 @@ def explained_ends(last: Path) -> Iterator[None]:
         return
     except KeyboardInterrupt as e:
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError, MemoryError) as e:
         reason, code = reason_of(e), 2
         if not reason:
             raise
@@ -304,9 +304,14 @@ def explained_ends(last: Path) -> Iterator[None]:
     raise SystemExit(code)
 
 
-def reason_of(error: RuntimeError) -> str | None:
-    """What a RuntimeError means to the user, or None: PyTorch has no types for most of these."""
-    text = str(error)
+def reason_of(error: Exception) -> str | None:
+    """What an error means to the user, or None: PyTorch has no types for most of these."""
+    text, dynamo = str(error), sys.modules.get("torch._dynamo")
+    if dynamo and isinstance(error, dynamo.exc.BackendCompilerFailed):
+        return f"--compile: this machine cannot ({single_line(text)}); leave it out"
+    if "more than 1 value per channel" in text:
+        return ("this backbone needs two faces in every part of a batch; raise --batch-size, or lower "
+                "--accumulate")
     if "DataLoader worker (pid" in text:  # not an error inside one, which keeps its traceback
         return ("a data worker was ended from outside (memory? then lower --num-workers; in a container, "
                 "raise --shm-size)")
@@ -317,10 +322,11 @@ def reason_of(error: RuntimeError) -> str | None:
     return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a RuntimeError means that; cuDNN without room for an algorithm says that it finds no engine."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED"))
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that; cuDNN without room for an algorithm says that it finds no engine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED",
+                                        "DefaultCPUAllocator"))
 
 
 @contextlib.contextmanager
@@ -328,7 +334,7 @@ def enough_memory() -> Iterator[None]:
     """UserError where the device's memory does not hold a batch."""
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
         raise UserError("out of memory on the device; lower --batch-size") from None
