@@ -450,7 +450,8 @@ def load_sets(config: Config, processes):
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
     if not len(held) or not len(rest):
-        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; take another")
+        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; take another "
+                        "or add pictures: the faces of one stay together")
     return rest, held, val, "held out of train"
 
 

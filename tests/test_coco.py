@@ -73,7 +73,9 @@ def test_ids_of_any_size_stay_as_they_are(read):
 def test_a_single_landmark_has_the_whole_picture_for_a_box(read):
     data = plain(2)
     data["annotations"][0].update(bbox=None, keypoints=[*data["annotations"][0]["keypoints"][:3], *[0] * 12])
-    assert read(data).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
+    faces = read(data)
+    assert faces.boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
+    assert faces.notes == ["boxes that are the whole picture: 1 of one landmark, which tells no size; give them a bbox (annotation 1)"]
 
 
 def test_a_plain_file_is_read_as_it_is(read):

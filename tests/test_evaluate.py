@@ -330,6 +330,23 @@ def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     assert list(tool.read_results(path, faces, match=True)) == [3]
 
 
+def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
+    content = coco(np.random.default_rng(4), [1, 1])
+    content["categories"] = [{"id": 1, "name": "dog", "keypoints": ["nose"]}]
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["keypoints"] = [x + w / 2, y + h / 2, 2]
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    aside = np.array([[0.1, 0], [0.8, 0]]) * faces.boxes[:, 2:]  # the first is near, the second is elsewhere
+    path.write_text(json.dumps([{"image_id": image, "score": 1, "keypoints": [*(faces.points[i, 0] + aside[i]), 1]}
+                                for i, image in enumerate(faces.image_ids)]))
+    assert list(tool.read_results(path, faces, match=True)) == [0]
+    path.write_text(json.dumps([{"image_id": faces.image_ids[1], "score": 1, "keypoints": [*(faces.points[1, 0] + aside[1]), 1]}]))
+    with pytest.raises(UserError, match="none of its 1 results is of a face"):
+        tool.read_results(path, faces, match=True)
+
+
 def test_page_escapes_what_comes_from_outside(tmp_path):
     content, evil = coco(np.random.default_rng(3), [1, 1]), "<img src=x onerror=alert(1)>"
     for image in content["images"]:

@@ -39,7 +39,8 @@ def test_one(run, script):
     assert facts["parameters"] == f"{parameters / 1e6:.2f} M"
     assert facts["batch_size"] == "8" and facts["input_size"] == "64"
     assert facts["torch"] == checkpoint["versions"]["torch"]
-    assert facts["eye"].split() == [str(i) for i in range(16, 24)]
+    names = checkpoint["scheme"]["names"]
+    assert facts["eye"] == ", ".join(f"{i} {names[i]}" for i in range(16, 24))
 
 
 def test_several_and_their_curves(run, other, tmp_path, capsys):

@@ -147,7 +147,7 @@ class Eye:
     """Stands for a trained network: sees the true face nearest to a box's middle, clearer the better the box fits."""
 
     def __init__(self, truth, whole=False, pair=(0, 1)):
-        self.truth, self.whole, self.scheme, self.room = truth, whole, SimpleNamespace(flip_pairs=[pair]), []
+        self.truth, self.whole, self.scheme, self.room = truth, whole, SimpleNamespace(flip_pairs=[pair], names=[]), []
 
     def look(self, jobs, flip=True):
         boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), find.hull_boxes(self.truth)
@@ -201,8 +201,19 @@ def test_boxes_follow_from_landmarks_as_they_did_in_training(which, expected):
         assert len(which) == 1 or abs(turn) == pytest.approx(90, abs=1) and turned[2] == pytest.approx(box[2], rel=0.2)
     hulls = find.hull_boxes(points, find.LAST_MARGIN)
     assert find.room_of(points, np.ones(points.shape[:2]), hulls) == []
-    hidden = np.concatenate([points, points * 0], 1)  # what is not labelled lies nowhere
+    hidden = np.concatenate([points, points * 0], 1)  # what no face has does not count
     assert find.room_of(hidden, np.repeat([[1, 0]], len(which), 1).repeat(3, 0), boxes) == pytest.approx(room)
+
+
+def test_boxes_are_learnt_from_faces_in_profile():
+    """One eye and the nose are labelled; a prediction has both eyes."""
+    rng = np.random.default_rng(0)
+    boxes = np.column_stack([rng.uniform(0, 300, (40, 2)), *[rng.uniform(60, 150, 40)] * 2])
+    points = boxes[:, None, :2] + (INNER[0] + rng.normal(0, 0.02, (40, 3, 2))) * boxes[:, None, 2:]
+    profile = np.ones((40, 3), int)
+    profile[np.arange(40), np.arange(40) % 2] = 0
+    room = find.room_of(points, np.ones((40, 3)), boxes)
+    assert find.room_of(points * (profile[..., None] > 0), profile, boxes) == pytest.approx(room, abs=0.05)
 
 
 @pytest.mark.parametrize("which", [[0, 1, 2], [2]])
@@ -226,6 +237,43 @@ def test_landmarks_within_a_face_are_found_and_followed_in_boxes_of_the_face(whi
     for number in range(4):
         (one, two) = tracker(image, number / 25)
         assert find.overlaps(np.stack([one["box"], two["box"]]), boxes).max(1).min() > 0.5
+    assert [one["id"], two["id"]] == [0, 1]
+
+
+def test_one_landmark_of_a_dog_that_comes_near_stays_one_face():
+    """Its box cannot tell that it grows; what is found anew at the same place does."""
+    size = [100.0]
+
+    class Nose:
+        face, found = SimpleNamespace(whole=False, room=[0.5, 0.5]), 0
+
+        def __call__(self, image, boxes=None, min_score=0.5):
+            nose, side = np.array([[300.0, 300]]), size[0]
+            new = [np.array([300 - side / 2, 300 - side / 2, side, side])]
+            return [{"box": np.asarray(box), "points": nose, "scores": np.ones(1), "score": 1.0}
+                    for box in (new if boxes is None else boxes)]
+    tracker = video.Tracker(Nose(), [np.array([250.0, 250, 100, 100])])
+    for number in range(31):
+        size[0] = 100 * 3 ** (number / 30)
+        (only,) = tracker(np.zeros((600, 600, 3), np.uint8), number / 25)
+    assert only["id"] == 0 and only["box"][2] == pytest.approx(300, rel=0.01)
+
+
+def test_a_look_changes_from_the_locators_boxes_to_those_of_the_face_model():
+    """Landmarks that came without boxes have boxes of their own, a third of the face's."""
+    face = np.array([[[100, 100], [260, 100], [100, 260], [260, 260.0]]])
+    own = face[:, :3] / 3 + 120  # eyes and nose, within it
+
+    class Narrow(Eye):
+        def look(self, jobs, flip=True):
+            seen = np.reshape([box for _, box, *_ in jobs], (-1, 4))
+            fit = find.overlaps(seen, find.hull_boxes(own))[:, :1]
+            return np.repeat(own, len(seen), 0), np.repeat(np.clip(fit + 0.4, 0, 1), 3, 1)
+    mine, locator = Narrow(own), Eye(face, whole=True)
+    mine.scheme.names, locator.scheme.names = ["left", "right", "nose"], ["a", "b", "c", "d"]
+    (found,) = find.Predictor(mine, locator)(np.zeros((400, 400, 3), np.uint8))
+    assert np.array_equal(found["points"], own[0])
+    assert find.overlaps(found["box"][None], find.hull_boxes(own, find.LAST_MARGIN))[0, 0] == pytest.approx(1)
 
 
 def test_a_locator_of_other_landmarks_keeps_its_own_pairs():

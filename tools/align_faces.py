@@ -42,7 +42,7 @@ def parts(scheme: data.Scheme) -> tuple[list, list, list]:
     left, right = ([pair[side] for pair in scheme.flip_pairs if set(pair) <= set(eye)] for side in (0, 1))
     if not (left and nose):
         raise UserError("the landmarks have no regions 'eye' and 'nose' with flip_pairs, so no face can be "
-                        "turned upright")
+                        "turned upright; add regions to the COCO file's category, as data/README.md says")
     return left, right, nose
 
 

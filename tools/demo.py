@@ -73,8 +73,8 @@ def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme, scale: floa
         size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
         image = cv2.resize(image, size, interpolation=how)
     points = [(face["points"] + 0.5) * scale - 0.5 for face in faces]
-    for face in points:
-        image = draw_landmarks(image, face, scheme)
+    for face, at in zip(faces, points):
+        image = draw_landmarks(image, at, scheme, side=face["box"][2:].max() * scale)
     picture = Image.fromarray(image)
     size = max(12, max(picture.size) // 32)
     for number, face in enumerate(points if len(points) > 1 else [], 1):

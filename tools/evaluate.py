@@ -32,7 +32,7 @@ from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_scri
 from tools.lib.coco import find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, data_root, load_json
-from tools.lib.find import hull_boxes, or_bundled, overlaps
+from tools.lib.find import box_around, or_bundled, overlaps
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
@@ -44,7 +44,7 @@ RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
 BINS = 10  # of scores from 0 to 1
 WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png",
           "mean_face.png")
-SAME_FACE = 0.5  # IoU of the landmarks' hulls from which on a result is of that face
+SAME_FACE = 0.5  # IoU of the boxes that the landmarks give from which on a result is of that face
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
     "nme_iod": "the same / the distance between the two interocular landmarks, where both are labelled",
@@ -198,9 +198,9 @@ def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: t
                             "the COCO file; predict with that file, as INPUT or with --boxes")
     if match:
         seen = [faces.visible[i] > 0 for i in candidates]
-        hulls = [(hull_boxes(points[None, v], 0), hull_boxes(faces.points[[i]][:, v], 0))
+        pairs = [[box_around(p[v], faces.boxes[i], 0, faces.room)[None] for p in (points, faces.points[i])]
                  for i, v in zip(candidates, seen)]
-        fits = [overlaps(*pair).item() for pair in hulls]
+        fits = [overlaps(*pair).item() for pair in pairs]
         return [(fit, i) for fit, i in zip(fits, candidates) if fit >= SAME_FACE]
     if len(candidates) > 1:
         raise UserError(f"{where}: its picture has {len(candidates)} faces; name one by annotation_id, or "
@@ -234,7 +234,9 @@ def read_results(path: Path, faces: Faces, match: bool = False) -> dict[int, np.
             best[i] = triples
             used.add(number)
     missing = [i for i in range(len(faces)) if i not in best]
-    if missing and not (match and best):
+    if match and not best:
+        raise UserError(f"{path}: none of its {len(rows)} results is of a face of the COCO file")
+    if missing and not match:
         first = f"annotation {faces.ids[missing[0]]} of {faces.files[missing[0]]}"
         raise UserError(f"{path}: no result for {len(missing)} of {len(faces)} faces, the first is {first}; "
                         "every face must have one")
@@ -253,7 +255,7 @@ def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: f
         image = read_image(faces.root / faces.files[i])
         crop, matrix = data.predict_crop(image, faces.boxes[i], size, padding)
         ours, truth = (data.apply_matrix(matrix, p[i]) for p in (points, faces.points))
-        crop = draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth)
+        crop = draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth, size / padding)
         tiles.append(caption(crop, f"{100 * errors[i]:.1f} %  {Path(faces.files[i]).name}"))
     return encode_picture(contact_sheet(tiles, min(len(tiles), 5)), ".jpg")
 

@@ -67,14 +67,16 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def print_one(run: dict) -> None:
     """All that one checkpoint holds, the weights aside."""
-    regions = {name: " ".join(map(str, index)) or "-" for name, index in run["scheme"].regions.items()}
+    names, regions = run["scheme"].names, run["scheme"].regions or {"all": range(len(run["scheme"].names))}
     print(run["path"])
-    for title, values in (("", run["summary"]), ("settings", run["args"]), ("versions", run["versions"]),
-                          ("landmarks by region", regions)):
+    for title, values in (("", run["summary"]), ("settings", run["args"]), ("versions", run["versions"])):
         if title:
             print(f"\n{title}")
         for name, value in values.items():
             print(f"  {show(name):<16} {show(value)}")
+    print("\nlandmarks by region")
+    for name, index in regions.items():
+        print(f"  {show(name):<16} {', '.join(f'{i} {show(names[i])}' for i in index) or '-'}")
 
 
 def print_several(names: list[str], runs: list[dict]) -> None:

@@ -337,7 +337,7 @@ class Results:
 def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme) -> np.ndarray:
     """A copy of an RGB picture with every face's landmarks."""
     for face in faces:
-        image = draw_landmarks(image, face["points"], scheme)
+        image = draw_landmarks(image, face["points"], scheme, side=face["box"][2:].max())
     return image
 
 

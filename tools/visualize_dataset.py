@@ -48,7 +48,8 @@ def raw_tiles(faces: data.Faces, originals: dict) -> Iterator[np.ndarray]:
         view = (*corners.min(0), *np.ptp(corners, axis=0))
         tile, matrix = data.predict_crop(read_image(faces.root / name), view, TILE, 1.02)
         points = data.apply_matrix(matrix, faces.points[i])
-        tile = draw_landmarks(tile, points, faces.scheme, faces.visible[i] > 0)
+        side = faces.boxes[i, 2:].max() * matrix[0, 0]
+        tile = draw_landmarks(tile, points, faces.scheme, faces.visible[i] > 0, side=side)
         if old is not None:
             draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
         draw_box(tile, matrix, faces.boxes[i], GREEN)
@@ -69,7 +70,8 @@ def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> It
             picture = (picture * 255).clip(0, 255).round().astype(np.uint8)
             tile = cv2.resize(picture, (TILE, TILE), interpolation=cv2.INTER_CUBIC)
             points = (sample["keypoints"].numpy() + 0.5) * TILE / size - 0.5
-            yield caption(draw_landmarks(tile, points, faces.scheme, sample["visibility"].numpy() > 0), what)
+            seen = sample["visibility"].numpy() > 0
+            yield caption(draw_landmarks(tile, points, faces.scheme, seen, side=TILE / padding), what)
         maps, tile = sample["heatmaps"] * sample["visibility"][:, None, None], tile * 0.5
         for n, region in enumerate(regions):
             heat = cv2.resize(maps[region].amax(0).numpy(), (TILE, TILE))[..., None]
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     for note in dict.fromkeys(faces.notes):
         print(note)
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
-          f"({(faces.visible > 0).mean():.1%} labelled), {len(set(faces.breeds))} breeds, "
+          f"({(faces.visible > 0).mean():.1%} labelled), {len({*faces.breeds} - {''})} breeds, "
           f"{len(repaired)} boxes repaired")
     for name, make in sheets.items():
         tiles = list(make()) if make else []

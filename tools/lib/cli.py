@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import sys
 import time
@@ -236,8 +237,9 @@ def changed_settings(settings, stored: dict) -> list[str]:
 
 
 def as_text(values: dict, names: Iterable[str]) -> str:
-    """Some of a dict's numbers in a line: "nme 0.0271, nme_iod 0.0980"."""
-    return ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
+    """Some of a dict's numbers in a line, NaN left out: "nme 0.0271, nme_iod 0.0980"."""
+    known = {name: values[name] for name in names if values.get(name, math.nan) == values.get(name)}
+    return ", ".join(f"{name} {value:.4f}" for name, value in known.items())
 
 
 # ---------------------------------------------------------------- the bundled model, or --checkpoint

@@ -51,6 +51,7 @@ KINDS = {
     "unlabelled": ("left out", "with no landmark labelled"),
     "away": ("left out", "with no landmark in their picture"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
+    "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN) as not labelled"),
@@ -680,7 +681,7 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
             boxes[i] = box_of([*boxes[i][:2], *(boxes[i][2:] - boxes[i][:2])])
     for i, box in enumerate(boxes):
         if problem := box_problem(box, hulls[i]):
-            notes.add(problem, f"annotation {ids[i]}")
+            notes.add("alone" if hulls[i][2:].max() <= 1 else problem, f"annotation {ids[i]}")
             boxes[i] = rebuilt_box(hulls[i], sizes[i])
     return np.stack(boxes)
 

@@ -19,25 +19,25 @@ REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (
 
 
 def region_colours(scheme) -> dict[int, tuple]:
-    """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; white for those of no region."""
+    """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; of no region white, without any orange."""
     known = {i: REGION_COLOURS[n % len(REGION_COLOURS)]
              for n, region in enumerate(scheme.regions.values()) for i in region}
-    return defaultdict(lambda: (255, 255, 255), known)
+    return defaultdict(lambda: (255, 255, 255) if known else REGION_COLOURS[-1], known)
 
 
 def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.ndarray | None = None,
-                   truth: np.ndarray | None = None) -> np.ndarray:
+                   truth: np.ndarray | None = None, side: float = 0.0) -> np.ndarray:
     """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks.
 
-    A colour a region, left filled, right a ring; sizes fit the face. `truth` (K, 2) is drawn as thin white
-    lines from prediction to truth.
+    A colour a region, left filled, right a ring; sizes fit the landmarks' extent, or a face whose box has a
+    `side` of so many pixels. `truth` (K, 2) is drawn as thin white lines from prediction to truth.
     """
     image = np.ascontiguousarray(image).copy()
     shown = np.flatnonzero(np.isfinite(points).all(1) & (True if visible is None else visible))
     if not len(shown):
         return image
-    extent = np.ptp(points[shown], axis=0).max()
-    radius, width = max(1, round(extent / 90)), max(1, round(extent / 250))
+    extent, least = max(np.ptp(points[shown], axis=0).max(), 0.6 * side), 1 if len(points) > 20 else 2
+    radius, width = max(least, round(extent / 90)), max(1, round(extent / 250))
     colour = region_colours(scheme)
     right = {j for _, j in scheme.flip_pairs}
 
@@ -123,7 +123,7 @@ def face_sheet(dataset, points: np.ndarray | None = None) -> np.ndarray:
         matrix = batch["matrix"][i]
         drawn = truth if points is None else points[i] @ matrix[:, :2].T + matrix[:, 2]
         tiles.append(draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][i] > 0,
-                                    truth=None if points is None else truth))
+                                    truth=None if points is None else truth, side=len(crop) / 1.5))
     return contact_sheet(tiles, 4)
 
 

@@ -72,8 +72,12 @@ def room_of(points: np.ndarray, visible: np.ndarray, boxes: np.ndarray) -> list[
     Else [left, top, right, bottom], how far they go beyond the hull, in its longer sides: eyes and nose lie
     within a face. Or [x, y], where in a box the hull has its middle: one landmark alone tells no size.
     """
-    points = np.where(visible[..., None] > 0, points, np.nan)
-    low, high = np.nanmin(points, 1), np.nanmax(points, 1)
+    middles, sides = (boxes[:, :2] + boxes[:, 2:] / 2)[:, None], boxes[:, 2:].max(1)[:, None, None]
+    labelled = visible.any(0)  # of some face
+    points, seen = points[:, labelled], visible[:, labelled, None] > 0
+    usual = np.nanmedian(np.where(seen, (points - middles) / sides, np.nan), 0)  # their places in a box
+    points = np.where(seen, points, usual * sides + middles)  # a prediction has them all
+    low, high = points.min(1), points.max(1)
     hulls = hull_boxes(np.stack([low, high], 1), LAST_MARGIN)
     if np.median(np.diagonal(overlaps(hulls, boxes))) >= USUAL:
         return []
@@ -95,7 +99,7 @@ def box_around(points: np.ndarray, box: np.ndarray, margin: float, room: list) -
     if not room:
         return hull_boxes(points[None], margin)[0]
     reach = np.reshape(room, (2, 2)) * max((high - low).max(), 2)
-    low, high = low - reach[0], high + reach[1]
+    low, high = low - reach[0], np.maximum(high + reach[1], low - reach[0] + 2)
     grow = (margin - LAST_MARGIN) * (high - low)
     return np.concatenate([low - grow, high - low + 2 * grow])
 
@@ -233,7 +237,8 @@ class Predictor:
         for look in see(self.face, images, given):
             faces[look.picture].append(look.as_face(look.box))
         for look in self._find(images, sought, min_score):
-            faces[look.picture].append(look.as_face(look.tight))
+            box = box_around(look.points, look.box, LAST_MARGIN, look.network.room)
+            faces[look.picture].append(look.as_face(box))
         return faces
 
     def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:
@@ -253,6 +258,8 @@ class Predictor:
             turned = [(look.picture, *look.upright(MARGIN)) for look in found]
             closer = see(network, images, [(i, frame(box), turn) for i, box, turn in turned], flip=False)
             found = [look for look in closer if look.score >= faint]
+            if self.locator.scheme.names != self.face.scheme.names:  # and so other boxes: a look between
+                found = self._again(images, found, [(look.picture, look.tight) for look in found], flip=False)
         boxes = [(look.picture, look.tight) for look in found]
         second = best_of(self._again(images, found, boxes, flip=False), faint, again=True)
         stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]

@@ -205,14 +205,19 @@ class Tracker:
 
     def _keep(self, track: dict, step: float):
         """Add a face, unless it is one of those that are kept already."""
-        tight = box_around(track["points"], track["box"], MARGIN, self.predictor.face.room)[None]
+        room = self.predictor.face.room
+        tight = box_around(track["points"], track["box"], MARGIN, room)
         known = np.reshape([t["box"] for t in self.tracks], (-1, 4))
-        if len(known) and intersections(tight, known).max() > OVERLAP * tight[:, 2:].prod():
+        shared = intersections(tight[None], known)[0]
+        same = np.flatnonzero(shared > OVERLAP * np.minimum(tight[2:].prod(), known[:, 2:].prod(1)))
+        if len(same):
+            if len(room) == 2:  # one landmark tells no size, a new finding does
+                self.tracks[same[0]]["box"] = tight
             return
         if "id" not in track:
             track["id"], track["filter"], self.count = self.count, OneEuroFilter(), self.count + 1
-        track["points"] = track["filter"](track["points"], tight[0, 2:].max(), step)
-        track["box"] = box_around(track["points"], track["box"], MARGIN, self.predictor.face.room)
+        track["points"] = track["filter"](track["points"], tight[2:].max(), step)
+        track["box"] = box_around(track["points"], track["box"], MARGIN, room)
         self.tracks.append(track)
 
 
