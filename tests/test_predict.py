@@ -214,6 +214,8 @@ def test_boxes_are_learnt_from_faces_in_profile():
     profile[np.arange(40), np.arange(40) % 2] = 0
     room = find.room_of(points, np.ones((40, 3)), boxes)
     assert find.room_of(points * (profile[..., None] > 0), profile, boxes) == pytest.approx(room, abs=0.05)
+    many = find.room_of(np.tile(points, (2500, 1, 1)), np.ones((100_000, 3)), np.tile(boxes, (2500, 1)))  # a pose data set's
+    assert many == pytest.approx(room, abs=0.05)
 
 
 @pytest.mark.parametrize("which", [[0, 1, 2], [2]])

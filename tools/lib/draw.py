@@ -19,7 +19,7 @@ REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (
 
 
 def region_colours(scheme) -> dict[int, tuple]:
-    """A landmark's colour, RGB in 0..255: {index: (r, g, b)}; of no region white, without any orange."""
+    """Landmarks' colours, {index: (r, g, b)}; white for those of no region, orange if there is none."""
     known = {i: REGION_COLOURS[n % len(REGION_COLOURS)]
              for n, region in enumerate(scheme.regions.values()) for i in region}
     return defaultdict(lambda: (255, 255, 255) if known else REGION_COLOURS[-1], known)
