@@ -37,7 +37,7 @@ def serve(folder, trained, pipe):
     load = tool.load_predictor
     scheme = load(trained, device="cpu").scheme
     two, none = Dogs(scheme, folder / "turns", [0.9, 0.6, 0.05]), Dogs(scheme, folder / "turns", [])
-    tool.load_predictor = lambda model, device: model if type(model) is Dogs else load(model, device=device)
+    tool.load_predictor = lambda model, locator, device: model if type(model) is Dogs else load(model, locator, device)
     page = tool.build({"two": two, "none": none, "trained": trained, "broken": folder / "broken.pth"}, "cpu")
     url = tool.serve(page)
     try:
@@ -178,10 +178,13 @@ def test_models_are_the_one_in_the_box_and_those_of_work_dirs(tmp_path, monkeypa
         (tmp_path / "work_dirs" / name / "best_model.pth").touch()
     monkeypatch.chdir(tmp_path)
     seen, models, page = [], {}, SimpleNamespace(block_thread=lambda: None)
-    monkeypatch.setattr(tool, "build", lambda found, *_: models.update(found) or seen.append(list(found)) or page)
+    locators = []
+    monkeypatch.setattr(tool, "build", lambda found, device, locator: models.update(found) or seen.append(list(found)) or
+                        locators.append(locator) or page)
     monkeypatch.setattr(tool, "serve", lambda *_: "http://127.0.0.1")
     tool.main([])
-    tool.main(["--checkpoint", "work_dirs/b/best_model.pth"])
+    tool.main(["--checkpoint", "work_dirs/b/best_model.pth", "--locator", "mine.pth"])
+    assert locators == [None, tool.Path("mine.pth")]
     tool.main(["--checkpoint", "work_dirs/b/epoch_10.pth"])
     tool.main(["--checkpoint", "work_dirs/pretrained/best_model.pth"])  # a retrained one: not the bundled one
     box = ["pretrained", "a", "b"]

@@ -99,9 +99,9 @@ def in_words(faces: list[dict], found: list[dict], scheme: Scheme) -> str:
     return f"<b>{count} {scores}.<div class=legend>{legend}</div>"
 
 
-def build(models: dict[str, Path | None], device: str = "auto") -> object:
+def build(models: dict[str, Path | None], device: str = "auto", locator: Path | None = None) -> object:
     """The page, gradio's Blocks. models: {name: checkpoint, None for the bundled one}, default first."""
-    load = functools.lru_cache(4)(lambda model: load_predictor(models[model], device=device))
+    load = functools.lru_cache(4)(lambda model: load_predictor(models[model], locator, device))
     load(next(iter(models)))  # what is wrong with it is said at the start
     gr = import_gradio()
     from gradio.processing_utils import save_bytes_to_cache
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the bundled one)")
+    add("--locator", type=Path, metavar="FILE", help="as in predict.py (default: the one that fits a model)")
     add("--host", metavar="NAME", help="address to answer at, 0.0.0.0 for all of them (default: 127.0.0.1)")
     add("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         models = {name: args.checkpoint, **({} if name == "pretrained" else models)}
     for path in sorted(Path("work_dirs").glob("*/best_model.pth")):
         models.setdefault(path.parent.name, path)
-    page = build(models, args.device)
+    page = build(models, args.device, args.locator)
     print(f"{serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
