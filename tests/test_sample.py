@@ -1,10 +1,15 @@
 """The drawn sample: DogFLW's layout, its defects, and the same bytes whatever the number of processes."""
 import json
 import math
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import children
 from PIL import Image
 
 from tools import make_sample_dataset as tool
@@ -121,3 +126,22 @@ def test_interrupted_run_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tool.make_sample(tmp_path / "dogflw", 2, 0, workers=1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_drawing_that_is_stopped_says_one_word_and_leaves_nothing(start, tmp_path, number):
+    """Ctrl-C reaches the workers, too; a parent that is killed leaves them to end by themselves."""
+    process = start("tools/make_sample_dataset.py", "--out", tmp_path / "dogs", "--train", 2000, "--workers", 2)
+    while not [*tmp_path.glob(".dogs.*/train/images/*.png")]:
+        assert process.is_alive(), process.err.read_text()
+        time.sleep(0.01)
+    workers = children(process.pid)
+    for pid in [*workers, process.pid] if number == signal.SIGINT else [process.pid]:
+        os.kill(pid, number)
+    process.join(60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.err.read_text() == ("stopped\n" if number == signal.SIGINT else "")
+    assert process.exitcode == (130 if number == signal.SIGINT else -signal.SIGKILL) and not (tmp_path / "dogs").exists()
+    assert number == signal.SIGKILL or not [*tmp_path.iterdir()]

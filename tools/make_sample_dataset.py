@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -548,6 +550,12 @@ def draw_sample(seed: int, index: int, defect: str | None = None) -> tuple[int, 
     return breed, picture, make_label(rng, marks * scale + origin, size, defect)
 
 
+def quiet() -> None:
+    """A worker's first act: Ctrl-C is for the parent, and nobody needs to know how a worker ends after it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
+
+
 def write_sample(job: tuple) -> None:
     """Draw and write one face, (folder, seed, index, split, defect), in a process of its own."""
     out, seed, index, split, defect = job
@@ -571,7 +579,7 @@ def make_sample(out: Path | str, train: int = 600, test: int = 100, seed: int = 
             (part / split / "labels").mkdir()
         workers = min(workers or os.cpu_count() or 1, len(jobs))
         if workers > 1:
-            with multiprocessing.Pool(workers) as pool:
+            with multiprocessing.Pool(workers, quiet) as pool:
                 pool.map(write_sample, jobs, chunksize=4)
         else:
             for job in jobs:
