@@ -247,7 +247,7 @@ def test_one_landmark_of_a_dog_that_comes_near_stays_one_face():
     size = [100.0]
 
     class Nose:
-        face, found = SimpleNamespace(whole=False, room=[0.5, 0.5]), 0
+        face = SimpleNamespace(whole=False, room=[0.5, 0.5])
 
         def __call__(self, image, boxes=None, min_score=0.5):
             nose, side = np.array([[300.0, 300]]), size[0]

@@ -24,7 +24,7 @@ import dataset as data
 from tools.lib.checkpoints import load_checkpoint, stored_scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.draw import encode_picture
-from tools.lib.files import atomic_write, check_free, data_root, free_folder, load_json, picture_path
+from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, cut_window, face_window, invert_matrix, warp, window_matrix
@@ -164,10 +164,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
         raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
     data_root(args.data_root)
-    args.out = args.out or (Path("aligned") if args.force else free_folder("aligned"))
-    if args.out.resolve() == args.data_root.resolve():
+    if args.out and args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
-    check_free("--out", args.out, args.force)
+    args.out = output_folder(args.out, "aligned", args.force)
     return args
 
 

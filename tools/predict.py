@@ -43,7 +43,7 @@ from dataset import Scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
 from tools.lib.coco import Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
-from tools.lib.files import atomic_write, check_free, data_root, free_folder, load_json, picture_path
+from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor, intersections
 from tools.lib.pictures import format_of, read_picture
 from tools.lib.runtime import enough_memory
@@ -479,8 +479,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "picture, a folder, a video")
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
-    args.out = args.out or (Path(OUT) if args.force else free_folder(OUT))
-    check_free("--out", args.out, args.force)
+    args.out = output_folder(args.out, OUT, args.force)
     if args.data_root:
         data_root(args.data_root)
     if args.coco and args.coco.exists() and not args.force:

@@ -54,10 +54,12 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
 
 
-def free_folder(name: str) -> Path:
-    """The folder `name`, or the first of name_2, name_3, ... that is free: for what nobody named a folder."""
+def output_folder(given: Path | None, name: str, force: bool) -> Path:
+    """The folder of --out, as `check_free` allows it; by default `name`, or the free one of name_2, ..."""
     names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
-    return next(folder for folder in map(Path, names) if is_free(folder))
+    folder = given or next(folder for folder in map(Path, names) if force or is_free(folder))
+    check_free("--out", folder, force)
+    return folder
 
 
 def check_free(flag: str, folder: Path, force: bool):

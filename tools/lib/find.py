@@ -29,7 +29,9 @@ FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2, 1 / 4)
 CLOSER = 2.0  # side of the locator's closer look / the longer side of the landmarks' hull
 # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
 STABLE = 0.5
-USUAL, TINY = 0.6, 0.1  # see room_of; DogFLW has 0.8; a hull's longer side / that of its box
+# From this IoU with the hulls on, boxes are taken for such (DogFLW's have 0.8); below this part of its box's
+# longer side, a hull tells no size.
+USUAL, TINY = 0.6, 0.1
 SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
 # Of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face.
 OVERLAP = 0.5
@@ -186,13 +188,17 @@ class Look:
         mean = float(self.scores.mean())
         return mean if self.located is None else (mean**2 * self.located) ** (1 / 3)
 
+    def around(self, margin: float) -> np.ndarray:
+        """The box (4,) that the landmarks give."""
+        return box_around(self.points, self.box, margin, self.network.room)
+
     @cached_property
     def tight(self) -> np.ndarray:
-        """The box (4,) that the landmarks give."""
-        return box_around(self.points, self.box, MARGIN, self.network.room)
+        """That box as the next look needs it."""
+        return self.around(MARGIN)
 
     def upright(self, margin: float) -> tuple[np.ndarray, float]:
-        """That box of the face turned upright, and the turn in degrees."""
+        """The box of the face turned upright, and the turn in degrees."""
         pairs = self.network.scheme.flip_pairs
         return upright(self.points, pairs, self.box, margin, self.network.room)
 
@@ -239,8 +245,7 @@ class Predictor:
         for look in see(self.face, images, given):
             faces[look.picture].append(look.as_face(look.box))
         for look in self._find(images, sought, min_score):
-            box = box_around(look.points, look.box, LAST_MARGIN, look.network.room)
-            faces[look.picture].append(look.as_face(box))
+            faces[look.picture].append(look.as_face(look.around(LAST_MARGIN)))
         return faces
 
     def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:

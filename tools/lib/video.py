@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from tools.lib.cli import UserError, check_name
+from tools.lib.files import put_in_place
 from tools.lib.find import MARGIN, OVERLAP, Predictor, box_around, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
@@ -345,7 +346,7 @@ class VideoWriter:
             if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.count:
                 raise UserError(f"{self.target}: could not be written whole; is the disk full?")
             word = f"without sound, and as MPEG-4 part 2, which browsers do not play; for H.264 {INSTALL}"
-        os.replace(self.temporary, self.target)
+        put_in_place(self.temporary, self.target)
         return word
 
 
@@ -372,7 +373,7 @@ def add_sound(video: Path, source: Path, seconds: float) -> str:
             start_new_session=True)
         if done.returncode:
             return "without its sound, which ffmpeg could not copy"
-        os.replace(mixed, video)
+        put_in_place(mixed, video)
         return ""
     finally:
         mixed.unlink(missing_ok=True)
