@@ -51,7 +51,7 @@ class Faces:
     sizes: np.ndarray  # (N, 2) picture width, height
     boxes: np.ndarray  # (N, 4) x, y, w, h
     points: np.ndarray  # (N, K, 2) picture pixels
-    visible: np.ndarray  # (N, K) COCO v: 0 not labelled, 1 hidden or outside the picture, 2 labelled
+    visible: np.ndarray  # (N, K) COCO v: 0 not labelled, 1 hidden or outside the picture, 2 visible
     ids: np.ndarray  # (N,) annotation ids
     image_ids: np.ndarray  # (N,)
     breeds: list  # N strings, for stratified splits and reports
@@ -114,7 +114,7 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
     return np.column_stack([linear, (size - 1) / 2 - linear @ centre])
 
 
-def predict_crop(image, box, size, padding, rotation=0.0):
+def cut_crop(image, box, size, padding, rotation=0.0):
     """RGB picture, box -> crop (size, size, 3) uint8 and its matrix: validation's, turned by `rotation`."""
     matrix = crop_matrix(box, size, padding, rotation)
     return crop_of(image, box, matrix, size, padding), matrix
@@ -137,12 +137,13 @@ class Augmentation:
         return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
-        """Draw a crop's geometry (crop_matrix's arguments) and colour matrix (3, 4): always by 12 numbers."""
-        u = rng.uniform(-1, 1, 12)  # turn, zoom, shift (2), contrast, saturation, gain (3), light, far (2)
+        """Draw a crop's geometry (crop_matrix's arguments) and colour matrix (3, 4)."""
+        # rotation, scale, shift (2), contrast, saturation, gain (3), brightness, a locator's place (2)
+        u = rng.uniform(-1, 1, 12)
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
         geometry = {"rotation": self.rotation * u[0], "scale": scale, "shift": shift,
-                    "mirror": bool(can_mirror and rng.random() < self.flip)}
+                    "mirror": can_mirror and rng.random() < self.flip}
         contrast, saturation = np.exp(self.colour * u[4]), np.exp(2 * self.colour * u[5])
         luma, gain = np.array([0.299, 0.587, 0.114]), 1 + self.colour / 4 * u[6:9]
         linear = contrast * gain[:, None] * (saturation * np.eye(3) + (1 - saturation) * luma)
@@ -158,7 +159,7 @@ class Augmentation:
 
 
 def default_sigma(input_size: int) -> float:
-    """The targets' deviation in cells for crops of this size: the same part of the crop at every size."""
+    """The targets' standard deviation in cells: the same part of the crop at every size of it."""
     return 1.5 * input_size / SIZE
 
 
@@ -171,8 +172,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
 
     visibility is 1 where a landmark trains, 0 where it is not labelled or cut off, and -1 where there is no
     face and its map is to be flat. A DataLoader calls `__getitems__` instead: whole batches of uint8 crops,
-    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i, (epoch, i) or (epoch, i, crop size):
-    augmentation is a pure function of seed, epoch and i. cache: the folder for decoded faces, or None.
+    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i (-1 is the last), (epoch, i) or
+    (epoch, i, crop size): the crop depends on seed, epoch and i alone. cache: for decoded faces, or None.
     """
 
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
@@ -189,10 +190,9 @@ class DogFLWDataset(torch.utils.data.Dataset):
     def __getitem__(self, item):
         batch = self.__getitems__([item])
         size = batch["image"].shape[1]
-        images = normalize(batch["image"], torch.tensor(MEAN), torch.tensor(STD), batch["colour"])
-        heatmaps = encode_heatmaps(batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
-        return {"image": images[0], "heatmaps": heatmaps[0],
-                **{k: batch[k][0] for k in ("keypoints", "visibility", "matrix", "index")}}
+        batch["image"] = normalize(batch["image"], torch.tensor(MEAN), torch.tensor(STD), batch.pop("colour"))
+        batch["heatmaps"] = encode_heatmaps(batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
+        return {name: values[0] for name, values in batch.items()}
 
     def place(self, i, size, rng):
         """A random crop of face i: matrix, points (K, 2), labelled (K,), colour."""
@@ -270,7 +270,7 @@ def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
     own probability of that error.
     """
     size, relative = heatmaps.shape[-1], heatmaps / heatmaps.amax((2, 3), keepdim=True).clamp(min=1e-30)
-    sharp = relative * relative.pow(power - 1)  # of 1.5 a square root: faster than pow(1.5)
+    sharp = relative * relative.pow(power - 1)  # at power 1.5 a square root, faster than pow(1.5)
     cells = torch.arange(size, device=heatmaps.device, dtype=heatmaps.dtype)
     sums = torch.stack([sharp.sum(2), sharp.sum(3)], 2)  # (B, K, 2, size), of columns and of rows
     centre = (sums * cells).sum(3) / sums.sum(3).clamp(min=1e-12)

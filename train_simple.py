@@ -30,7 +30,7 @@ from tools.lib.coco import find_annotations, notes_of
 from tools.lib.draw import Log
 from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
-from tools.lib.windows import invert_matrix, with_background
+from tools.lib.windows import apply_matrix, invert_matrix, with_background
 
 SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sample/annotations",
           "epochs": 5, "backbone": "hrnet_w18_small", "pretrained": False, "input_size": 128}
@@ -38,7 +38,7 @@ SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sam
 
 @dataclass
 class Config(Augmentation):
-    """Every setting, once: flag, default, meaning, range. At --resume all but the `free` must be the same."""
+    """Every setting, once, after Augmentation's. Only those with free=True may change at --resume."""
     data_root: Path | None = setting(None, "pictures (default: kagglehub's cache)", group="data", free=True)
     ann_root: Path = setting(ROOT / "data/dogflw/annotations", "folder of train.json and val.json", free=True)
     category: str | None = setting(None, "the category to train on, if several have different landmarks")
@@ -137,7 +137,7 @@ class LandmarkNet(nn.Module):
         for x in levels[1:]:
             fused = fused + F.interpolate(x, size=fused.shape[-2:], mode="bilinear")
         logits = self.head(F.relu(fine + F.interpolate(fused, size=half, mode="bilinear")))
-        if logits.requires_grad:  # else the softmax's gradient leaves channels_last: a third more time
+        if logits.requires_grad:  # without it the softmax's gradient is not channels_last: a third more time
             logits.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
         return logits.contiguous().flatten(2).softmax(2, dtype=torch.float32).unflatten(2, logits.shape[2:])
 
@@ -167,10 +167,10 @@ def divergence(heatmaps, offsets, sigma):
     window = first + torch.arange(width, device=first.device)  # (B, K, 2, width): columns and rows
     column, row = window.unbind(2)
     near = heatmaps.flatten(2).gather(2, (row.unsqueeze(3) * size + column.unsqueeze(2)).flatten(2))
-    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # of a point outside the crop it may be no sum at all
+    x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # it may be 0 for a point outside the crop
             for v in data.gaussians(offsets.gather(3, window), sigma))
     log_near = (near + 1e-9).log().unflatten(2, (width, width))
-    cross_entropy = -((y.unsqueeze(3) * log_near).sum(2) * x).sum(2)  # @'s gradient may need gcc on CUDA
+    cross_entropy = -((y.unsqueeze(3) * log_near).sum(2) * x).sum(2)  # on CUDA, @'s gradient may need gcc
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
@@ -189,19 +189,19 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
     x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map
     # |height * map - target|^2 = height^2 |map|^2 - 2 height <map, target> + |target|^2: fewer passes
-    columns = torch.stack([y, torch.ones_like(y)], 2) @ heatmaps  # (B, K, 2, S): weighted, plain
-    inner = (columns[:, :, 0] * x).sum(2)
+    weighted, plain = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, S): columns
+    inner = (weighted * x).sum(2)
     square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()
     mse = height**2 * square - 2 * height * inner + x.square().sum(2) * y.square().sum(2)
     losses = config.mse_weight * mse / (math.pi * sigma**2)
     if config.crps_weight:
-        below = torch.stack([columns[:, :, 1], heatmaps.sum(3)], 2).cumsum(3)
+        below = torch.stack([plain, heatmaps.sum(3)], 2).cumsum(3)
         steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
         losses = losses + config.crps_weight * (below - steps).square().sum((2, 3)) / size
     if config.kl_weight:
         losses = losses + config.kl_weight * divergence(heatmaps, offsets, sigma)
-    nothing = config.kl_weight * (square * size**2).log()  # from a uniform map: Rényi's divergence of order 2
-    return torch.where(visibility < 0, nothing, losses * visibility)
+    flatness = config.kl_weight * (square * size**2).log()  # Rényi's divergence of order 2 from a flat map
+    return torch.where(visibility < 0, flatness, losses * visibility)
 
 
 def crop_side(faces: Faces, padding: float):
@@ -220,7 +220,7 @@ def eye_distance(faces, _):
         return np.full(len(faces), np.nan)
     i, j = faces.scheme.interocular
     length = np.linalg.norm(faces.points[:, i] - faces.points[:, j], axis=1)
-    return np.where((faces.visible[:, [i, j]] > 0).all(1) & (length > 0), length, np.nan)
+    return np.where(faces.visible[:, [i, j]].all(1) & (length > 0), length, np.nan)
 
 
 def nme(points, faces: Faces, padding: float, some=True, *, length):
@@ -229,13 +229,13 @@ def nme(points, faces: Faces, padding: float, some=True, *, length):
     points (N, K, 2) in picture pixels; length(faces, padding) -> (N,) pixels. The mean is over a face's
     labelled landmarks, or those in the mask `some` (N, K); landmarks that the crop cut off count.
     """
-    errors = np.linalg.norm(np.asarray(points, np.float64) - faces.points, axis=-1)
+    errors = np.linalg.norm(points - faces.points, axis=2)
     labelled = (faces.visible > 0) & some
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / length(faces, padding)
 
 
-# Reported: name -> function(points, faces, padding, some), as nme is. The first selects; the least is best.
+# Reported: name -> function(points, faces, padding, some), as nme is. The first chooses; the least is best.
 LENGTHS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
 METRICS = {name: partial(nme, length=length) for name, length in LENGTHS.items()}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
@@ -243,7 +243,7 @@ COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS,
 
 def nan_mean(values):
     """The mean of what is not NaN; NaN where nothing is left."""
-    values = np.asarray(values)[~np.isnan(values)]
+    values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan
 
 
@@ -268,7 +268,7 @@ def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
     points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
         heatmaps, config.decode_power, config.score_radius))
-    return heatmaps, data.apply_matrix(invert_matrix(matrices), points), scores
+    return heatmaps, apply_matrix(invert_matrix(matrices), points), scores
 
 
 def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=True, sigma=None):
@@ -296,7 +296,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
 class Trained(TrainedModel):
     """A checkpoint ready to use: Trained(path, device).look([(image, box), ...]) -> points, scores."""
     Config, Scheme, Network = Config, Scheme, LandmarkNet
-    crop, predict_crops = staticmethod(data.predict_crop), staticmethod(predict_crops)
+    crop, predict_crops = staticmethod(data.cut_crop), staticmethod(predict_crops)
 
 
 def load_predictor(checkpoint=None, locator=None, device="auto", batch_size=32):
@@ -334,7 +334,7 @@ class Plan:
         return small if epoch < int(self.config.progressive * self.config.epochs) else full
 
     def sigma(self, step: int, size: int) -> float:
-        """The targets' deviation in cells: wide at first, where a place is learnt fast, then ever sharper."""
+        """The targets' standard deviation in cells: first wide, to learn places fast, then sharper."""
         narrowing = self.config.sigma_ratio ** (1 - step / self.total)
         return self.config.sigma * size / self.config.input_size * narrowing
 
@@ -371,7 +371,7 @@ class Run:
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
-            for name in filter(resumed.get, self.stateful):  # off float16 the scaler's state is empty
+            for name in filter(resumed.get, self.stateful):  # without float16 the scaler's state is empty
                 self.stateful[name].load_state_dict(resumed[name])
         self.average = runtime.WeightAverage(self.model, self.ema, config.ema) if config.ema else None
         self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
@@ -380,16 +380,16 @@ class Run:
 def train_step(run: Run, batches, step: int):
     """One optimizer step over its micro-batches: its loss and its faces. Never waits for the device."""
     config, device, total, faces = run.config, run.processes.device, 0, []
-    for left in reversed(range(config.accumulate)):
+    for left in reversed(range(config.accumulate)):  # micro-batches after this one
         batch = next(batches)
         faces += batch["index"].tolist()
-        image, points, visible, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
+        crops, points, visible, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
                                           for k in ("image", "keypoints", "visibility", "colour"))
-        images = data.normalize(image, run.model.mean, run.model.std, colour)
+        images = data.normalize(crops, run.model.mean, run.model.std, colour)
         with run.processes.without_sync(run.wrapped, left):
             with runtime.autocast(device, run.amp):
                 heatmaps = run.wrapped(images)
-            sigma = run.plan.sigma(step, image.shape[1])
+            sigma = run.plan.sigma(step, crops.shape[1])
             # Over all maps, labelled or not: so micro-batches and GPUs add up to the whole batch's gradient.
             loss = heatmap_losses(heatmaps, points, visible, sigma, config).mean() / config.accumulate
             run.scaler.scale(loss).backward()
@@ -398,7 +398,7 @@ def train_step(run: Run, batches, step: int):
         group["lr"] = run.plan.lr(step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     if run.average:
         run.average.update(step)
     return total, faces
@@ -415,7 +415,7 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
             loss, faces = train_step(run, batches, epoch * steps + step)
             total = total + loss
             watch.add(loss, faces)
-            if step % 50 == 49 or step == steps - 1:  # a device-to-host copy, which waits
+            if step % 50 == 49 or step == steps - 1:  # rarely: reading the loss waits for the device
                 watch.check(run.scaler, run.model if step == steps - 1 else None)
                 progress.show(loss=f"{float(total) / (step + 1):.2e}")
             progress.update(step + 1)
@@ -435,7 +435,7 @@ def validate(run: Run, dataset: DogFLWDataset):
 # ---------------------------------------------------------------- a run, top to bottom
 
 def load_sets(config: Config, processes):
-    """Faces to train on, to choose the checkpoint on, to score once (or None); the chooser's name."""
+    """Faces to train on, to choose the checkpoint on, to score once (or None); the second's name."""
     if config.sample:
         make_sample(config.data_root, config.ann_root)
     root, paths = data_root(config.data_root), find_annotations(config.ann_root)
@@ -449,7 +449,7 @@ def load_sets(config: Config, processes):
     if not config.holdout:
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
-    if not len(held) or not len(rest):
+    if not held or not rest:
         raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; take another "
                         "or add pictures: the faces of one stay together")
     return rest, held, val, "held out of train"
@@ -481,9 +481,9 @@ def train(config: Config, processes):
     first = run.progress["epoch"]
     saver = Saver(config, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
-    options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
-    train_set = DogFLWDataset(faces, config.input_size, sigma=config.sigma, augment=config, **options)
-    select_sets, test_sets = ({size: DogFLWDataset(some, size, **options) for size in plan.sizes if some}
+    cut = partial(DogFLWDataset, padding=config.padding, seed=config.seed, cache=config.cache)
+    train_set = cut(faces, config.input_size, augment=config)
+    select_sets, test_sets = ({size: cut(some, size) for size in plan.sizes if some}
                               for some in (select, test))
     sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
     batches = batches_of(train_set, sampler, config.num_workers, processes.device)
@@ -502,8 +502,9 @@ def train(config: Config, processes):
         row |= {"lr": run.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - begin}
         run.progress["rows"].append(row)
         if processes.first:
-            log.epoch(saver.save(run, row, chosen_on), select_sets[size], points)
-    next(batches, None)  # the end of the one pass: its workers go
+            best = saver.save(run, row, chosen_on)
+            log.epoch(best, select_sets[size], points)
+    next(batches, None)  # ends the pass, and its workers
     log.close()
     test_once(run, test_sets, chosen_on)
 

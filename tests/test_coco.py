@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataset import load_coco
 from tools.convert_dogflw_to_coco import category as dogflw_category
 from tools.lib import coco
 from tools.lib.cli import UserError
@@ -174,6 +175,11 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
                                     bbox=[45, 45, 30, 30]), None, 6),
     "NaN where v is 2": (annotation(keypoints=[float("nan"), 3, 2] + [50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2],
                                     bbox=[45, 45, 30, 30]), "1 landmarks without a place", 6),
+    "-1, -1, -1 for not labelled (DeepLabCut's SuperAnimal)": (
+        annotation(keypoints=[-1.0, -1.0, -1.0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]), None, 6),
+    "box reaching to 0, 0 (Supervisely)": (
+        annotation(keypoints=[0, 0, 0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]),
+        "1 that reach to 0, 0 for landmarks not labelled (annotation 2)", 6),
     "null everywhere": (annotation(keypoints=[None] * 15), "1 with no landmark labelled", 5),
     "triples in lists": (each(lambda a: a.update(keypoints=np.reshape(a["keypoints"], (-1, 3)).tolist())), None, 6),
     "confidences": (v_of([0.9, 0.2, 1, 0, 0.55]), "1 faces' v as confidences", 6),
@@ -192,6 +198,7 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
     "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
     "flip_pairs from 1, no sides": (categories({"flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
+    "flip_pairs missing, a side misspelt": (categories({"keypoints": [*SIDES[:4], "rigth_ear"]}), "where left_ear has no other side", 6),
     "flip_pairs against the names": (categories({"keypoints": SIDES, "flip_pairs": [[0, 3], [1, 4]]}),
                                      "does not pair left_eye with right_eye", 6),
     "flip_pairs lacks one": (categories({"keypoints": SIDES, "flip_pairs": [[0, 1]]}),
@@ -218,7 +225,9 @@ def test_a_kind_of_file_is_read_as_it_is_meant(read, kind):
     assert (faces.sizes == (WIDTH, HEIGHT)).all()
     for field in ("flip_pairs", "skeleton"):
         assert all(0 <= i < 5 for pair in getattr(faces, field) for i in pair)
-    if "flip_pairs" in kind:
+    if "misspelt" in kind:
+        assert faces.flip_pairs == []
+    elif "flip_pairs" in kind:
         assert sorted(map(sorted, faces.flip_pairs)) == [[0, 1], [3, 4]]
 
 
@@ -263,6 +272,33 @@ def test_categories_with_the_same_landmarks_all_train_and_are_the_strata(read):
     data["categories"][1]["flip_pairs"] = [[0, 1]]  # what one says holds for all
     data["images"][0]["breed"] = "n1"
     assert read(data).flip_pairs == [[0, 1]] and read(data).breeds == ["n1"] + [""] * 7
+
+
+def test_what_trains_without_mirroring_says_so(tmp_path):
+    for pairs, said in (([], 1), ([[0, 4], [1, 3]], 0)):
+        data = plain(2)
+        data["categories"][0]["flip_pairs"] = pairs
+        (tmp_path / "train.json").write_text(json.dumps(data))
+        faces = load_coco(tmp_path / "train.json", tmp_path)
+        assert len(coco.notes_of(faces, faces, (Path("train.json"), Path("val.json")))) == said + 1
+        assert coco.notes_of(faces, None, (Path("train.json"), None)) == [
+            "train.json: has no flip_pairs, so it trains without mirroring"] * said
+
+
+def test_categories_without_names_are_said_to_be_the_same(read):
+    data = two(same=True)
+    for category in data["categories"]:
+        category["keypoints"] = []
+    assert "and are the same in all 2 categories" in read(data).notes[0]
+
+
+def test_a_category_beside_the_chosen_may_be_anything(read):
+    """Encord's points beside a skeleton: "keypoints": "keypoint"."""
+    data = plain(3)
+    data["categories"].append({"id": 2, "name": "tag", "keypoints": "keypoint"})
+    data["annotations"].append({"id": 99, "image_id": 1, "category_id": 2, "keypoints": [5, 5, 2]})
+    refused(read, data, "category 2", "no list of names")
+    assert len(read(data, category="face").files) == 3
 
 
 def test_a_category_can_be_chosen(read):
@@ -433,6 +469,31 @@ def test_names_that_lead_out_are_not_guessed(read, tmp_path):
     refused(read, data, "/upload/pic_2.jpg is session1/pic_2.jpg or session2/pic_2.jpg", root=tmp_path / "root")
 
 
+def test_names_without_folders_that_are_in_two_are_refused(read, tmp_path):
+    """sleap-io writes the pictures of all videos by their last names alone."""
+    refused(read, {k: v for k, v in sessions(tmp_path, "{1}").items() if k != "images"} | {"images": [
+        {k: v for k, v in image.items() if k != "path"} for image in sessions(tmp_path, "{1}")["images"]]},
+        "stands for several images", "session1", "session2", root=tmp_path / "root")
+
+
+def test_a_name_that_comes_back_into_the_data_root_is_plain(read, tmp_path):
+    """labelme's with labels in a folder of their own: s1/labels/../pictures/a.jpg."""
+    data = plain(2)
+    for image, way in zip(data["images"], ("s1/labels/../pictures/", "s1\\labels\\..\\pictures\\")):
+        draw(tmp_path / "s1/pictures" / image["file_name"])
+        image["file_name"] = way + image["file_name"]
+    faces = read(data)
+    assert faces.files == ["s1/pictures/pic_0.jpg", "s1/pictures/pic_1.jpg"] and not faces.notes
+
+
+def test_label_studios_local_files_are_found(read, tmp_path):
+    data = plain(2)
+    for image, folder in zip(data["images"], ("", "a/")):
+        draw(tmp_path / folder / image["file_name"])
+        image["file_name"] = "/data/local-files/?d=" + folder + image["file_name"]
+    assert read(data).files == ["pic_0.jpg", "a/pic_1.jpg"]
+
+
 def test_coco_annotators_names_count_with_their_path(read, tmp_path):
     assert read(sessions(tmp_path, "{1}"), root=tmp_path / "root").files == SESSIONS
 
@@ -542,7 +603,7 @@ def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn,
         seen, points = read_image(tmp_path / name), faces.points[i].astype(int)
         assert seen.shape[1::-1] == tuple(faces.sizes[i]) and seen[points[:, 1], points[:, 0]].min() > 100
     data["annotations"][0]["keypoints"][:3] = [WIDTH + 3, 60, 1]  # one outside does not make them upright
-    assert "3 faces of pictures that EXIF turns" in read(data).notes[0]
+    assert "3 faces of pictures that EXIF turns" in read(data).notes[1] and "nothing tells" in read(data).notes[0]
     data["images"][0].update(width=HEIGHT, height=WIDTH)  # a program that knows how pictures are seen
     assert not any("EXIF" in note for note in read(data).notes)
 
@@ -560,6 +621,11 @@ def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
     assert (faces.sizes == (WIDTH, HEIGHT)).all() and "upright already" in faces.notes[-1]
     assert (faces.boxes[:, 0] + faces.boxes[:, 2] > HEIGHT + 15).all()
     assert (faces.points[:, 0, 0] == HEIGHT + 15).all()
+    for a in data["annotations"]:  # where no landmark tells
+        a["keypoints"] = [v for x, y in ((30, 30), (60, 30), (60, 70), (40, 70), (50, 50)) for v in (x, y, 2)]
+    assert "nothing tells whether" in read(data).notes[0] and read(data).points[0, 0].tolist() != [30, 30]
+    data["info"] = {"contributor": "Label Studio"}  # it shows them upright
+    assert "upright already" in read(data).notes[-1] and read(data).points[0, 0].tolist() == [30, 30]
     for image in data["images"]:  # a file that knows how pictures are seen needs nothing
         image.update(width=WIDTH, height=HEIGHT)
     assert read(data).notes == faces.notes[:-1]
@@ -589,7 +655,7 @@ def test_names_give_strata_only_where_they_group_pictures(read, names, breeds):
     (["L_F_Paw", "R_F_Paw", "L_B_Paw", "R_B_Paw"], [[0, 1], [2, 3]]), (["eye.l", "eye.r"], [[0, 1]]),
     (["LeftEyeLeftCorner", "RightEyeRightCorner"], [[0, 1]]), (["LEye", "REye", "LIP"], [[0, 1]]), (["earL", "earR"], [[0, 1]]),
     (["left collar", "right collar"], [[0, 1]]), (["lower", "rower", "bright", "bleft_"], []), (["left_eye", "nose"], []),
-    (["lefteye", "righteye"], [[0, 1]]), (["left", "left", "right"], []), (["p0", "p1"], []), (["", "l", "r"], [[1, 2]]),
+    (["lefteye", "righteye"], [[0, 1]]), (["left", "left", "right"], []), (["p0", "p1"], []), ([*"ABLMRZ"], []), (["", "l", "r"], [[1, 2]]),
     (dogflw_category(46)["keypoints"], dogflw_category(46)["flip_pairs"]),
 ])
 def test_pairs_that_names_tell(names, pairs):
@@ -640,6 +706,10 @@ REFUSED = {
     "nothing labelled": (each(lambda a: a.update(keypoints=[0] * 15)), "no annotation has keypoints with a labelled"),
     "nothing labelled but in a crowd": (lambda d: [a.update(keypoints=[0] * 15) if i else a.update(iscrowd=1) for i, a in
                                                    enumerate(d["annotations"])], "no face in it can be used (left out: 1 marked iscrowd"),
+    "a category for every landmark (CVAT's points)": (
+        lambda d: [d.update(categories=[{"id": i, "name": f"part {i}", "keypoints": []} for i in (1, 2)]),
+                   [a.update(category_id=1 + a["id"] % 2, keypoints=a["keypoints"][:3]) for a in d["annotations"]]],
+        "each of its 2 categories is one landmark (part"),
     "names no list": (categories({"keypoints": {"nose": 0}}), "category 1", "no list of names"),
     "unknown category": (lambda d: d["annotations"][0].update(category_id=9), "category 9", "not in the file"),
     "too few numbers": (first(keypoints=[1, 2, 2]), "annotation 1", "15 numbers, not 3"),
@@ -726,6 +796,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
      "train/_annotations.coco.json", "valid/_annotations.coco.json"),
     (["train/_annotations.coco.json", "test/_annotations.coco.json"], "train/_annotations.coco.json", "test/_annotations.coco.json"),
     (["train/_annotations.coco.json"], "train/_annotations.coco.json", None),
+    (["train/labels.json", "val/labels.json"], "train/labels.json", "val/labels.json"),
     (["annotations/person_keypoints_train2017.json", "annotations/person_keypoints_val2017.json",
       "annotations/instances_train2017.json", "annotations/captions_val2017.json"],
      "annotations/person_keypoints_train2017.json", "annotations/person_keypoints_val2017.json"),

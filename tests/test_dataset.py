@@ -237,7 +237,7 @@ def test_prediction_crop_is_the_validation_crop(faces):
     ds = DogFLWDataset(faces, 96)
     batch = ds.__getitems__(list(range(8)))
     for i in range(8):
-        crop, matrix = data.predict_crop(read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
+        crop, matrix = data.cut_crop(read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
         np.testing.assert_array_equal(crop, batch["image"][i].numpy())
         np.testing.assert_array_equal(matrix, batch["matrix"][i].numpy())
 
@@ -249,7 +249,7 @@ def test_the_dataset_is_a_sequence(faces):
 
 def test_a_large_face_is_shrunk_without_aliasing():
     stripes = np.tile(np.array([0, 255], np.uint8), (1200, 600))[..., None].repeat(3, 2)  # one-pixel stripes
-    crop, _ = data.predict_crop(stripes, (100, 100, 1000, 1000), 64, 1.0)
+    crop, _ = data.cut_crop(stripes, (100, 100, 1000, 1000), 64, 1.0)
     assert np.abs(crop.astype(int) - 127).max() < 20
 
 

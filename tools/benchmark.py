@@ -283,7 +283,7 @@ def projected_hours(bench: Bench, loop: float, small: float, validation: float) 
 
 def dataset_of(faces: Faces, config: trainer.Config, **more: object) -> DogFLWDataset:
     """Faces as the trainer cuts them."""
-    options = {name: getattr(config, name) for name in ("padding", "sigma", "seed", "cache")}
+    options = {name: getattr(config, name) for name in ("padding", "seed", "cache")}
     return DogFLWDataset(faces, config.input_size, **options, **more)
 
 

@@ -253,7 +253,7 @@ def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: f
     tiles = []
     for i in np.argsort(-np.nan_to_num(errors, nan=-1))[:min(number, int(np.isfinite(errors).sum()))]:
         image = read_image(faces.root / faces.files[i])
-        crop, matrix = data.predict_crop(image, faces.boxes[i], size, padding)
+        crop, matrix = data.cut_crop(image, faces.boxes[i], size, padding)
         ours, truth = (data.apply_matrix(matrix, p[i]) for p in (points, faces.points))
         crop = draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth, size / padding)
         tiles.append(caption(crop, f"{100 * errors[i]:.1f} %  {Path(faces.files[i]).name}"))

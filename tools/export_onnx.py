@@ -30,7 +30,7 @@ import torch
 from skimage.data import astronaut
 from torch import nn
 
-from dataset import decode_heatmaps, normalize, predict_crop
+from dataset import cut_crop, decode_heatmaps, normalize
 from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import Parser, UserError, add_checkpoint, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
@@ -64,7 +64,7 @@ class Exported(nn.Module):
 
 def photographs(size: int, n: int) -> np.ndarray:
     """Cut-outs of the portrait that scikit-image ships, to compare on: (N, S, S, 3) uint8."""
-    return np.stack([predict_crop(astronaut(), (20 * i, 10 * i, 300, 300), size, 1.0)[0] for i in range(n)])
+    return np.stack([cut_crop(astronaut(), (20 * i, 10 * i, 300, 300), size, 1.0)[0] for i in range(n)])
 
 
 def latency(function: Callable) -> float:

@@ -46,7 +46,7 @@ def raw_tiles(faces: data.Faces, originals: dict) -> Iterator[np.ndarray]:
             old = np.clip(old, -size, 2 * size)
             corners = np.concatenate([corners, old])
         view = (*corners.min(0), *np.ptp(corners, axis=0))
-        tile, matrix = data.predict_crop(read_image(faces.root / name), view, TILE, 1.02)
+        tile, matrix = data.cut_crop(read_image(faces.root / name), view, TILE, 1.02)
         points = data.apply_matrix(matrix, faces.points[i])
         side = faces.boxes[i, 2:].max() * matrix[0, 0]
         tile = draw_landmarks(tile, points, faces.scheme, faces.visible[i] > 0, side=side)

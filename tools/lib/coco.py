@@ -10,6 +10,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
@@ -53,8 +54,9 @@ KINDS = {
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
+    "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
-    "nowhere": ("read otherwise", "landmarks without a place (NaN) as not labelled"),
+    "nowhere": ("read otherwise", "landmarks without a place (NaN, -1) as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
     "outside": ("read otherwise", "names that lead out of the data root by how they end"),
@@ -121,7 +123,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     images = read_images(data["images"], path)
     entries, ids, image_ids, triples = read_annotations(data["annotations"], images, chosen, k, path, notes)
     names, sizes, breeds = zip(*(images[key] for key in image_ids), strict=True)
-    files = place_pictures(names, path, root, notes)
+    counts = Counter(name for name, _, _ in images.values())
+    files = place_pictures(names, path, root, notes, {name for name in counts if counts[name] > 1})
     sizes = read_sizes(files, sizes, root, notes)
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
@@ -137,7 +140,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
                                               (entries, ids, image_ids, files, breeds))
     sizes, triples = sizes[inside], triples[inside]
     points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
-    turns = stored_turns(files, sizes, points, visible, root, notes)
+    upright = "Label Studio" in str(data.get("info"))  # shows pictures upright, but writes stored sizes
+    turns = stored_turns(files, sizes, points, visible, root, notes, upright)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
@@ -186,13 +190,18 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
     for key in lengths:
         names = categories.get(key, {}).get("keypoints") or []
+        if wanted is not None and str(wanted) not in (key, str(categories.get(key, {}).get("name"))):
+            continue
         if key not in categories or not isinstance(names, list):
             raise UserError(f"{path}: category {printable(key)} has annotations with landmarks, but "
                             f"{'no list of names' if key in categories else 'is not in the file'}")
-        if wanted is None or str(wanted) in (key, str(categories[key].get("name"))):
-            groups[len(names) or number[key], *map(str, names)][key] = categories[key]
+        groups[len(names) or number[key], *map(str, names)][key] = categories[key]
     if len(groups) == 1:
-        (k, *_), chosen = groups.popitem()
+        (k, *names), chosen = groups.popitem()
+        if k == 1 and not names and len(chosen) > 1:  # CVAT's and Segments.ai's single points
+            first = printable(next(iter(chosen.values())).get("name"))
+            raise UserError(f"{path}: each of its {len(chosen)} categories is one landmark ({first}); label "
+                            "all landmarks of a face as one skeleton, or choose one with --category")
         return chosen, k
     if not lengths:
         raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0)")
@@ -262,7 +271,8 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
     names = [str(n) if type(n) is int else n for n in category["keypoints"] or ()]
     if not names:
         names = [f"point_{i}" for i in range(k)]
-        notes.said.append(f"the category names no landmarks; they are called point_0 to point_{k - 1}")
+        several = f", and are the same in all {len(chosen)} categories" if len(chosen) > 1 else ""
+        notes.said.append(f"no names of landmarks; they are called point_0 to point_{k - 1}{several}")
     category["keypoints"] = names
     if all(isinstance(n, str) for n in names):
         category["flip_pairs"] = read_flip_pairs(category["flip_pairs"], names, notes)
@@ -274,13 +284,17 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
 # left and right in a name; l and r where they are words of their own: L_Eye, eye.r, LEye, earL
 SIDE = re.compile(r"(?i:left|right)|(?<![A-Za-z])[LRlr](?![a-z])|(?<=[a-z])[LR](?![A-Za-z])")
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+# a side that is surely meant: not upright, LIP or Rhinarium
+SURE_SIDE = re.compile(r"(?i:(?<![a-z])(left|right|[lr])(?![a-z]))|(?<=[a-z])(Left|Right|[LR])(?![A-Za-z])"
+                       r"|(?<![A-Za-z])([Ll]eft|[Rr]ight|[LR])(?=[A-Z][a-z])")
 
 
 def named_pairs(names: list) -> list:
     """[[left, right], ...] of the landmarks whose names differ in their side alone."""
     index, pairs = {name.lower(): i for i, name in enumerate(names)}, []
+    letters = any(len(name) == 1 and name not in "LRlr" for name in names)  # in A, B, C, ... R is no side
     for i, name in enumerate(names):
-        side = SIDE.search(name)
+        side = None if letters and len(name) == 1 else SIDE.search(name)
         partner = index.get(SIDE.sub(lambda m: OTHER_SIDE[m[0].lower()], name).lower(), i)
         if side and side[0][0] in "lL" and partner != i:
             pairs.append([i, partner])
@@ -294,6 +308,12 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
     """
     named, k = named_pairs(names), len(names)
     if not given:
+        sided = {i for pair in named for i in pair}
+        lone = [n for i, n in enumerate(names) if i not in sided and SURE_SIDE.search(n)] if named else []
+        if lone:  # mirrored, it would teach the wrong side
+            notes.said.append(f"no flip_pairs, and none taken from the names, where {lone[0]} has no other "
+                              "side; name it alike, or give flip_pairs")
+            return []
         if named:
             notes.said.append(f"no flip_pairs; {len(named)} taken from left and right in the names, as "
                               f"{names[named[0][0]]} and {names[named[0][1]]}")
@@ -364,8 +384,10 @@ def plainly(name: str) -> str:
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
-def holding_folder(names: list, path: Path, root: Path) -> str:
+def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
     """The folder, relative to the data root, that the names of pictures count from. UserError where two fit.
+
+    Two fit, too, where both hold a picture whose name stands for several images (`repeated`).
 
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
     the pictures the one folder of the root that holds most, as COCO's train2017 does. Of two that hold as
@@ -383,6 +405,11 @@ def holding_folder(names: list, path: Path, root: Path) -> str:
     missing = [*islice((n for n in names if not os.path.isfile(os.path.join(real, best, n))), 20)]
     below = (Path(os.path.relpath(folder, real)).as_posix() for folder, _, _ in os.walk(real))
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
+    for name in repeated:
+        if len(both := [f for f in counts if os.path.isfile(os.path.join(real, f, name))]) > 1:
+            a, b = map(printable, both[:2])
+            raise UserError(f"{path}: {printable(name)} stands for several images, and is in {a} and in {b} "
+                            f"of {root}; write the names with their folders")
     fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
     words = re.split(r"[\W_]+", path.stem.lower())
     fitting = [f for f in fitting if Path(f).name.lower() in words] or fitting
@@ -393,7 +420,7 @@ def holding_folder(names: list, path: Path, root: Path) -> str:
     return fitting[0] if fitting else best
 
 
-def place_pictures(names: tuple, path: Path, root: Path, notes: Notes) -> list[str]:
+def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
     """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out.
 
     Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
@@ -403,14 +430,16 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes) -> list[s
     """
     placed, outside, known = {}, {}, defaultdict(list)
     for name in dict.fromkeys(names):
+        inner = name.replace("\\", "/")  # labels/../a.jpg is a.jpg
+        inner = posixpath.normpath(inner) if "/../" in inner and "://" not in inner else name
         try:
-            there = os.path.isfile(picture_path(root, name, f"{path}: "))
-            placed[name] = posixpath.normpath(name if there else name.replace("\\", "/"))
+            there = os.path.isfile(picture_path(root, inner, f"{path}: "))
+            placed[name] = posixpath.normpath(inner if there else inner.replace("\\", "/"))
         except UserError as e:
             if not Path(name).is_absolute() and os.path.lexists(os.path.join(root, name)):
                 raise  # a link that leads out
             outside[name] = e
-    folder = holding_folder([*placed.values()], path, root)
+    folder = holding_folder([*placed.values()], path, root, {placed[n] for n in repeated if n in placed})
     placed = {name: posixpath.join(folder, place) for name, place in placed.items()}
     owners = {place: name for name, place in placed.items()}
     lost = [name for name, place in placed.items() if not os.path.isfile(os.path.join(root, place))]
@@ -424,7 +453,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes) -> list[s
             notes.add("spelt", name)
             placed[name] = same[0]
     for name, error in outside.items():
-        parts = re.split(r"[/\\]", plainly(name.split("?")[0] if "://" in name else name))[::-1]
+        local = name.split("?d=")[-1]  # of Label Studio: /data/local-files/?d=a.jpg
+        parts = re.split(r"[/\\]", plainly(local.split("?")[0] if "://" in local else local))[::-1]
         shared = {p: len(os.path.commonprefix([plainly(p).split("/")[::-1], parts])) for p in known[parts[0]]}
         best = [p for p in shared if shared[p] == max(shared.values())]
         if not best:
@@ -469,13 +499,14 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> np.ndarra
 
 
 def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
-                 notes: Notes) -> dict[int, int]:
+                 notes: Notes, upright: bool = False) -> dict[int, int]:
     """{face: EXIF's 2 to 8} of faces whose landmarks lie on the picture as stored, and not as it is seen.
 
     An oblong picture that EXIF turns by a quarter (5 to 8) tells, where the file gives its size as stored.
     Then its program did not know EXIF, and all pictures that EXIF turns are meant, square and upside down
-    ones too. But if of those oblong ones more landmarks lie outside as stored than as seen, the program
-    showed pictures upright: only the sizes are wrong; they are corrected in place.
+    ones too. But if of those oblong ones more landmarks lie outside as stored than as seen, or none does and
+    the program is known for it (`upright`), it showed pictures upright: only the sizes are wrong; they are
+    corrected in place.
     """
     names = [n for n in set(files) if not n.lower().endswith((".png", ".bmp", ".gif", ".ppm"))]  # no camera's
     headers = {name: header(os.path.join(root, name)) or ((), 0) for name in names}
@@ -484,13 +515,16 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
     oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
     stored, seen = (sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in oblong)
                     for step in (1, -1))
-    if not oblong or stored > seen:
+    if not oblong or stored > seen or upright and stored == seen:
         for i in oblong:
             notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
         return {}
     for i in turns:
         notes.add("turned", files[i])
+    if stored == seen:
+        notes.said.append("nothing tells whether their program showed those pictures upright; look at them "
+                          "with tools/visualize_dataset.py")
     return turns
 
 
@@ -515,14 +549,15 @@ def originals(files: list) -> list[str]:
 def notes_of(train, val, paths: tuple) -> list[str]:
     """What there is to say of the Faces to train on and of those beside them (or None), each line once.
 
-    A picture of both is said, too. Raises UserError where the landmarks differ.
+    A picture of both is said, too, and what trains without mirroring. Raises UserError where the landmarks
+    differ.
     """
-    if not val:
-        return [*dict.fromkeys(train.notes)]
-    if val.scheme != train.scheme:
+    notes = train.notes + (val.notes if val else [])
+    if not train.scheme.flip_pairs:
+        notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
+    if val and val.scheme != train.scheme:
         raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
-    notes = [*train.notes, *val.notes]
-    if shared := len(shared_pictures(train, val)):
+    if val and (shared := len(shared_pictures(train, val))):
         notes.append(f"{paths[1]}: {shared} of its pictures are in {paths[0]}, too: its errors are too small")
     return [*dict.fromkeys(notes)]
 
@@ -586,7 +621,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     nowhere = np.isnan(triples[:, :2]).any(axis=1)
     if (lost := nowhere & (v > 0)).any():
         notes.add("nowhere", example, int(lost.sum()))
-    v[nowhere] = 0
+    v[nowhere | (triples == -1).all(axis=1)] = 0  # -1, -1, -1: DeepLabCut's
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
         if not (v.min() >= 0 and v.max() <= 1):  # NaN is not either
             raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1")
@@ -680,7 +715,10 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
         for i in given:
             boxes[i] = box_of([*boxes[i][:2], *(boxes[i][2:] - boxes[i][:2])])
     for i, box in enumerate(boxes):
-        if problem := box_problem(box, hulls[i]):
+        problem, end = box_problem(box, hulls[i]), hulls[i][:2] + hulls[i][2:]
+        if not problem and not visible[i].all() and np.abs(box - [0, 0, *end]).max() <= 1:
+            problem = "stretched"  # Supervisely takes the 0, 0 of landmarks that are not labelled for a place
+        if problem:
             notes.add("alone" if hulls[i][2:].max() <= 1 else problem, f"annotation {ids[i]}")
             boxes[i] = rebuilt_box(hulls[i], sizes[i])
     return np.stack(boxes)
@@ -695,7 +733,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     """An export's files (train, val), val None if it has no split. Raises UserError saying what was sought.
 
     ann_root: a file, or a folder with train.json and val.json; train/ and valid/, each with
-    _annotations.coco.json (Roboflow); names with train and val (COCO's
+    _annotations.coco.json (Roboflow) or labels.json (FiftyOne); names with train and val (COCO's
     annotations/person_keypoints_train2017.json); or one JSON file.
     """
     ann_root = Path(ann_root)
@@ -703,7 +741,8 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return ann_root, None
 
     def named(split):
-        places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / "_annotations.coco.json")]
+        forms = "{}.json", "{}/_annotations.coco.json", "{}/labels.json"
+        places = [ann_root / form.format(s) for s in split for form in forms]
         return next(filter(Path.is_file, places), None)
     if train := named(SPLITS[0]):
         return train, named(SPLITS[1])
