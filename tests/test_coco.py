@@ -176,10 +176,17 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "NaN where v is 2": (annotation(keypoints=[float("nan"), 3, 2] + [50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2],
                                     bbox=[45, 45, 30, 30]), "1 landmarks without a place", 6),
     "-1, -1, -1 for not labelled (DeepLabCut's SuperAnimal)": (
-        annotation(keypoints=[-1.0, -1.0, -1.0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]), None, 6),
+        annotation(keypoints=[-1.0, -1.0, -1.0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]),
+        "1 landmarks without a place (NaN, -1)", 6),
     "box reaching to 0, 0 (Supervisely)": (
         annotation(keypoints=[0, 0, 0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]),
         "1 that reach to 0, 0 for landmarks not labelled (annotation 2)", 6),
+    "a tight box in the corner": (
+        annotation(keypoints=[0, 0, 0, 0.5, 0.5, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]), None, 6),
+    "a box of all landmarks from 0, 0": (
+        annotation(keypoints=[50, 50, 2, 50, 70, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]), None, 6),
+    "a box that is the picture": (
+        annotation(keypoints=[0, 0, 0, 50, 50, 2, 160, 60, 2, 60, 70, 2, 70, 120, 2], bbox=[0, 0, 160, 120]), None, 6),
     "null everywhere": (annotation(keypoints=[None] * 15), "1 with no landmark labelled", 5),
     "triples in lists": (each(lambda a: a.update(keypoints=np.reshape(a["keypoints"], (-1, 3)).tolist())), None, 6),
     "confidences": (v_of([0.9, 0.2, 1, 0, 0.55]), "1 faces' v as confidences", 6),
@@ -198,7 +205,7 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
     "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
     "flip_pairs from 1, no sides": (categories({"flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
-    "flip_pairs missing, a side misspelt": (categories({"keypoints": [*SIDES[:4], "rigth_ear"]}), "where left_ear has no other side", 6),
+    "flip_pairs missing, a side misspelt": (categories({"keypoints": [*SIDES[:4], "rigth_ear"]}), "in the names left_ear has no other side", 6),
     "flip_pairs against the names": (categories({"keypoints": SIDES, "flip_pairs": [[0, 3], [1, 4]]}),
                                      "does not pair left_eye with right_eye", 6),
     "flip_pairs lacks one": (categories({"keypoints": SIDES, "flip_pairs": [[0, 1]]}),
@@ -476,6 +483,24 @@ def test_names_without_folders_that_are_in_two_are_refused(read, tmp_path):
         "stands for several images", "session1", "session2", root=tmp_path / "root")
 
 
+def test_a_name_of_several_images_is_no_riddle_where_a_folder_is_meant(read, tmp_path):
+    """An image for every face, in train.json; the same names in images/val."""
+    data = plain(2)
+    data["images"][1]["file_name"] = data["images"][0]["file_name"]
+    for split in ("train", "val"):
+        draw(tmp_path / "root/images" / split / "pic_0.jpg")
+    assert read(data, "root/ann/train.json", tmp_path / "root").files == ["images/train/pic_0.jpg"] * 2
+
+
+def test_the_annotation_files_own_folder_comes_first(read, tmp_path):
+    """FiftyOne's val/labels.json and val/data, with names that are in train/data as well; one picture missing."""
+    for i in range(4):
+        draw(tmp_path / f"train/data/pic_{i}.jpg")
+        if i:
+            draw(tmp_path / f"val/data/pic_{i}.jpg")
+    assert read(plain(4), "val/labels.json").files == [f"val/data/pic_{i}.jpg" for i in range(4)]
+
+
 def test_a_name_that_comes_back_into_the_data_root_is_plain(read, tmp_path):
     """labelme's with labels in a folder of their own: s1/labels/../pictures/a.jpg."""
     data = plain(2)
@@ -484,6 +509,9 @@ def test_a_name_that_comes_back_into_the_data_root_is_plain(read, tmp_path):
         image["file_name"] = way + image["file_name"]
     faces = read(data)
     assert faces.files == ["s1/pictures/pic_0.jpg", "s1/pictures/pic_1.jpg"] and not faces.notes
+    for image in data["images"]:  # as seen from a folder above the data root
+        image["file_name"] = "project/" + image["file_name"]
+    assert read(data).files == faces.files
 
 
 def test_label_studios_local_files_are_found(read, tmp_path):
@@ -491,6 +519,8 @@ def test_label_studios_local_files_are_found(read, tmp_path):
     for image, folder in zip(data["images"], ("", "a/")):
         draw(tmp_path / folder / image["file_name"])
         image["file_name"] = "/data/local-files/?d=" + folder + image["file_name"]
+    assert read(data).files == ["pic_0.jpg", "a/pic_1.jpg"]
+    data["images"][0]["file_name"] = "https://host/pic_0.jpg?d=2024"
     assert read(data).files == ["pic_0.jpg", "a/pic_1.jpg"]
 
 
@@ -655,11 +685,23 @@ def test_names_give_strata_only_where_they_group_pictures(read, names, breeds):
     (["L_F_Paw", "R_F_Paw", "L_B_Paw", "R_B_Paw"], [[0, 1], [2, 3]]), (["eye.l", "eye.r"], [[0, 1]]),
     (["LeftEyeLeftCorner", "RightEyeRightCorner"], [[0, 1]]), (["LEye", "REye", "LIP"], [[0, 1]]), (["earL", "earR"], [[0, 1]]),
     (["left collar", "right collar"], [[0, 1]]), (["lower", "rower", "bright", "bleft_"], []), (["left_eye", "nose"], []),
-    (["lefteye", "righteye"], [[0, 1]]), (["left", "left", "right"], []), (["p0", "p1"], []), ([*"ABLMRZ"], []), (["", "l", "r"], [[1, 2]]),
+    (["lefteye", "righteye"], [[0, 1]]), (["left", "left", "right"], []), (["p0", "p1"], []), ([*"ABLMRZ"], []), (["FL_paw", "FR_paw", "HL", "HR"], [[0, 1], [2, 3]]), (["rf_paw", "lf_paw"], [[1, 0]]), (["lt_eye", "rt_eye"], [[0, 1]]), (["", "l", "r"], [[1, 2]]),
     (dogflw_category(46)["keypoints"], dogflw_category(46)["flip_pairs"]),
 ])
 def test_pairs_that_names_tell(names, pairs):
     assert named_pairs(names) == pairs
+
+
+@pytest.mark.parametrize("lone,sided", [
+    ("upright", 0), ("bright_spot", 0), ("LIP", 0), ("Rhinarium", 0), ("L1", 0), ("l3", 0), ("C7", 0), ("mid_left_right", 0),
+    ("lower_lip", 0), ("left_ear", 1), ("rightear", 1), ("LEFTEAR", 1), ("EarL", 1), ("LTail", 1), ("r_hip", 1), ("FL", 1)])
+def test_a_landmark_without_its_other_side_ends_mirroring(read, lone, sided):
+    faces = read(plain(names=["left_eye", "right_eye", "nose", "chin", lone]))
+    assert faces.flip_pairs == ([] if sided else [[0, 1]]) and (f"{lone} has no other side" in faces.notes[0]) == sided
+
+
+def test_letters_are_no_sides(read):
+    assert read(plain(names=["left_eye", "right_eye", "L", "M", "R"])).flip_pairs == [[0, 1]]
 
 
 def test_a_scheme_of_our_own_comes_back_as_it_is():
@@ -814,6 +856,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
       "annotations/person_keypoints_Test.json"], "annotations/person_keypoints_Train.json",
      "annotations/person_keypoints_Validation.json"),
     (["result.json", ".hidden.json", "images/x.json"], "result.json", None),
+    (["mine_train.json", "mine_val.json", "train/labels.json"], "mine_train.json", "mine_val.json"),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
     for file in files:

@@ -315,7 +315,7 @@ def print_batches(bench: Bench) -> None:
     size = bench.config.input_size
     for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
         print_rate(f"bare step, batch {batch}", batch, seconds, ", without graphs" * bench.config.graphs)
-    bench.run.optimizer.zero_grad(set_to_none=True)  # what a pass that failed has left
+    bench.run.optimizer.zero_grad()  # what a pass that failed has left
 
 
 def measure(bench: Bench, search: bool) -> None:

@@ -103,7 +103,7 @@ class CocoFaces:
     sizes: np.ndarray  # (N, 2) int, width and height of the picture
     boxes: np.ndarray  # (N, 4) float64 x, y, width, height
     points: np.ndarray  # (N, K, 2) float64
-    visible: np.ndarray  # (N, K) uint8: 0 not labelled, 1 hidden or outside, 2 labelled
+    visible: np.ndarray  # (N, K) uint8: 0 not labelled, 1 hidden or outside, 2 visible
     ids: np.ndarray  # (N,) of the annotations, as the file has them: int or str
     image_ids: np.ndarray  # (N,)
     breeds: list  # N texts, the strata; all "" where there are none
@@ -185,7 +185,7 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         landmarks = annotation.get("keypoints")
         if isinstance(landmarks, list) and landmarks and all(isinstance(xyv, list) for xyv in landmarks):
             landmarks = annotation["keypoints"] = sum(landmarks, [])  # [[x, y, v], ...]
-        if isinstance(landmarks, list) and any(landmarks[2::3]):
+        if isinstance(landmarks, list) and any(v not in (0, -1) for v in landmarks[2::3]):
             lengths[str(annotation["category_id"])][len(landmarks) // 3] += 1
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
     for key in lengths:
@@ -201,7 +201,8 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         if k == 1 and not names and len(chosen) > 1:  # CVAT's and Segments.ai's single points
             first = printable(next(iter(chosen.values())).get("name"))
             raise UserError(f"{path}: each of its {len(chosen)} categories is one landmark ({first}); label "
-                            "all landmarks of a face as one skeleton, or choose one with --category")
+                            "a face's landmarks as one skeleton, choose one with --category, or, if it is "
+                            "the same in all, give it a name")
         return chosen, k
     if not lengths:
         raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0)")
@@ -281,20 +282,32 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
     return checked_scheme(category, path)
 
 
-# left and right in a name; l and r where they are words of their own: L_Eye, eye.r, LEye, earL
-SIDE = re.compile(r"(?i:left|right)|(?<![A-Za-z])[LRlr](?![a-z])|(?<=[a-z])[LR](?![A-Za-z])")
-OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
-# a side that is surely meant: not upright, LIP or Rhinarium
-SURE_SIDE = re.compile(r"(?i:(?<![a-z])(left|right|[lr])(?![a-z]))|(?<=[a-z])(Left|Right|[LR])(?![A-Za-z])"
-                       r"|(?<![A-Za-z])([Ll]eft|[Rr]ight|[LR])(?=[A-Z][a-z])")
+# left and right in a name; l and r as words of their own, or nearly: L_Eye, eye.r, LEye; earL, FL_paw, lf_paw
+LETTER = (r"(?<=[a-z])[LR](?![A-Za-z])|(?<=(?<![A-Za-z])[FHB])[LR](?![A-Za-z])"
+          r"|(?<![A-Za-z])[lr](?=[fhb](?![A-Za-z]))")
+SIDE = re.compile(rf"(?i:left|right)|(?i:(?<![a-z])[lr]t(?![a-z]))|(?<![A-Za-z])[LRlr](?![a-z])|{LETTER}")
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
+# A side that is surely meant: not in upright, LIP, Rhinarium or the vertebra L1.
+SURE_SIDE = re.compile(rf"(?i:(?<![a-z])(?:left|right|[lr](?![a-z0-9])))|(?<=[a-z])(?:Left|Right)|{LETTER}"
+                       r"|(?<![A-Za-z])[LRlr](?=[A-Z][a-z])")
+
+
+def is_letter(name: str, names: list) -> bool:
+    """Whether a name is one of the letters A, B, C, ..., of which L and R are no sides."""
+    return len(name) == 1 and any(len(n) == 1 and n not in "LRlr" for n in names)
+
+
+def is_sided(name: str, names: list) -> bool:
+    """Whether a landmark lies on a side by its name; one between both (mid_left_right) does not."""
+    sides = [side[0][0].lower() for side in SURE_SIDE.finditer(name)]
+    return sides.count("l") != sides.count("r") and not is_letter(name, names)
 
 
 def named_pairs(names: list) -> list:
     """[[left, right], ...] of the landmarks whose names differ in their side alone."""
     index, pairs = {name.lower(): i for i, name in enumerate(names)}, []
-    letters = any(len(name) == 1 and name not in "LRlr" for name in names)  # in A, B, C, ... R is no side
     for i, name in enumerate(names):
-        side = None if letters and len(name) == 1 else SIDE.search(name)
+        side = None if is_letter(name, names) else SIDE.search(name)
         partner = index.get(SIDE.sub(lambda m: OTHER_SIDE[m[0].lower()], name).lower(), i)
         if side and side[0][0] in "lL" and partner != i:
             pairs.append([i, partner])
@@ -309,10 +322,10 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
     named, k = named_pairs(names), len(names)
     if not given:
         sided = {i for pair in named for i in pair}
-        lone = [n for i, n in enumerate(names) if i not in sided and SURE_SIDE.search(n)] if named else []
+        lone = [n for i, n in enumerate(names) if named and i not in sided and is_sided(n, names)]
         if lone:  # mirrored, it would teach the wrong side
-            notes.said.append(f"no flip_pairs, and none taken from the names, where {lone[0]} has no other "
-                              "side; name it alike, or give flip_pairs")
+            notes.said.append(f"no flip_pairs, and in the names {lone[0]} has no other side; so it trains "
+                              "without mirroring: name it alike, or give flip_pairs")
             return []
         if named:
             notes.said.append(f"no flip_pairs; {len(named)} taken from left and right in the names, as "
@@ -405,14 +418,17 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
     missing = [*islice((n for n in names if not os.path.isfile(os.path.join(real, best, n))), 20)]
     below = (Path(os.path.relpath(folder, real)).as_posix() for folder, _, _ in os.walk(real))
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
-    for name in repeated:
+    own = {f: count for f, count in counts.items() if inner and Path(f).is_relative_to(inner[0])}
+    counts = own if max(own.values(), default=0) * 2 >= len(names) else counts
+    fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
+    words = re.split(r"[\W_]+", path.stem.lower())
+    meant = [f for f in fitting if Path(f).name.lower() in words]
+    for name in () if meant else repeated:
         if len(both := [f for f in counts if os.path.isfile(os.path.join(real, f, name))]) > 1:
             a, b = map(printable, both[:2])
             raise UserError(f"{path}: {printable(name)} stands for several images, and is in {a} and in {b} "
-                            f"of {root}; write the names with their folders")
-    fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
-    words = re.split(r"[\W_]+", path.stem.lower())
-    fitting = [f for f in fitting if Path(f).name.lower() in words] or fitting
+                            f"of {root}; write names with their folders, or name one by --data-root")
+    fitting = meant or fitting
     if len(fitting) > 1:
         a, b = map(printable, fitting[:2])
         raise UserError(f"{path}: pictures ({printable(missing[0])}) are in {a} and in {b} of {root}; "
@@ -430,11 +446,11 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     """
     placed, outside, known = {}, {}, defaultdict(list)
     for name in dict.fromkeys(names):
-        inner = name.replace("\\", "/")  # labels/../a.jpg is a.jpg
-        inner = posixpath.normpath(inner) if "/../" in inner and "://" not in inner else name
+        plain = posixpath.normpath(name.replace("\\", "/"))  # labels/../a.jpg is a.jpg
+        inner = plain if os.path.isfile(os.path.join(root, plain)) else name
         try:
             there = os.path.isfile(picture_path(root, inner, f"{path}: "))
-            placed[name] = posixpath.normpath(inner if there else inner.replace("\\", "/"))
+            placed[name] = inner if there else plain
         except UserError as e:
             if not Path(name).is_absolute() and os.path.lexists(os.path.join(root, name)):
                 raise  # a link that leads out
@@ -453,7 +469,7 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
             notes.add("spelt", name)
             placed[name] = same[0]
     for name, error in outside.items():
-        local = name.split("?d=")[-1]  # of Label Studio: /data/local-files/?d=a.jpg
+        local = name.split("local-files/?d=")[-1]  # Label Studio's
         parts = re.split(r"[/\\]", plainly(local.split("?")[0] if "://" in local else local))[::-1]
         shared = {p: len(os.path.commonprefix([plainly(p).split("/")[::-1], parts])) for p in known[parts[0]]}
         best = [p for p in shared if shared[p] == max(shared.values())]
@@ -523,8 +539,8 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
     for i in turns:
         notes.add("turned", files[i])
     if stored == seen:
-        notes.said.append("nothing tells whether their program showed those pictures upright; look at them "
-                          "with tools/visualize_dataset.py")
+        notes.said.append(f"nothing tells whether {files[oblong[0]]}, which EXIF turns, was labelled "
+                          "upright; look at it with tools/visualize_dataset.py")
     return turns
 
 
@@ -553,7 +569,7 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     differ.
     """
     notes = train.notes + (val.notes if val else [])
-    if not train.scheme.flip_pairs:
+    if not train.scheme.flip_pairs and not any("mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val and val.scheme != train.scheme:
         raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
@@ -618,10 +634,11 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
         raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v") from None
     v, example = triples[:, 2], where.split(": ")[-1]  # v is a view
-    nowhere = np.isnan(triples[:, :2]).any(axis=1)
-    if (lost := nowhere & (v > 0)).any():
+    none = (triples == -1).all(axis=1)  # DeepLabCut's
+    nowhere = np.isnan(triples[:, :2]).any(axis=1) | none
+    if (lost := nowhere & (v > 0) | none).any():
         notes.add("nowhere", example, int(lost.sum()))
-    v[nowhere | (triples == -1).all(axis=1)] = 0  # -1, -1, -1: DeepLabCut's
+    v[nowhere] = 0
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
         if not (v.min() >= 0 and v.max() <= 1):  # NaN is not either
             raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1")
@@ -659,6 +676,12 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
     wide = np.concatenate([box[:, :2] - grow, box[:, 2:] + 2 * grow], axis=1)
     covered = intersections(wide, hull)[0, 0] / hull[0, 2:].prod()
     return None if covered >= COVERED and not spans else "mismatched"
+
+
+def is_stretched(box: np.ndarray, hull: np.ndarray, size: np.ndarray) -> bool:
+    """Whether a box is the hull of the landmarks and of 0, 0, where Supervisely has those not labelled."""
+    least = np.array([0, 0, *hull[:2] + hull[2:]])
+    return hull[:2].max() > 1 and np.abs(box - least).max() <= 1 and (box[2:] < size - 1).any()
 
 
 def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -715,9 +738,9 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
         for i in given:
             boxes[i] = box_of([*boxes[i][:2], *(boxes[i][2:] - boxes[i][:2])])
     for i, box in enumerate(boxes):
-        problem, end = box_problem(box, hulls[i]), hulls[i][:2] + hulls[i][2:]
-        if not problem and not visible[i].all() and np.abs(box - [0, 0, *end]).max() <= 1:
-            problem = "stretched"  # Supervisely takes the 0, 0 of landmarks that are not labelled for a place
+        problem = box_problem(box, hulls[i])
+        if not problem and not visible[i].all() and is_stretched(box, hulls[i], sizes[i]):
+            problem = "stretched"
         if problem:
             notes.add("alone" if hulls[i][2:].max() <= 1 else problem, f"annotation {ids[i]}")
             boxes[i] = rebuilt_box(hulls[i], sizes[i])
@@ -740,12 +763,11 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     if ann_root.is_file():
         return ann_root, None
 
-    def named(split):
-        forms = "{}.json", "{}/_annotations.coco.json", "{}/labels.json"
-        places = [ann_root / form.format(s) for s in split for form in forms]
+    def named(split, name):
+        places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
         return next(filter(Path.is_file, places), None)
-    if train := named(SPLITS[0]):
-        return train, named(SPLITS[1])
+    if train := named(SPLITS[0], "_annotations.coco.json"):
+        return train, named(SPLITS[1], "_annotations.coco.json")
     files = [p for folder in (ann_root, ann_root / "annotations") for p in sorted(folder.glob("[!.]*.json"))]
     files = [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside them
 
@@ -759,6 +781,8 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return trains[0], vals[0] if vals else None
     if len(files) == 1:
         return files[0], None
+    if not files and (train := named(SPLITS[0], "labels.json")):
+        return train, named(SPLITS[1], "labels.json")
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
