@@ -104,6 +104,8 @@ def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
     ann, root = ("--ann", run.ann_root / "val.json"), ("--data-root", run.data_root)
     checkpoint = ("--checkpoint", run.work_dir / "best_model.pth")
     (tmp_path / "wrong.json").write_text('[{"file_name": "a.png", "keypoints": [1, 2, 3]}]')
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "video.json").write_text('[{"file_name": "a.mp4", "frame": 0, "keypoints": []}]')
     for wanted, args in {
         "--force": (*ann, *root, "--out", aligned[0]),
         "holds none of the": (*ann, "--data-root", tmp_path, "--out", tmp_path / "out"),
@@ -111,6 +113,9 @@ def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
         "no bundled model": ("--predictions", tmp_path / "wrong.json", *root, "--out", tmp_path / "out"),
         "no predictions of 46": ("--predictions", tmp_path / "wrong.json", *checkpoint, *root, "--out",
                                  tmp_path / "out"),
+        "none.json: no faces in it": ("--predictions", tmp_path / "none.json", *checkpoint, *root, "--out", tmp_path / "out"),
+        "a.mp4 is a video; save its frames": ("--predictions", tmp_path / "video.json", *checkpoint, *root, "--out", tmp_path / "out"),
+        "wrong.json: is a file": (*ann, *root, "--out", tmp_path / "wrong.json", "--force"),
         "--checkpoint goes with --predictions": (*ann, *checkpoint, *root),
         "--category with --ann": ("--predictions", tmp_path / "wrong.json", "--category", "dog", *root),
         "--size": (*ann, *root, "--size", 3),

@@ -86,7 +86,7 @@ def test_scores_equal_an_independent_implementation(tmp_path, seed):
     faces = data.load_coco(tmp_path / "ann.json", tmp_path)
     points = faces.points + rng.normal(0, rng.choice([1, 5, 12], (len(faces), 1, 1)), faces.points.shape)
     (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)))
-    found = tool.read_results(tmp_path / "theirs.json", faces)
+    found, _ = tool.read_results(tmp_path / "theirs.json", faces)
     read = np.stack([found[i][:, :2] for i in range(len(faces))])
     assert np.array_equal(read, points) and all((triples[:, 2] == 1).all() for triples in found.values())
     report, _ = tool.score(read, faces, 1.4)
@@ -150,6 +150,9 @@ def test_errors_along_and_across_an_outline_by_hand(tmp_path, degrees):
     along = tool.along_and_across(points, faces, np.array([100.0, 50, 100]))
     np.testing.assert_allclose(along[1], [(0.03 + 0.1) / 2, (0.01 + 0.04) / 2])
     assert np.isnan(along[[0, 3, 4]]).all()
+    twice = data.replace(faces.scheme, skeleton=[*faces.scheme.skeleton, *(line[::-1] for line in faces.scheme.skeleton)])
+    again = tool.along_and_across(points, data.replace(faces, scheme=twice), np.array([100.0, 50, 100]))
+    np.testing.assert_allclose(again, along)
     report, _ = tool.score(points, faces, 1.25)
     one, two = report["landmark"]["1 p1"], report["landmark"]["2 p2"]
     assert two["along"] == pytest.approx(two["nme_iod"]) and two["across"] == pytest.approx(0, abs=1e-12)
@@ -221,7 +224,9 @@ def test_an_ear_that_cannot_be_judged_is_of_no_kind():
     faces.points[0, 4] = 0
     assert {kind: mask[0].nonzero()[0].tolist() for kind,
             mask in ear_kinds(faces).items()} == {"erect": [1, 3, 5]}
-    faces.visible[0, 6] = 0  # an eye: no frame
+    faces.visible[0, 8] = 0  # the nose, which tells what is up
+    assert not ear_kinds(faces) and not poses(faces)
+    faces.visible[0, [6, 8]] = 0, 2  # an eye: no frame
     assert not ear_kinds(faces) and not poses(faces)
 
 
@@ -286,7 +291,7 @@ def test_which_result_counts(tmp_path):
 
     def read(results):
         path.write_text(json.dumps(results))
-        found = tool.read_results(path, faces)
+        found, _ = tool.read_results(path, faces)
         return np.stack([found[i][:, :2] for i in range(len(faces))])
     plain = {k: v for k, v in rows[0].items() if k != "annotation_id"}  # alone in its picture: needs no id
     worse, better = ({**plain, "score": s, "keypoints": [c] * 21} for s, c in ((0.4, 1.0), (0.6, 2.0)))
@@ -299,7 +304,8 @@ def test_which_result_counts(tmp_path):
             ([plain, rows[2]], "no result for 1 of 3 faces, the first is annotation 10 of b1_1.png"),
             ([plain, crowd, crowd], "result 1: its picture has 2 faces; name one by annotation_id"),
             ([{**plain, "keypoints": [1, 2, 3]}], "result 0 needs image_id, keypoints \\(7 x 3"),
-            ([{**plain, "keypoints": [math.nan] * 21}], "not finite"),
+            ([{**plain, "keypoints": [math.nan] * 21}], "not finite"), ([{**plain, "keypoints": [1e7] * 21}], "beyond 1e.06"),
+            ([{**plain, "image_id": "100"}, other], "none of its 2 results is of a picture of the COCO file, as image_id '100'"),
         ([{**plain, "image_id": []}], "needs image_id"),
             ([{**plain, "file_name": "a/c0_0.png"}], "is of a/c0_0.png, but its id is that of b0_0.png"),
             ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
@@ -321,13 +327,13 @@ def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     path.write_text(json.dumps([{"image_id": faces.image_ids[i], "score": 0.1 * n,
                                  "keypoints": np.column_stack(
         [faces.points[i] + d, np.ones(7)]).ravel().tolist()} for n, (i, d) in enumerate(shifts)]))
-    found = tool.read_results(path, faces, match=True)
+    found, others = tool.read_results(path, faces, match=True)
     away = {i: np.unique(p[:, :2] - faces.points[i]).round(6).tolist() for i, p in found.items()}
-    assert away == {0: [0], 1: [2], 2: [1]}
+    assert away == {0: [0], 1: [2], 2: [1]} and others == 3  # the worse seconds, and what is no face
     faces.visible[3, 1:] = 0  # one landmark has a box of no size
     path.write_text(json.dumps([{"image_id": faces.image_ids[3], "score": 1, "keypoints": np.column_stack(
         [faces.points[3], np.ones(7)]).ravel().tolist()}]))
-    assert list(tool.read_results(path, faces, match=True)) == [3]
+    assert list(tool.read_results(path, faces, match=True)[0]) == [3]
 
 
 def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
@@ -341,7 +347,7 @@ def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     aside = np.array([[0.1, 0], [0.8, 0]]) * faces.boxes[:, 2:]  # the first is near, the second is elsewhere
     path.write_text(json.dumps([{"image_id": image, "score": 1, "keypoints": [*(faces.points[i, 0] + aside[i]), 1]}
                                 for i, image in enumerate(faces.image_ids)]))
-    assert list(tool.read_results(path, faces, match=True)) == [0]
+    assert list(tool.read_results(path, faces, match=True)[0]) == [0]
     path.write_text(json.dumps([{"image_id": faces.image_ids[1], "score": 1, "keypoints": [*(faces.points[1, 0] + aside[1]), 1]}]))
     with pytest.raises(UserError, match="none of its 1 results is of a face"):
         tool.read_results(path, faces, match=True)
@@ -452,6 +458,7 @@ def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch,
     ours, theirs = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "evaluation",
                                                                               report[0]))
     assert "not mirrored" in ours["source"] and ours["metrics"] != theirs["metrics"]
+    assert "trained on DogFLW's train split" in ours["source"] and "chosen on" not in ours["source"]
     assert ours["metrics"]["nme"] == pytest.approx(theirs["metrics"]["nme"], rel=0.3)
 
 
@@ -464,7 +471,8 @@ def test_refuses_in_one_line(run, report, tmp_path):
     (tmp_path / "looks/landmarks.png").touch()  # visualize_dataset.py's
     for args, message in (
             ([best, "--out", str(tmp_path / "looks")], "landmarks.png already"),
-            (["--nonsense"], "--help"), (["--checkpoint", str(tmp_path / "no.pth")], "no such file"),
+            (["--nonsense"], "--help"), ([best, "--out", str(ann)], "is a file"),
+            (["--results", str(ann), "--ann", str(ann), "--no-flip"], "--no-flip: is for a checkpoint"), (["--checkpoint", str(tmp_path / "no.pth")], "no such file"),
             ([best, "--checkpoint", best], "give one checkpoint"),
         ([best, "--category", "cat"], "--category cat"),
             ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the "

@@ -107,6 +107,12 @@ def test_a_large_picture_is_read_smaller(image, tmp_path, monkeypatch):
         assert size == (480, 640) and pixels.shape[0] == side, most
     pixels, size = read_picture(tmp_path / "large.png", 100_000)
     assert size == (640, 480) and pixels.shape == (240, 320, 3)
+    odd = np.zeros((7, 1003, 3), np.uint8)  # 1003 is no multiple of 4
+    odd[:, 981:1000] = 255
+    Image.fromarray(odd).save(tmp_path / "odd.png")
+    pixels, size = read_picture(tmp_path / "odd.png", 7 * 1003 / 16)
+    place = (np.arange(pixels.shape[1]) * pixels[0, :, 0]).sum() / pixels[0, :, 0].sum()
+    assert (place + 0.5) * size[0] / pixels.shape[1] - 0.5 == pytest.approx(990, abs=0.4)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 // 3)  # twice as many are refused
     assert read_picture(tmp_path / "large.jpg", 100_000)[0].shape == (320, 240, 3)
     for name, most in (("large.jpg", np.inf), ("large.png", 100_000)):

@@ -3,6 +3,7 @@ import csv
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,39 @@ def test_landmarks_within_a_face_are_found_and_followed_in_boxes_of_the_face(whi
     assert [one["id"], two["id"]] == [0, 1]
 
 
+def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
+    shape, a, turns = np.array([[0, 0], [100, 0], [0, 120], [100, 120.0]]), np.deg2rad(30), []
+    truth = (shape @ [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]] + [180, 140])[None]
+
+    class Leaning(Eye):
+        def look(self, jobs, flip=True):
+            turns.append([turn for *_, turn in jobs] if len(jobs[0]) > 2 else [])
+            return super().look(jobs, flip)
+    image = np.zeros((400, 400, 3), np.uint8)
+    predictor = find.Predictor(Leaning(truth, pair=(0, 1)), Eye(truth, whole=True))
+    (photo,), tracker = predictor(image), video.Tracker(predictor)
+    for number in range(3):
+        (face,) = tracker(image, number / 25)
+        assert find.overlaps(face["box"][None], photo["box"][None])[0, 0] > 0.95
+        assert face["score"] == pytest.approx(photo["score"], abs=0.1) and face["located"] == photo["located"]
+        assert turns[-1] == [pytest.approx(-30, abs=2)]
+
+
+@pytest.mark.parametrize("image,boxes,word", [
+    (np.zeros((9, 9), np.uint8), None, "uint8, RGB, not uint8 (9, 9)"), (np.zeros((9, 9, 4), np.uint8), None, "(9, 9, 4)"),
+    (np.zeros((9, 9, 3)), None, "not float64"), ("a.jpg", None, "not str"),
+    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive")])
+def test_what_is_no_picture_and_no_box_is_refused(image, boxes, word):
+    with pytest.raises(UserError, match=re.escape(word)):
+        find.Predictor(Eye(np.zeros((1, 4, 2))))(image, boxes)
+
+
+def test_whole_pictures_keep_to_the_least_score():
+    predictor = find.Predictor(Eye(np.full((1, 4, 2), 50.0), whole=True))
+    image = np.zeros((100, 100, 3), np.uint8)
+    assert len(predictor(image, min_score=0)) == 1 and not predictor(image, min_score=0.99)
+
+
 def test_one_landmark_of_a_dog_that_comes_near_stays_one_face():
     """Its box cannot tell that it grows; what is found anew at the same place does."""
     size = [100.0]
@@ -254,6 +288,9 @@ def test_one_landmark_of_a_dog_that_comes_near_stays_one_face():
             new = [np.array([300 - side / 2, 300 - side / 2, side, side])]
             return [{"box": np.asarray(box), "points": nose, "scores": np.ones(1), "score": 1.0}
                     for box in (new if boxes is None else boxes)]
+
+        def follow(self, image, faces):
+            return self(image, [face["box"] for face in faces])
     tracker = video.Tracker(Nose(), [np.array([250.0, 250, 100, 100])])
     for number in range(31):
         size[0] = 100 * 3 ** (number / 30)
@@ -646,6 +683,9 @@ def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):
             return [{"box": box, "points": box[:2] + box[2:] * np.random.default_rng(0).random((46, 2)), "scores": np.ones(46),
                      "score": float(box[0] > 50 or self.looks < 4)} for box in ([] if boxes is None else boxes)]
 
+        def follow(self, image, faces):
+            return self(image, [face["box"] for face in faces] or None)
+
         def many(self, images, boxes, min_score):  # of the pictures, of which there are none
             return []
     monkeypatch.setattr(tool, "load_predictor", lambda *_: Two())
@@ -792,6 +832,12 @@ def test_given_boxes_are_those_that_the_trainer_reads(run, faces, tmp_path, caps
         ((found, given),) = listing.boxes[file]
         assert found == own and np.array_equal(box, given)
     np.testing.assert_allclose(expected.boxes[1:], faces.boxes[1:])
+    cat = {"id": 9, "name": "cat", "keypoints": ["nose"]}
+    first = {"id": 12345, "category_id": 9, "image_id": content["images"][0]["id"], "bbox": [1, 1, 50, 50], "keypoints": [9, 9, 2]}
+    content.update(categories=[cat, *content["categories"]], annotations=[first, *content["annotations"]])
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    for name, number in (("cat", 9), (content["categories"][1]["name"], 1)):  # the one that is written
+        assert tool.read_boxes(tmp_path / "two.json", run.data_root, name).category == {"id": number, "name": name}
 
 
 def test_folders_in_a_folder(tmp_path, capsys):
@@ -911,11 +957,17 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train):
     out = ("--checkpoint", run.work_dir / "best_model.pth", "--out", tmp_path / "out2")
     write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]])
     Image.fromarray(picture[0]).save(tmp_path / "new\nline.png")
-    for wanted, args in {"exists; name another": (folder, "--coco", coco), "is the file of --boxes": (
+    for name in ("a.gif", "a.gif.png"):
+        Image.fromarray(picture[0]).save(tmp_path / name)
+    with pytest.raises(UserError, match="overlay of two; rename one of them"):
+        predict(tmp_path / "a.gif", tmp_path / "a.gif.png", *out)
+    for wanted, args in {"exists; name another": (folder, "--coco", coco), "the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
             tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "one of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (
-            folder, "--coco", folder, "--force"), "has boxes of pictures": (
+            folder, "--coco", folder, "--force"), "is an INPUT": (
+            coco, "--data-root", folder, "--coco", coco, "--force"), "--category: says which": (
+            folder, "--category", "dog"), "has boxes of pictures": (
             tmp_path / "clip.mp4", "--boxes", coco), "1 of 1 files": (
             tmp_path / "clip.mp4", "--box", 9000, 9000, 20, 20), "1 of 1 files could": (
             tmp_path / "new\nline.png", "--coco", tmp_path / "lines.json")}.items():

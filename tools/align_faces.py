@@ -91,12 +91,15 @@ def read_predictions(path: Path, k: int) -> list:
     try:
         for entry in content:
             name = str(entry["file_name"])
+            if entry.get("frame") is not None:
+                raise UserError(f"{path}: {name} is a video; save its frames, as by: ffmpeg -i VIDEO -vf "
+                                "fps=1 frames/%05d.jpg, and predict those")
             points = np.array(entry["keypoints"], dtype=float).reshape(k, 3)[:, :2]
             if not np.isfinite(points).all() or np.abs(points).max() > 1e6:
                 raise ValueError("a coordinate that cannot be")
             faces.append((name, number[name], points, np.ones(k, dtype=bool)))
             number[name] += 1
-    except (TypeError, KeyError, ValueError, OverflowError) as e:
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as e:
         raise UserError(f"{path}: no predictions of {k} landmarks ({type(e).__name__}: {str(e)[:60]}); "
                         "make them with tools/predict.py and the same checkpoint") from None
     return faces
@@ -176,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
         by_file.setdefault(face[0], []).append(face)
+    if not faces:
+        raise UserError(f"{args.predictions}: no faces in it")
     if not any(os.path.isfile(args.data_root / file) for file in by_file):
         raise UserError(f"--data-root {args.data_root}: holds none of the {len(by_file)} pictures, as "
                         f"{next(iter(by_file))}")

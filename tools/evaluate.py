@@ -44,6 +44,7 @@ RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
 BINS = 10  # of scores from 0 to 1
 WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png",
           "mean_face.png")
+FARTHEST = 1e6  # pixels, of a landmark
 SAME_FACE = 0.5  # IoU of the boxes that the landmarks give from which on a result is of that face
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
@@ -95,15 +96,16 @@ def along_and_across(points: np.ndarray, faces: Faces, length: np.ndarray) -> np
     The outline's direction at a landmark is the one from one of its two neighbours in the skeleton to the
     other, in the truth. NaN for landmarks that are not between two others.
     """
-    result, neighbours = np.full((len(faces.scheme.names), 2), np.nan), defaultdict(list)
+    result, neighbours = np.full((len(faces.scheme.names), 2), np.nan), defaultdict(set)
     for i, j in faces.scheme.skeleton:
-        neighbours[i].append(j)
-        neighbours[j].append(i)
+        neighbours[i].add(j)
+        neighbours[j].add(i)
     for i, ends in neighbours.items():
         if len(ends) == 2:
-            use = (faces.visible[:, [i, *ends]] > 0).all(1) & np.isfinite(length)
-            direction = faces.points[use, ends[1]] - faces.points[use, ends[0]]
-            direction = direction / np.linalg.norm(direction, axis=1, keepdims=True).clip(1e-9)
+            a, b = ends
+            span = np.linalg.norm(faces.points[:, b] - faces.points[:, a], axis=1)
+            use = (faces.visible[:, [i, a, b]] > 0).all(1) & np.isfinite(length) & (span > 0)
+            direction = (faces.points[use, b] - faces.points[use, a]) / span[use, None]
             error = (points[use, i] - faces.points[use, i]) / length[use, None]
             across = error[:, 0] * direction[:, 1] - error[:, 1] * direction[:, 0]
             result[i] = nan_mean(np.abs((error * direction).sum(1))), nan_mean(np.abs(across))
@@ -184,8 +186,9 @@ def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and "
                         "score") from None
-    if not (np.isfinite(triples[:, :2]).all() and math.isfinite(certainty)):
-        raise UserError(f"{path}: result {number} has numbers that are not finite")
+    if not (np.abs(triples[:, :2]).max() < FARTHEST and math.isfinite(certainty)):  # NaN is below nothing
+        raise UserError(f"{path}: result {number} has numbers that are not finite, or a landmark beyond "
+                        f"{FARTHEST:g}")
     return triples, certainty, named, image, picture
 
 
@@ -208,8 +211,9 @@ def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: t
     return [(certainty, i) for i in candidates]
 
 
-def read_results(path: Path, faces: Faces, match: bool = False) -> dict[int, np.ndarray]:
-    """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file. Raises UserError.
+def read_results(path: Path, faces: Faces, match: bool = False) -> tuple[dict[int, np.ndarray], int]:
+    """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file, and the number of results of its
+    pictures that are of no face. Raises UserError.
 
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
     best.
@@ -234,6 +238,9 @@ def read_results(path: Path, faces: Faces, match: bool = False) -> dict[int, np.
             best[i] = triples
             used.add(number)
     missing = [i for i in range(len(faces)) if i not in best]
+    if rows and elsewhere == len(rows):
+        raise UserError(f"{path}: none of its {len(rows)} results is of a picture of the COCO file, as "
+                        f"image_id {rows[0]['image_id']!r}")
     if match and not best:
         raise UserError(f"{path}: none of its {len(rows)} results is of a face of the COCO file")
     if missing and not match:
@@ -242,7 +249,7 @@ def read_results(path: Path, faces: Faces, match: bool = False) -> dict[int, np.
                         "every face must have one")
     if elsewhere:
         print(f"{elsewhere} results of other pictures left out")
-    return best
+    return best, len(rows) - elsewhere - len(used)
 
 
 # ---------------------------------------------------------------- what is scored
@@ -289,8 +296,13 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
     ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
     if not ann.is_file():
         raise UserError(f"--ann {ann}: is no file; name the COCO file to score on")
-    category = args.category or (trained and trained.config.category)
-    faces = data.load_coco(ann, data_root(args.data_root or stored or None), category)
+    root, own = data_root(args.data_root or stored or None), trained and trained.config.category
+    try:
+        faces = data.load_coco(ann, root, args.category or own)
+    except UserError:
+        if args.category or not own:
+            raise
+        faces = data.load_coco(ann, root)  # where the category has another name
     for note in dict.fromkeys(faces.notes):
         print(note)
     if trained and not args.bundled and is_file_of(trained.config.ann_root, ann, 0):
@@ -317,7 +329,8 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
     points, scores = predict_faces(args, trained, faces, processes)
     chosen = printable(trained.metrics.get("chosen_on"))
     twice = args.flip and trained.scheme.flip_pairs
-    source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, chosen on {chosen}; in the true boxes, "
+    origin = "trained on DogFLW's train split" if args.bundled else f"chosen on {chosen}"
+    source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, {origin}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
     if chosen.removesuffix(SEEN) == ann.name and is_file_of(trained.config.ann_root, ann, 1):
         source += "; these very faces chose it, so the numbers flatter it"
@@ -327,14 +340,14 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
 def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces,
                processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
-    found, total, finding = read_results(args.results, faces, args.match), len(faces), {}
+    (found, others), total, finding = read_results(args.results, faces, args.match), len(faces), {}
     index = sorted(found)
     faces, triples = faces.take(index), np.stack([found[i] for i in index])
     points, scores, source = triples[..., :2], triples[..., 2], f"results of {args.results}"
     if args.match:
-        finding = {"faces": total, "found": len(faces), "share": len(faces) / total}
-        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}); the errors are of "
-                   "these")
+        finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
+        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) and {others} "
+                   "others in their pictures; the errors are of these faces")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
         ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))
@@ -376,10 +389,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--match: goes with --results")
     if (args.checkpoint or not args.results) and args.padding is not None:
         raise UserError("--padding: comes from the checkpoint; leave it out")
+    if args.results and not args.checkpoint and not args.flip:
+        raise UserError("--no-flip: is for a checkpoint; results are as they are")
     if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
     beside = args.results or args.checkpoint
     args.out = args.out or (beside.parent if beside else Path()) / "evaluation"
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file; name a folder")
     there = [name for name in WRITES if (args.out / name).exists()]
     if there and not args.force:
         raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "

@@ -94,7 +94,8 @@ def check_box(box: object, where: str) -> np.ndarray:
 def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) -> Listing:
     """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError.
 
-    root: the data root, in which the pictures are found as the trainer finds them; None: names stay.
+    root: the data root, in which the pictures are found as the trainer finds them; None: names stay. Its
+    category is the first with names of landmarks.
     """
     content, notes, boxes = load_json(path), Notes(), {}
     try:
@@ -133,6 +134,9 @@ def read_boxes(path: Path, root: Path, category: str | None = None) -> Listing:
     for file, image, own, box in zip(faces.files, faces.image_ids, faces.ids, faces.boxes, strict=True):
         listing.ids[file] = image
         listing.boxes.setdefault(file, []).append((own, box))
+    own = next(row.get("category_id") for row in rows if row.get("id") == faces.ids[0])
+    chosen = next((c for c in content["categories"] if c.get("id") == own), {})
+    listing.category = {key: chosen.get(key, value) for key, value in FACE.items()}
     return listing
 
 
@@ -162,7 +166,7 @@ def expand(text: str, out: Path) -> list[Source]:
     Raises UserError where there is nothing.
     """
     path = Path(text)
-    if re.match(r"[a-z][a-z0-9+]*://", text):
+    if re.match(r"(?i)[a-z][a-z0-9+]+://", text):
         return [Source(text, "video")]
     if path.is_file():
         return [Source(path, "video" if format_of(path) == "video" else "picture")]
@@ -259,9 +263,10 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
         raise UserError(f"{printable(long[0])}: its name is too long for the overlay's; rename it")
     targets = Counter(os.path.realpath(s.target) for s in sources)
     clash = [p for p in map(os.path.realpath, paths) if p in targets]
-    clash += [t for t, n in targets.items() if n > 1]
     if clash:
         raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
+    if twice := [t for t, n in targets.items() if n > 1]:
+        raise UserError(f"--out {args.out}: {min(twice)} would be the overlay of two; rename one of them")
     if args.coco and (videos := [s.file for s in sources if s.kind == "video"]):
         raise UserError(f"--coco: a data set is of pictures, and {videos[0]} is a video; save its frames "
                         "first, as by: ffmpeg -i VIDEO -vf fps=1 frames/%05d.jpg")
@@ -486,9 +491,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.coco.is_dir():
         raise UserError(f"--coco {args.coco}: is a folder; name a file")
-    taken = [args.boxes, args.out / RESULTS, args.out / TABLE]
+    if args.category and not args.boxes:
+        raise UserError("--category: says which faces of --boxes; give both, or leave it out")
+    taken = [args.boxes, args.out / RESULTS, args.out / TABLE, *map(Path, args.input)]
     if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
-        raise UserError(f"--coco {args.coco}: is the file of --boxes, or one of --out; name another")
+        raise UserError(f"--coco {args.coco}: is an INPUT, the file of --boxes or one of --out; name another")
     return args
 
 

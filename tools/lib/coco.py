@@ -350,7 +350,7 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
                           f"{len(named)} taken from left and right in the names")
         sided = {i for pair in named for i in pair}
         given = sorted([p for p in given if not sided & set(p)] + named)
-    return given
+    return [p[::-1] if p[::-1] in named else p for p in given]  # left first: align_faces.py needs to know
 
 
 # ---------------------------------------------------------------- images

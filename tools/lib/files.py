@@ -63,7 +63,9 @@ def output_folder(given: Path | None, name: str, force: bool) -> Path:
 
 
 def check_free(flag: str, folder: Path, force: bool):
-    """Raises UserError for an output folder that holds something, unless `force`."""
+    """Raises UserError for an output folder that is a file, or that holds something, unless `force`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder}: is a file; name a folder")
     if not force and not is_free(folder):
         raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
 

@@ -209,7 +209,8 @@ class Look:
 
     def as_face(self, box: np.ndarray) -> dict:
         """What a Predictor returns of it."""
-        return {"box": box, "points": self.points, "scores": self.scores, "score": self.score}
+        return {"box": box, "points": self.points, "scores": self.scores, "score": self.score,
+                "located": self.located}
 
 
 class Predictor:
@@ -226,27 +227,39 @@ class Predictor:
                  min_score: float = MIN_SCORE) -> list[dict]:
         """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
 
-        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score":
-        Look's}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those with a
-        score below min_score are left out.
+        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score",
+        "located": Look's}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those
+        with a score below min_score are left out. Raises UserError for what is no picture or no box.
         """
         return self.many([image], [boxes], min_score)[0]
 
     def many(self, images: list, boxes: list, min_score: float = MIN_SCORE) -> list[list[dict]]:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
-        faces, given, sought = [[] for _ in images], [], []
-        for i, wanted in enumerate(boxes):
+        faces, given, whole, sought = [[] for _ in images], [], [], []
+        for i, (image, wanted) in enumerate(zip(images, boxes, strict=True)):
+            check_picture(image, wanted)
             if wanted is not None:
                 given += [(i, box) for box in np.reshape(wanted, (-1, 4))]
             elif self.face.whole:
-                given.append((i, whole_box(images[i].shape[1::-1])))
+                whole.append((i, whole_box(image.shape[1::-1])))
             else:
                 sought.append(i)
-        for look in see(self.face, images, given):
+        looks = see(self.face, images, given)
+        looks += [look for look in see(self.face, images, whole) if look.score >= min_score]
+        for look in looks:
             faces[look.picture].append(look.as_face(look.box))
         for look in self._find(images, sought, min_score):
             faces[look.picture].append(look.as_face(look.around(LAST_MARGIN)))
         return faces
+
+    def follow(self, image: np.ndarray, faces: list[dict]) -> list[dict]:
+        """The faces of the frame before in the next one, in their order, each looked at upright."""
+        pairs, room = self.scheme.flip_pairs, self.face.room
+        boxes = [(0, *upright(f["points"], pairs, f["box"], MARGIN, room)) for f in faces]
+        looks = see(self.face, [image], boxes)
+        for look, face in zip(looks, faces, strict=True):
+            look.located = face["located"]
+        return [look.as_face(look.around(LAST_MARGIN)) for look in looks]
 
     def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:
         """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
@@ -281,6 +294,16 @@ class Predictor:
         for look, before in zip(again, looks, strict=True):
             look.located = before.score if self.locator and before.located is None else before.located
         return again
+
+
+def check_picture(image: np.ndarray, boxes: np.ndarray | list | None) -> None:
+    """Raises UserError for what is no RGB picture (H, W, 3) uint8, or for boxes without a size."""
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"a picture must be an array (H, W, 3) of uint8, RGB, not {what}")
+    sides = np.reshape(() if boxes is None else boxes, (-1, 4)).astype(float)
+    if not (np.isfinite(sides).all() and (sides[:, 2:] > 0).all()):
+        raise UserError(f"boxes must be x, y, width, height with positive sides, not {sides.tolist()}")
 
 
 def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:

@@ -30,6 +30,7 @@ def face_frame(faces) -> tuple[np.ndarray, np.ndarray]:
     to_nose = tip - (points[:, i] + points[:, j]) / 2
     up = np.stack([along[:, 1], -along[:, 0]], 1)
     up = np.where((up * to_nose).sum(1, keepdims=True) > 0, -up, up)
+    up[np.isnan(to_nose).any(1)] = np.nan
     return up, (to_nose * along).sum(1) / length[:, 0]
 
 

@@ -150,7 +150,8 @@ def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int
         transparent = image.has_transparency_data
         image = image.convert("RGBA" if transparent else "RGB")
         shrink = math.ceil(math.sqrt(math.prod(image.size) / at_most))
-        image = image.reduce(shrink) if shrink > 1 else image
+        if shrink > 1:  # `reduce` is exact only where `shrink` divides the sides
+            image = image.resize([math.ceil(side / shrink) for side in image.size], Image.Resampling.BOX)
         if transparent:
             ground = Image.new("RGB", image.size, GREY)
             ground.paste(image, mask=image.getchannel("A"))

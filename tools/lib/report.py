@@ -101,7 +101,7 @@ def as_table(report: dict) -> bytes:
     for group in GROUPS:
         rows += [{"group": group, "name": name, **row} for name, row in report[group].items()]
     rows += [{"group": "face", "name": row["file"], **row} for row in report["face"]]
-    return as_csv(["group", "name", "labelled", *report["errors"], "along", "across"], rows)
+    return as_csv(["group", "name", "labelled", *report["errors"], "along", "across", "id"], rows)
 
 
 def html_table(title: str, rows: list[dict]) -> str:

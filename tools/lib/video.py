@@ -20,7 +20,7 @@ import numpy as np
 
 from tools.lib.cli import UserError, check_name
 from tools.lib.files import put_in_place
-from tools.lib.find import MARGIN, OVERLAP, Predictor, box_around, intersections
+from tools.lib.find import LAST_MARGIN, OVERLAP, Predictor, box_around, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -184,20 +184,22 @@ class OneEuroFilter:
 class Tracker:
     """Follows faces: each is looked at where it was; every FIND_EVERY frames new ones are sought.
 
-    boxes: where faces are in the first frame (N, 4), or None: they are found.
+    boxes: where faces are in the first frame (N, 4), or None: they are found. A face is a Predictor's.
     """
 
     def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None, min_score: float = 0.5):
         self.predictor, self.min_score = predictor, min_score
-        self.tracks = [{"box": box} for box in ([] if boxes is None else boxes)]
+        self.given, self.tracks = None if boxes is None or not len(boxes) else boxes, []
         self.count, self.frames, self.seconds = 0, 0, 0.0
 
     def __call__(self, frame: np.ndarray, seconds: float) -> list[dict]:
         """The faces of the next RGB frame (H, W, 3), at its time in seconds; "id" is a face's number."""
-        tracks, step = self.tracks, max(seconds - self.seconds, 1e-3)
-        looks = self.predictor(frame, [t["box"] for t in tracks]) if tracks else []
-        followed = [{**t, **f} for t, f in zip(tracks, looks, strict=True) if f["score"] >= self.min_score]
-        if self.frames % FIND_EVERY == 0 and (self.frames or not tracks) or len(followed) < len(tracks):
+        step, given, self.given = max(seconds - self.seconds, 1e-3), self.given, None
+        tracks = self.predictor.follow(frame, self.tracks)
+        tracks = [{**t, **f} for t, f in zip(self.tracks, tracks, strict=True)]
+        tracks += [] if given is None else self.predictor(frame, given)
+        followed = [t for t in tracks if t["score"] >= self.min_score]
+        if self.frames % FIND_EVERY == 0 and given is None or len(followed) < len(tracks):
             followed += self.predictor(frame, min_score=self.min_score)
         self.tracks, self.seconds, self.frames = [], seconds, self.frames + 1
         for track in followed:
@@ -207,7 +209,7 @@ class Tracker:
     def _keep(self, track: dict, step: float):
         """Add a face, unless it is one of those that are kept already."""
         room = self.predictor.face.room
-        tight = box_around(track["points"], track["box"], MARGIN, room)
+        tight = box_around(track["points"], track["box"], LAST_MARGIN, room)
         known = np.reshape([t["box"] for t in self.tracks], (-1, 4))
         shared = intersections(tight[None], known)[0]
         same = np.flatnonzero(shared > OVERLAP * np.minimum(tight[2:].prod(), known[:, 2:].prod(1)))
@@ -218,7 +220,7 @@ class Tracker:
         if "id" not in track:
             track["id"], track["filter"], self.count = self.count, OneEuroFilter(), self.count + 1
         track["points"] = track["filter"](track["points"], tight[2:].max(), step)
-        track["box"] = box_around(track["points"], track["box"], MARGIN, room)
+        track["box"] = box_around(track["points"], track["box"], LAST_MARGIN, room)
         self.tracks.append(track)
 
 
