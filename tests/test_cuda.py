@@ -236,8 +236,8 @@ def test_every_operator_of_a_step_exists_on_cuda_and_on_mps(walked):
                                       "mobilenetv3_small_050", "regnetx_002"])
 def test_backbones_forward_and_backward(backbone):
     """Shapes alone, on torch's meta device: every HRNet of timm, and five other families."""
-    with torch.device("meta"):
-        model = trainer.LandmarkNet(backbone, K)
+    with torch.device("cpu" if backbone == "convnext_atto" else "meta"):  # timm 1.0.9 reads numbers off it
+        model = trainer.LandmarkNet(backbone, K).to("meta")
     heatmaps = model(torch.zeros(2, 3, 64, 64, device="meta"))
     heatmaps.sum().backward()
     assert heatmaps.shape == (2, K, 32, 32) and heatmaps.dtype == torch.float32
