@@ -97,13 +97,16 @@ def test_a_backbones_file_fits_by_name_or_by_order(tmp_path):
         wanted = wanted(images)
     renamed = {k.replace("layer", "stage").replace("conv", "c").replace("bn", "norm"): v for k, v in source.state_dict().items()}
     beside = {f"backbone.{k}": v for k, v in renamed.items()} | {"keypoint_head.weight": torch.zeros(3)}
-    for number, state in enumerate((source.state_dict(), renamed, {"state_dict": beside})):
+    wrapped, lightning = ({f"{prefix}.{k}": v for k, v in source.state_dict().items()} for prefix in ("module", "model"))
+    cases = [(source.state_dict(), 0), (renamed, 1), ({"state_dict": beside}, 1), ({"model_state_dict": wrapped}, 0), ({"net": lightning}, 0)]
+    for number, (state, by_order) in enumerate(cases):
         torch.save(state, tmp_path / f"{number}.pth")
         model = LandmarkNet("resnet18", 5).eval()
         take_weights(model, tmp_path / f"{number}.pth", "resnet18", NAMES, said.append)
         with torch.inference_mode():
             assert all(torch.equal(a, b) for a, b in zip(model.backbone(images), wanted, strict=True)), number
-        assert len(said) == number and all("in their order" in text for text in said)
+        assert len(said) == by_order and all("in their order" in text for text in said)
+        said.clear()
 
 
 def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
@@ -111,7 +114,7 @@ def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
     part = {k: v for k, v in source.items() if not k.startswith("layer4")}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for state, reason in ((part, "lacks"), ({f"x.{k}": v for k, v in part.items()}, "lacks"), ({}, "no weights"),
-                          (timm.create_model("resnet26").state_dict(), "another backbone"), ({"a": 1}, "no weights"),
+                          (timm.create_model("resnet26").state_dict(), "another backbone"), ({"a": 1}, "no weights"), ({0: torch.zeros(1)}, "another backbone"),
                           ([torch.zeros(1)], "no weights"), ({"backbone.x": torch.zeros(1)}, "lacks"),
                           ({"laterals.0.0.weight": torch.zeros(4, 4), "laterals.x.y": torch.zeros(1)}, "lacks"),
                           ({"scheme": [1], "model": {"laterals.0.0.weight": torch.zeros(4, 4)}}, "lacks")):

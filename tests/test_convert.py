@@ -155,6 +155,13 @@ def test_catflws_flat_folders_become_train_alone(run, tmp_path):
     assert faces.files[0] == "images/n0_0.png" and faces.breeds == [""] * 6 and faces.points.shape == (6, 48, 2)
     (tmp_path / "out/val.json").write_text("{}")
     one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "out"), "val.json", "--out_dir")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/train.json").write_text('{"categories": [{"name": "dog"}]}')
+    one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "theirs"), "its train.json is not this converter's")
+    for split in ("train", "test"):
+        (tmp_path / "whole" / split).mkdir(parents=True)
+        os.symlink(root / "images", tmp_path / "whole" / split / "images")
+    one_line(*run("--dogflw_root", tmp_path / "whole/train", "--out_dir", tmp_path / "out2"), "is a part of", "whole")
     (root / "images/n0_0.png").rename(tmp_path / "outside.png")
     (root / "images/n0_0.png").symlink_to(tmp_path / "outside.png")
     code, out, err = run("--dogflw_root", root, "--out_dir", tmp_path / "other")

@@ -324,6 +324,25 @@ def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
     assert torch.equal(batch["image"], again["image"])
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_what_a_locators_flat_crops_hide_is_hidden(k, tmp_path):
+    """One landmark spans no area, and two level eyes no height; still nothing of the face may show."""
+    Image.fromarray(np.full((200, 200, 3), 10, np.uint8)).save(tmp_path / "a.png")
+    picture = np.full((200, 200, 3), 10, np.uint8)
+    points = np.stack([np.linspace(80, 120, k) if k > 1 else np.full(1, 100.0), np.full(k, 100.0)], 1)
+    points[3::4, 1] += 30
+    for x, y in points.astype(int):
+        picture[y - 5:y + 6, x - 5:x + 6] = 250
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    scheme = data.Scheme([f"p{i}" for i in range(k)], [], {}, [], [])
+    one = data.Faces(scheme, tmp_path, ["a.png"], np.array([[200, 200]]), np.array([[0, 0, 199, 199.0]]), points[None],
+                np.full((1, k), 2), np.array([1]), np.array([1]), [""])
+    dataset = DogFLWDataset(one, 64, 1.0, augment=Augmentation(empty=0.9, colour=0, occlusion=0, rotation=0, scale=0.5, shift=0.6))
+    batch = dataset.__getitems__([(epoch, 0) for epoch in range(200)])
+    flat = batch["image"][(batch["visibility"] == -1).all(1)]
+    assert len(flat) > 10 and (flat.numpy() > 150).mean() < 7e-4  # the rims of dots that the crop cut
+
+
 def test_a_locator_learns_that_pictures_of_the_background_show_no_face(faces, tmp_path):
     whole, colours = faces.whole_pictures(), [(250, 10, 10), (10, 250, 10)]
     for name, size, colour in zip(("a.png", "deep/er/b.jpg"), ((90, 60), (40, 120)), colours):
@@ -345,6 +364,8 @@ def test_a_locator_learns_that_pictures_of_the_background_show_no_face(faces, tm
     assert np.median(shown) < 80  # colours are the device's, so the picture's own are there
     plain = DogFLWDataset(both, 64, 1.0).__getitems__(last[:2])
     assert (plain["visibility"] == 0).all()
+    with pytest.raises(UserError, match="shows a face to train on"):
+        with_background(whole, faces.root)
     (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     with pytest.raises(UserError, match="c.png"):
         with_background(whole, tmp_path)

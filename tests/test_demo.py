@@ -54,8 +54,8 @@ def answer_of(url, photo, model, threshold):
         request = urllib.request.Request(f"{url}gradio_api/{path}", body, {"Content-Type": kind})
         with urllib.request.urlopen(request) as answer:
             return json.loads(answer.read())
-    file = None
-    if photo:
+    file = photo if isinstance(photo, dict) else None
+    if photo and not file:
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{photo.name}"\r\n\r\n'
         body = head.encode() + photo.read_bytes() + b"\r\n--x--\r\n"
         path, = post("upload", body, "multipart/form-data; boundary=x")
@@ -160,6 +160,11 @@ def test_a_visitor_chooses_among_the_models_only(demo, run):
     for model in ("/etc/passwd", "../broken.pth", str(run.work_dir / "best_model.pth")):
         turns = demo.turns.read_text()
         assert demo.find(demo.photo, model, 0.5).error and demo.turns.read_text() == turns
+    turns = demo.turns.read_text()
+    for path in ("/etc/passwd", str(demo.photo), "/no/such.png"):  # not even whether it is there
+        answer = demo.find({"path": path}, "two", 0.5)
+        assert answer.error if hasattr(answer, "error") else answer.text == "The photo was not uploaded here; drop it again."
+    assert demo.turns.read_text() == turns
     answer = demo.find(demo.photo, "broken", 0.5)
     assert "broken.pth: not loaded" in answer.text and answer.png is None
 

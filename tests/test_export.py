@@ -79,13 +79,21 @@ def test_safetensors_folder_loads_back(run, exported):
 
 @pytest.mark.parametrize("changes, known, wanted, absent", [
     ({"interocular": []}, {}, "license: unknown", "DogFLW"),
-    ({}, {"sample": True}, "drawn sample", "DogFLW")])
+    ({}, {"sample": True, "weights": None, "pretrained": False}, "drawn sample", "DogFLW"),
+    ({"interocular": []}, {"sample": True, "weights": tool.Path("faces.pth")}, "license: unknown", "drawn sample")])
 def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, absent):
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     trained.scheme, trained.config = replace(trained.scheme, **changes), replace(trained.config, **known)
     tool.write_safetensors(trained, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
+
+
+def test_errors_on_faces_that_trained_are_no_results(run, tmp_path):
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    trained.metrics = {**trained.metrics, "chosen_on": "val.json" + tool.SEEN}
+    tool.write_safetensors(trained, tmp_path)
+    assert '"metrics": []' in (tmp_path / "README.md").read_text()
 
 
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -107,6 +108,14 @@ def test_a_killed_worker_is_reported_as_that(start, flags, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     line = ended(process)
     assert len(workers) == len(os.sched_getaffinity(0)) and "data worker" in line and "--resume" in line
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+    """As where /dev/shm is full: the queue's thread would drop it, and the parent would wait for ever."""
+    dead = lambda items: [threading.Lock()]
+    batches = batches_of(SimpleNamespace(__getitems__=dead, __getitem__=dead), [[0]], 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="DataLoader worker .pid"):
+        next(batches)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError])

@@ -264,7 +264,7 @@ def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
 @pytest.mark.parametrize("image,boxes,word", [
     (np.zeros((9, 9), np.uint8), None, "uint8, RGB, not uint8 (9, 9)"), (np.zeros((9, 9, 4), np.uint8), None, "(9, 9, 4)"),
     (np.zeros((9, 9, 3)), None, "not float64"), ("a.jpg", None, "not str"),
-    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive")])
+    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive")])
 def test_what_is_no_picture_and_no_box_is_refused(image, boxes, word):
     with pytest.raises(UserError, match=re.escape(word)):
         find.Predictor(Eye(np.zeros((1, 4, 2))))(image, boxes)
@@ -914,6 +914,8 @@ def test_cameras_and_streams_by_their_names(tmp_path, monkeypatch):
         (source,) = tool.expand(text, tmp_path / "out")
         assert source.place == place and source.kind == ("picture" if text == "7" else "video")
     assert video.name_of("rtsp://me:pass@host:554/live?token=1") == "rtsp://host:554/live" and video.name_of(1) == "camera 1"
+    for address in ("rtsp://admin:P@ss@host/live", "rtsp://a:P/ss@host/live", "rtsp://host/user=admin_password=Pss_channel=1.sdp"):
+        assert "ss" not in video.name_of(address).replace("pass", "") and "host" in video.name_of(address)
     for place, wanted in ((99, "camera 99: cannot be opened"), ("http://u:p@127.0.0.1:9/x", "http://127.0.0.1:9/x: cannot be opened")):
         with pytest.raises(UserError, match=wanted):
             video.Video(place)

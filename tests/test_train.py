@@ -404,6 +404,24 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
 
+def test_a_run_that_goes_on_writes_over_no_other_files(refused, flags, tmp_path):
+    (tmp_path / "epoch_3.pth").touch()
+    assert "epoch_3.pth is there; name another" in refused(*flags, *LIGHT, "--work-dir", tmp_path, "--resume")
+    shutil.copytree(flags[flags.index("--ann-root") + 1], tmp_path / "ann")
+    assert "train.json is there; name another" in refused(*flags, *LIGHT, "--work-dir", tmp_path / "ann", "--resume")
+    (tmp_path / "ann/val.json").unlink()
+    before = (tmp_path / "ann/train.json").read_bytes()
+    line = refused("--sample", "--device", "cpu", "--data-root", flags[1], "--ann-root", tmp_path / "ann", "--work-dir", tmp_path / "w")
+    assert "holds a train.json that is not the sample's" in line and (tmp_path / "ann/train.json").read_bytes() == before
+
+
+def test_args_json_tells_how_a_run_went_on(flags, tmp_path):
+    options = [*map(str, [*flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / "w"])]
+    trainer.main(options)
+    trainer.main([*options, "--resume", "--accumulate", "2"])
+    assert json.loads((tmp_path / "w/args.json").read_text())["accumulate"] == 2
+
+
 def test_a_picture_that_is_trained_on_and_chooses_is_said(sample, flags, tmp_path, capsys):
     for name in ("train", "val"):
         shutil.copy(sample.ann_root / "val.json", tmp_path / f"{name}.json")
@@ -647,7 +665,7 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
     for name in ("train", "val"):
         (tmp_path / f"{name}.json").write_text(json.dumps(coco))
     line = refused(*resume, "--ann-root", tmp_path)
-    assert "names, flip_pairs, regions, interocular, skeleton in" in line and "--work-dir" in line
+    assert "names, flip_pairs, regions, interocular in" in line and "--work-dir" in line
     shutil.copy(run.ann_root / "val.json", tmp_path)
     assert "val.json" in (line := refused(*flags, "--ann-root", tmp_path, "--work-dir", tmp_path / "w")) and "category differs" in line
     coco = json.loads((run.ann_root / "train.json").read_text())
@@ -785,7 +803,7 @@ def spoilt(monkeypatch):
 
 def named(line, epoch=1):
     """How many faces a line names, as the end of a run that lost its numbers."""
-    assert f"epoch {epoch}/" in line and "not finite at or before the batch of" in line and "--lr" in line and "last.pth" in line
+    assert f"epoch {epoch}/" in line and "not finite at or before the batch of" in line and "--lr" in line
     return line.count(".png")
 
 

@@ -20,6 +20,7 @@ from dataset import DogFLWDataset, Faces, normalize
 from tools.lib import runtime
 from tools.lib.batches import EpochBatches, batches_of
 from tools.lib.cli import UserError, run_script
+from tools.lib.windows import with_background
 
 PRICE = ("--batch-size 64 --lr {lr:g}; its price, measured for 64 instead of 16 at twice the rate from "
          "scratch at 128 px: nme_iod 0.1082 instead of 0.1040 after 20 epochs, 0.0896, not 0.0866, after 60")
@@ -292,6 +293,7 @@ def set_up(config: trainer.Config, processes: runtime.Processes) -> Bench:
     if processes.world > 1:
         raise UserError("benchmark.py measures one process; start it without torchrun")
     faces, val, _, _ = trainer.load_sets(config, processes)
+    faces = with_background(faces, config.background, processes.say)
     run = trainer.Run(config, faces.scheme, trainer.Plan(config, len(faces)), processes)
     device = processes.device
     cuda, threads = device.type == "cuda", f"{device.type}, {torch.get_num_threads()} threads"

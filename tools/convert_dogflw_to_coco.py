@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box
-from tools.lib.files import atomic_write, data_root, find_dogflw
+from tools.lib.files import atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import FORMATS
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
@@ -258,7 +258,7 @@ def download() -> Path:
         raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, "
                         f"or fetch https://kaggle.com/datasets/{DATASET} and pass --dogflw_root") from None
     root = find_dogflw(folder) or folder
-    train, test, labels = (len([*root.glob(f"{p}/*.*")])
+    train, test, labels = (len([*root.glob(f"{p}/[!.]*.*")])
                            for p in ("train/images", "test/images", "t*/labels"))
     if not train or not test or train + test != labels:
         raise UserError(f"{root}: the download is incomplete ({train} + {test} pictures, {labels} labels); "
@@ -269,10 +269,22 @@ def download() -> Path:
     return root
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is one that this converter wrote."""
+    try:
+        made = load_json(path)["categories"][0]
+        return (made["name"], made["supercategory"]) in (("dog_face", "animal"), ("face", "animal"))
+    except (UserError, LookupError, TypeError):
+        return False
+
+
 def write(cocos: dict[str, dict], out: Path, k: int, repairs: dict[str, list]) -> None:
     """Write the files of {split: COCO} and say what is in them and what was repaired."""
     if len(cocos) == 1 and (out / SPLITS["test"]).exists():
         raise UserError(f"--out_dir {out}: its {SPLITS['test']} is of another data set; name another folder")
+    for name in SPLITS.values():
+        if (out / name).exists() and not is_ours(out / name):
+            raise UserError(f"--out_dir {out}: its {name} is not this converter's; name another folder")
     for split, coco in cocos.items():
         path = out / SPLITS[split]
         atomic_write(path, [json.dumps(coco, allow_nan=False).encode()])
@@ -288,6 +300,9 @@ def convert(root: Path, out: Path, skip_bad: bool) -> None:
     """Convert the data set in `root`, and say what was done. Raises UserError; then nothing is written."""
     bad, repairs = [], {"empty": [], "mismatched": [], "landmarks": []}
     flat = (root / "images").is_dir() and not (root / "train").exists()
+    whole = root.resolve().parent
+    if flat and all((whole / split / "images").is_dir() for split in SPLITS):
+        raise UserError(f"--dogflw_root {root}: is a part of {whole}; name that folder")
     folders = {"train": root} if flat else {split: root / split for split in SPLITS}
     splits = {split: read_split(folder, root, bad) for split, folder in folders.items()}
     counts = Counter(len(face[3]) for faces in splits.values() for face in faces)

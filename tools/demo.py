@@ -6,15 +6,20 @@
 It needs gradio: pip install gradio, or uv run --extra demo. The page works offline, and answers this
 machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a
 visitor can name no other file. Moving the threshold does not run the network again. A photo and what was made
-of it are deleted after an hour. As a Hugging Face Space, app.py is
+of it are deleted after an hour, and when the page ends. As a Hugging Face Space, app.py is
 
     from tools.demo import main; main()
 """
+import atexit
+import contextlib
 import functools
 import html
 import json
 import os
+import shutil
+import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +28,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset import Scheme
+from dataset import ROOT, Scheme
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import draw_landmarks, encode_picture, region_colours
 from tools.lib.find import FAINT, MIN_SCORE
 from tools.lib.pictures import read_picture
 from train_simple import load_predictor
 
+OLDEST = 6, 18  # gradio whose page this is
 MAX_BYTES, MAX_PIXELS = 20 * 2 ** 20, 50_000_000  # of a photo
 SHOWN = 1280  # longer side of the picture on the page; the download is as large as the photo
 TITLE, WELCOME = "Dog face landmarks", "Drop a photo, paste one, or use the camera."
@@ -44,12 +50,24 @@ CSS = """
 
 
 def import_gradio() -> ModuleType:
-    """gradio, told to send nothing anywhere and to keep no history. Raises UserError where it is missing."""
+    """gradio, told to send nothing anywhere, to keep no history, and to use a folder of this process alone.
+
+    Raises UserError where it is missing or too old.
+    """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")  # read at its import
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy"):  # it asks its own page, which no proxy reaches
+            del os.environ[name]
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="dogflw_demo_")
+        atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     try:
         import gradio
     except ImportError as e:
         raise UserError(f"{e}: pip install gradio, or start with uv run --extra demo") from None
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise UserError(f"gradio {gradio.__version__} is too old: pip install -U 'gradio>={least}'")
     return gradio
 
 
@@ -120,6 +138,8 @@ def build(models: dict[str, Path | None], device: str = "auto", locator: Path | 
         if not photo:
             return answer(WELCOME)
         try:
+            if not Path(os.path.realpath(photo)).is_relative_to(os.path.realpath(page.GRADIO_CACHE)):
+                raise UserError("The photo was not uploaded here; drop it again.")
             found, scheme, image = look(photo, model), load(model).scheme, read_photo(photo)
         except UserError as e:
             return answer(html.escape(str(e)), "error")
@@ -205,8 +225,11 @@ def main(argv: list[str] | None = None) -> None:
         run, name = args.checkpoint.resolve().parent.name, args.checkpoint.stem
         name = run if name == "best_model" else f"{run}/{name}"
         models = {name: args.checkpoint, **({} if name == "pretrained" else models)}
-    for path in sorted(Path("work_dirs").glob("*/best_model.pth")):
+    here, there = (folder.glob("*/best_model.pth") for folder in (Path("work_dirs"), ROOT / "work_dirs"))
+    for path in [*sorted(here), *sorted(there)]:
         models.setdefault(path.parent.name, path)
+    with contextlib.suppress(ValueError):  # in a thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: photos are deleted
     page = build(models, args.device, args.locator)
     print(f"{serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
     page.block_thread()

@@ -31,7 +31,7 @@ from skimage.data import astronaut
 from torch import nn
 
 from dataset import cut_crop, decode_heatmaps, normalize
-from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
+from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import Parser, UserError, add_checkpoint, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
 from tools.lib.find import or_bundled
@@ -74,8 +74,8 @@ def latency(function: Callable) -> float:
 
 def licence(trained: Trained) -> tuple[str, str, str]:
     """(training data's name, identifier of the hub, what it means for the weights), as far as is known."""
-    scheme = trained.scheme
-    if trained.config.sample:
+    scheme, config = trained.scheme, trained.config
+    if config.sample and not config.weights and not config.pretrained:
         return "drawn sample", "mit", (
             "The weights were trained on the trainer's own drawn sample, no photograph among it. They are "
             "MIT, as the code is, and not meant for real dogs.")
@@ -180,12 +180,13 @@ repository of the trainer, start from these weights with
 
     python train_simple.py --backbone {backbone} --weights model.safetensors
 
-or load them as they are:
+or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by config.json's mean and std:
 
     from safetensors.torch import load_file
     from train_simple import LandmarkNet
     model = LandmarkNet("{backbone}", {k})
     model.load_state_dict(load_file("model.safetensors"))
+    model.eval()
 """
 
 
@@ -202,7 +203,8 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
               "license": terms}
     # The hub reads results out of this block; JSON is YAML.
     hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
-    errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items() if k.startswith("nme")]
+    errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items()
+              if k.startswith("nme") and not chosen.endswith(SEEN)]  # errors on faces it knew are no results
     index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
         "metrics": errors}]}]

@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
     problems = [text for wrong, text in (
-        (not 1 <= args.number <= 200, "--number must be from 1 to 200"), (args.seed < 0, "--seed at least 0"),
+        (not 1 <= args.number <= 100, "--number must be from 1 to 100"), (args.seed < 0, "--seed at least 0"),
         (not 32 <= args.input_size <= 1024, "--input-size from 32 to 1024"),
         (not 0.5 <= args.padding <= 4, "--padding from 0.5 to 4")) if wrong]
     if problems:
@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     there = [args.out / name for name in sheets if (args.out / name).exists()]
     if there and not args.force:
         raise UserError(f"{there[0]}: exists; write over it with --force, or name another --out")
+    if args.force:
+        (args.out / "repaired.jpg").unlink(missing_ok=True)  # of another data set
     for note in dict.fromkeys(faces.notes):
         print(note)
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "

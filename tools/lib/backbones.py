@@ -90,9 +90,14 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     theirs = stored["args"].get("backbone") if ours and isinstance(stored.get("args"), dict) else None
     if theirs not in (None, backbone):
         raise UserError(f"--weights {path}: is of another backbone; add --backbone {printable(theirs)}")
-    state = stored.get("model", stored.get("state_dict", stored)) if isinstance(stored, dict) else None
+    keys = "model", "state_dict", "model_state_dict", "net"
+    state = next((stored[k] for k in keys if k in stored), stored) if isinstance(stored, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"--weights {path}: holds no weights")
+    state = {str(name): tensor for name, tensor in state.items()}
+    for prefix in ("module.", "model."):  # of DataParallel, of Lightning
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
         inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         fits = matched(model.backbone.state_dict(), inner or state, f"--weights {path}", say)

@@ -147,6 +147,10 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         left = load_checkpoint(best) if best.exists() else None
         if left and (left["epoch"] > 1 or changed_settings(config, left["args"])):
             raise UserError(f"--resume {path}: is missing, but not best_model.pth beside it; {from_best}")
+        others = [path.with_name(f"{name}.json") for name in ("train", "val", "test")]
+        others += [] if left else path.parent.glob("epoch_*.pth")
+        if there := [file.name for file in others if file.exists()]:
+            raise UserError(f"--resume {path}: is missing, but {there[0]} is there; name another --work-dir")
         print(f"--resume: no {path}, so this is a new run", flush=True)
         return None
     try:
@@ -155,7 +159,7 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         raise UserError(f"--resume {e}; of best_model.pth beside it: {from_best}") from None
     if "raw" not in resumed or resumed["format"] != FORMAT:
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
-    ours = asdict(faces.scheme)
+    ours = asdict(faces.scheme) | {"skeleton": resumed["scheme"]["skeleton"]}  # it is only drawn
     if changed := [name for name in ours if resumed["scheme"][name] != ours[name]]:
         raise UserError(f"--resume {path}: the category's {', '.join(changed)} in {config.ann_root} are not "
                         "that run's; name another --work-dir")

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import compress, islice
 from pathlib import Path
 from urllib.parse import unquote
@@ -571,8 +571,11 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     notes = train.notes + (val.notes if val else [])
     if not train.scheme.flip_pairs and not any("mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
-    if val and val.scheme != train.scheme:
-        raise UserError(f"{paths[1]}: its category differs from that of {paths[0]}; make them the same")
+    if val:
+        ours, theirs = asdict(train.scheme), asdict(val.scheme)
+        if differ := [name for name in ours if ours[name] != theirs[name] and name != "skeleton"]:
+            raise UserError(f"{paths[1]}: its category differs from that of {paths[0]} in "
+                            f"{', '.join(differ)}; make them the same")
     if val and (shared := len(shared_pictures(train, val))):
         notes.append(f"{paths[1]}: {shared} of its pictures are in {paths[0]}, too: its errors are too small")
     return [*dict.fromkeys(notes)]

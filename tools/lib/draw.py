@@ -144,14 +144,15 @@ class Log:
             self.board = SummaryWriter(config.work_dir, purge_step=len(rows) + 1)
 
     def begin(self, dataset, settings: dict):
-        """A new run's args.json and train_batch.jpg; of a resumed one what a kill kept from being written."""
+        """args.json, a new run's train_batch.jpg, and what a kill kept from being written of a run."""
+        if not self.quiet:
+            atomic_write(self.config.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
         if self.rows and not self.quiet:
             for half_written in self.config.work_dir.glob(".*.tmp"):
                 half_written.unlink()
             atomic_write(self.config.work_dir / "metrics.csv", [as_csv(self.columns, self.rows)])
             self.curves()
         elif not self.quiet:
-            atomic_write(self.config.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
             sheet = encode_picture(face_sheet(dataset), ".jpg")
             atomic_write(self.config.work_dir / "train_batch.jpg", [sheet])
 

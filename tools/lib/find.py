@@ -301,9 +301,12 @@ def check_picture(image: np.ndarray, boxes: np.ndarray | list | None) -> None:
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"a picture must be an array (H, W, 3) of uint8, RGB, not {what}")
-    sides = np.reshape(() if boxes is None else boxes, (-1, 4)).astype(float)
+    try:
+        sides = np.reshape(np.asarray([] if boxes is None else boxes, dtype=float), (-1, 4))
+    except (TypeError, ValueError):
+        sides = np.zeros((1, 4))
     if not (np.isfinite(sides).all() and (sides[:, 2:] > 0).all()):
-        raise UserError(f"boxes must be x, y, width, height with positive sides, not {sides.tolist()}")
+        raise UserError(f"boxes must be x, y, width, height with positive sides, not {boxes}")
 
 
 def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
@@ -343,7 +346,7 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     """
     device, checkpoint = choose_device(device), or_bundled(checkpoint)
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
-    beside = checkpoint.with_name("locator.pth"), checkpoint.parent.parent / "locator" / "best_model.pth"
+    beside = checkpoint.with_name("locator.pth"), checkpoint.absolute().parents[1] / "locator/best_model.pth"
     if locator is None:
         places = (*beside, BUNDLED.with_name("locator.pth"))
         path = next((p for p in places if p.is_file() and p.resolve() != checkpoint.resolve()), None)

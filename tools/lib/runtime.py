@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import gc
+import multiprocessing.queues
 import os
 import platform
 import signal
@@ -345,6 +346,8 @@ def quiet_worker(_: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure
     sys.excepthook = lambda *_: None  # of the thread that hands batches over, when the parent has ended
+    # Where that thread finds no room in /dev/shm it would drop the batch, and the parent would wait for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
     torch.set_num_threads(1)
 
 
@@ -387,8 +390,9 @@ class FiniteWatch:
         if first >= 0 or scaler.is_enabled() and scaler.get_scale() < 1:
             names = [self.files[i] for i in recent[first]]  # -1, the last: float16 gave up on gradients
             named = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            earlier = f"; earlier epochs are in {self.last}" if self.last.exists() else ""
             raise UserError(f"{self.title}: the loss or its gradient is not finite at or before the batch of "
-                            f"{named}; look at these faces, or lower --lr; earlier epochs are in {self.last}")
+                            f"{named}; look at these faces, or lower --lr{earlier}")
 
 
 def versions() -> dict[str, str]:

@@ -113,7 +113,10 @@ def name_of(source: Path | int | str) -> str:
     """What a source is called in messages and files' names; an address without its password and its query."""
     if isinstance(source, int):
         return f"camera {source}"
-    return re.sub(r"//[^/@]*@", "//", source).split("?")[0] if isinstance(source, str) else str(source)
+    if isinstance(source, Path):
+        return str(source)
+    bare = re.sub(r"//.*@", "//", source.split("?")[0])  # a password may hold / and @
+    return re.sub(r"(?i)(user|pass\w*|pwd|token|key)=[^&_/;]*", r"\1=", bare)
 
 
 def open_capture(source: Path | int | str) -> cv2.VideoCapture:

@@ -125,6 +125,8 @@ def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: 
             return drawn
         seen = points[labelled & inside(points, len(crop))]
         margin = 0.2 * np.ptp(seen, axis=0)
+        if margin.min() <= margin.max() / 4:  # one landmark, or some in a line: they span no area
+            margin = np.full(2, max(2 * margin.max(), len(crop) / 16))
         low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
         part = slice(low[1], high[1]), slice(low[0], high[0])
         crop[part] = behind[part]
@@ -140,9 +142,11 @@ def with_background(faces, folder: Path | None, say: Callable = print):
     if folder is None:
         return faces
     paths = sorted(path.absolute() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
-                   and format_of(path) not in ("", "video"))
+                   and format_of(path) not in ("", "video", "PDF", "SVG"))
     if not paths:
         raise UserError(f"--background {folder}: holds no pictures")
+    if shown := {(faces.root / file).absolute() for file in faces.files}.intersection(paths):
+        raise UserError(f"--background {folder}: {min(shown)} shows a face to train on; name another")
     say(f"{folder}: {len(paths)} pictures without a face, beside the faces to train on")
     n, k = len(paths), len(faces.scheme.names)
     sizes = [image.shape[1::-1] for image in in_threads(lambda i: read_image(paths[i]), n, "background")]
@@ -167,7 +171,8 @@ class Windows:
             count = f"{len(missing)} of {len(self.paths)} missing"
             raise UserError(f"{missing[0]}: no such picture ({count}); check --data-root")
         if folder:
-            stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+            stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path in self.paths
+                     for s in [path.stat()]]
             key = hashlib.sha256(repr((DECODING, stats, self.geometry)).encode()).hexdigest()[:16]
             self.records = RecordFile(Path(folder) / f"{key}.bin", [3 * w * h for _, (w, h) in self.geometry],
                                       lambda: in_threads(self._decode, len(self.paths), "decoding"))
