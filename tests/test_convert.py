@@ -162,6 +162,9 @@ def test_catflws_flat_folders_become_train_alone(run, tmp_path):
         (tmp_path / "whole" / split).mkdir(parents=True)
         os.symlink(root / "images", tmp_path / "whole" / split / "images")
     one_line(*run("--dogflw_root", tmp_path / "whole/train", "--out_dir", tmp_path / "out2"), "is a part of", "whole")
+    for split in ("train", "test"):
+        os.symlink(root / "labels", tmp_path / "whole" / split / "labels")
+    one_line(*run("--dogflw_root", tmp_path / "whole", "--out_dir", tmp_path / "out2"), "images: is a link that leaves")
     (root / "images/n0_0.png").rename(tmp_path / "outside.png")
     (root / "images/n0_0.png").symlink_to(tmp_path / "outside.png")
     code, out, err = run("--dogflw_root", root, "--out_dir", tmp_path / "other")

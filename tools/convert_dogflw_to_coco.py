@@ -171,6 +171,9 @@ def listing(folder: Path, root: Path, bad: list) -> dict[str, Path]:
         raise UserError(f"{folder}: no such folder; DogFLW has train and test, each with images and labels, "
                         "CatFLW images and labels alone")
     root = os.path.realpath(root)
+    if not Path(os.path.realpath(folder)).is_relative_to(root):
+        raise UserError(f"{folder}: is a link that leaves {root}, which the trainer does not follow; "
+                        "copy it there")
     paths = sorted(p for p in folder.iterdir()  # ._x.png: what macOS leaves on foreign disks
                    if p.suffix.lower() in SUFFIXES[folder.name] and not p.name.startswith("._"))
     files, stems = {}, Counter(path.stem for path in paths)
