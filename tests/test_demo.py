@@ -1,5 +1,6 @@
 """tools/demo.py: its server in a process of its own, asked over HTTP as the page in the browser asks it."""
 import json
+import os
 import re
 import sys
 import urllib.error
@@ -34,6 +35,7 @@ class Dogs:
 
 def serve(folder, trained, pipe):
     """In a process: the page with three models and a broken one; its address and more go into the pipe."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # the process ends without its clean-up
     load = tool.load_predictor
     scheme = load(trained, device="cpu").scheme
     two, none = Dogs(scheme, folder / "turns", [0.9, 0.6, 0.05]), Dogs(scheme, folder / "turns", [])
