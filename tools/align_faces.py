@@ -23,6 +23,7 @@ from tqdm import tqdm
 import dataset as data
 from tools.lib.checkpoints import load_checkpoint, stored_scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
+from tools.lib.coco import MAX_NUMBER
 from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import or_bundled
@@ -95,7 +96,7 @@ def read_predictions(path: Path, k: int) -> list:
                 raise UserError(f"{path}: {name} is a video; save its frames, as by: ffmpeg -i VIDEO -vf "
                                 "fps=1 frames/%05d.jpg, and predict those")
             points = np.array(entry["keypoints"], dtype=float).reshape(k, 3)[:, :2]
-            if not np.isfinite(points).all() or np.abs(points).max() > 1e6:
+            if not np.isfinite(points).all() or np.abs(points).max() > MAX_NUMBER:
                 raise ValueError("a coordinate that cannot be")
             faces.append((name, number[name], points, np.ones(k, dtype=bool)))
             number[name] += 1

@@ -35,7 +35,7 @@ from tools.lib.find import FAINT, MIN_SCORE
 from tools.lib.pictures import read_picture
 from train_simple import load_predictor
 
-OLDEST = 6, 18  # gradio whose page this is
+OLDEST = 6, 18  # gradio whose page this is, as pyproject.toml has it
 MAX_BYTES, MAX_PIXELS = 20 * 2 ** 20, 50_000_000  # of a photo
 SHOWN = 1280  # longer side of the picture on the page; the download is as large as the photo
 TITLE, WELCOME = "Dog face landmarks", "Drop a photo, paste one, or use the camera."

@@ -29,9 +29,9 @@ import dataset as data
 from dataset import DogFLWDataset, Faces
 from tools.lib.checkpoints import SEEN
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
-from tools.lib.coco import find_annotations
+from tools.lib.coco import MAX_NUMBER, find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
-from tools.lib.files import as_json, atomic_write, data_root, load_json
+from tools.lib.files import as_json, atomic_write, check_free, data_root, load_json
 from tools.lib.find import box_around, or_bundled, overlaps
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
@@ -44,7 +44,6 @@ RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
 BINS = 10  # of scores from 0 to 1
 WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png",
           "mean_face.png")
-FARTHEST = 1e6  # pixels, of a landmark
 SAME_FACE = 0.5  # IoU of the boxes that the landmarks give from which on a result is of that face
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
@@ -186,9 +185,9 @@ def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and "
                         "score") from None
-    if not (np.abs(triples[:, :2]).max() < FARTHEST and math.isfinite(certainty)):  # NaN is below nothing
+    if not (np.abs(triples[:, :2]).max() < MAX_NUMBER and math.isfinite(certainty)):  # NaN is below nothing
         raise UserError(f"{path}: result {number} has numbers that are not finite, or a landmark beyond "
-                        f"{FARTHEST:g}")
+                        f"{MAX_NUMBER:g}")
     return triples, certainty, named, image, picture
 
 
@@ -395,8 +394,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
     beside = args.results or args.checkpoint
     args.out = args.out or (beside.parent if beside else Path()) / "evaluation"
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; name a folder")
+    check_free("--out", args.out, force=True)  # other files may be in it
     there = [name for name in WRITES if (args.out / name).exists()]
     if there and not args.force:
         raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from dataset import Scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
-from tools.lib.coco import Notes, place_pictures, read_coco
+from tools.lib.coco import MAX_NUMBER, Notes, place_pictures, read_coco
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor, intersections
@@ -86,7 +86,7 @@ def check_box(box: object, where: str) -> np.ndarray:
         box = np.array(box, dtype=float).reshape(4)
     except (TypeError, ValueError):
         raise UserError(f"{where}: its bbox must be four numbers: x, y, width, height") from None
-    if not (np.isfinite(box).all() and np.abs(box).max() < 1e6 and box[2:].min() > 0):
+    if not (np.isfinite(box).all() and np.abs(box).max() < MAX_NUMBER and box[2:].min() > 0):
         raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height above 0")
     return box
 
@@ -94,8 +94,8 @@ def check_box(box: object, where: str) -> np.ndarray:
 def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) -> Listing:
     """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError.
 
-    root: the data root, in which the pictures are found as the trainer finds them; None: names stay. Its
-    category is the first with names of landmarks.
+    root: the data root, in which the pictures are found as the trainer finds them; None: names stay. The
+    Listing's category is the first that names landmarks.
     """
     content, notes, boxes = load_json(path), Notes(), {}
     try:

@@ -320,8 +320,8 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
     What is no list of pairs of different landmarks comes back as it is, for checked_scheme to refuse.
     """
     named, k = named_pairs(names), len(names)
+    sided = {i for pair in named for i in pair}
     if not given:
-        sided = {i for pair in named for i in pair}
         lone = [n for i, n in enumerate(names) if named and i not in sided and is_sided(n, names)]
         if lone:  # mirrored, it would teach the wrong side
             notes.said.append(f"no flip_pairs, and in the names {lone[0]} has no other side; so it trains "
@@ -348,7 +348,6 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
     if wrong := lacking(given):
         notes.said.append(f"flip_pairs does not pair {names[wrong[0][0]]} with {names[wrong[0][1]]}; "
                           f"{len(named)} taken from left and right in the names")
-        sided = {i for pair in named for i in pair}
         given = sorted([p for p in given if not sided & set(p)] + named)
     return [p[::-1] if p[::-1] in named else p for p in given]  # left first: align_faces.py needs to know
 
@@ -400,11 +399,10 @@ def plainly(name: str) -> str:
 def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
     """The folder, relative to the data root, that the names of pictures count from. UserError where two fit.
 
-    Two fit, too, where both hold a picture whose name stands for several images (`repeated`).
-
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
     the pictures the one folder of the root that holds most, as COCO's train2017 does. Of two that hold as
-    many the one counts whose name is in the file's, as CVAT's Train and Validation.
+    many the one counts whose name is in the file's, as CVAT's Train and Validation. Two fit, too, where both
+    hold a picture whose name stands for several images (`repeated`).
     """
     real = os.path.realpath(root)
 

@@ -187,7 +187,7 @@ class OneEuroFilter:
 class Tracker:
     """Follows faces: each is looked at where it was; every FIND_EVERY frames new ones are sought.
 
-    boxes: where faces are in the first frame (N, 4), or None: they are found. A face is a Predictor's.
+    boxes: where faces are in the first frame (N, 4), or None: they are found.
     """
 
     def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None, min_score: float = 0.5):
