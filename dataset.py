@@ -238,7 +238,7 @@ def normalize(images, mean, std, colour=None):
     matrix = torch.cat([colour[..., :3], colour[..., 3:] - 255 * mean[:, None]], 2) / (255 * std[:, None])
     pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
     pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))
-    return pixels.unflatten(1, images.shape[1:3]).permute(0, 3, 1, 2)
+    return pixels.view(images.shape).permute(0, 3, 1, 2)
 
 
 def cell_offsets(points, size):

@@ -49,7 +49,7 @@ class Config(Augmentation):
     background: Path | None = setting(None, "folder of pictures without a face, for a locator", free=True)
     cache: Path | None = setting(ROOT / "data/cache", "folder for decoded faces, or none", free=True)
     num_workers: int = setting(4, "processes that cut crops", "[0, inf)", free=True)
-    backbone: str = setting("hrnet_w32", "any convolutional timm model", group="model")
+    backbone: str = setting("hrnet_w32", "any timm model with feature maps", group="model")
     pretrained: bool = setting(True, "start from timm's ImageNet weights", free=True)
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
     freeze: bool = setting(False, "keep the backbone's weights: for few pictures, with --weights")

@@ -97,8 +97,9 @@ def test_a_backbones_file_fits_by_name_or_by_order(tmp_path):
         wanted = wanted(images)
     renamed = {k.replace("layer", "stage").replace("conv", "c").replace("bn", "norm"): v for k, v in source.state_dict().items()}
     beside = {f"backbone.{k}": v for k, v in renamed.items()} | {"keypoint_head.weight": torch.zeros(3)}
+    sam = {f"image_encoder.{k}": v for k, v in renamed.items()} | {"image_encoder.neck.0.weight": torch.zeros(3)}
     wrapped, lightning = ({f"{prefix}.{k}": v for k, v in source.state_dict().items()} for prefix in ("module", "model"))
-    cases = [(source.state_dict(), 0), (renamed, 1), ({"state_dict": beside}, 1), ({"model_state_dict": wrapped}, 0), ({"net": lightning}, 0)]
+    cases = [(source.state_dict(), 0), (renamed, 1), ({"state_dict": beside}, 1), ({"model_state_dict": wrapped}, 0), ({"net": lightning}, 0), (sam, 1)]
     for number, (state, by_order) in enumerate(cases):
         torch.save(state, tmp_path / f"{number}.pth")
         model = LandmarkNet("resnet18", 5).eval()

@@ -45,6 +45,19 @@ def test_any_batch_of_real_crops_equals_pytorch(run, exported, crops):
         assert scores.shape == (n, 46) and np.abs(scores - expected[1].numpy()).max() < 1e-3
 
 
+def test_any_batch_through_a_backbone_of_attention_windows(run, crops, tmp_path):
+    """Its blocks ask for the batch's size, which the trace must not have fixed before."""
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    trained.model = trainer.LandmarkNet("tiny_vit_5m_224", 46).eval()
+    content = tool.trace(trained, None, tmp_path / "dog.onnx")
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for n in (1, 3):
+        points, _ = session.run(None, {"image": crops[:n].numpy()})
+        heatmaps = trainer.predict_heatmaps(trained.model, crops[:n])
+        expected, _ = data.decode_heatmaps(heatmaps, trained.config.decode_power)
+        assert np.abs(points - expected.numpy()).max() < 0.05
+
+
 def test_metadata_and_the_report(exported):
     folder, output = exported
     meta = {p.key: p.value for p in onnx.load(folder / "dog.onnx").metadata_props}

@@ -99,7 +99,8 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
-        inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        inside = ("backbone.", "image_encoder.")  # of MMPose and many others; of SAM and MobileSAM
+        inner = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(inside)}
         fits = matched(model.backbone.state_dict(), inner or state, f"--weights {path}", say)
         model.backbone.load_state_dict(fits, strict=False)
         return
