@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import dataset as data
 from tools import align_faces as tool
@@ -82,6 +83,30 @@ def test_faces_without_eyes_are_named(run, tmp_path, capsys):
     left_out = json.loads((tmp_path / "out" / "transforms.json").read_bytes())["left_out"]
     assert blind["id"] in [face["face"] for face in left_out]
     assert f"left out: {len(left_out)} faces" in output and f"({blind['id']}): an eye or the nose" in output
+
+
+def test_ctrl_c_keeps_what_is_done(run, tmp_path, monkeypatch):
+    add = tool.Aligner.add
+
+    def add_two(self, *face):
+        if len(self.aligned) == 2:
+            raise KeyboardInterrupt
+        add(self, *face)
+    monkeypatch.setattr(tool.Aligner, "add", add_two)
+    with pytest.raises(KeyboardInterrupt):
+        align("--ann", run.ann_root / "val.json", "--data-root", run.data_root, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out/transforms.json").read_bytes())
+    assert len(report["faces"]) == 2 and all((tmp_path / "out" / f["picture"]).exists() for f in report["faces"])
+
+
+def test_pictures_of_another_size_than_the_file_says_are_named(run, tmp_path, capsys):
+    faces = data.load_coco(run.ann_root / "val.json", run.data_root)
+    for name in faces.files[:3]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(run.data_root / name).reduce(2).save(tmp_path / name)
+    with pytest.raises(UserError, match="12 of 12 pictures could not be read"):
+        align("--ann", run.ann_root / "val.json", "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert capsys.readouterr().err.count("the COCO file says") == 3
 
 
 def test_predictions_align_too(run, tmp_path, capsys):

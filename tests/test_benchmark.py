@@ -21,7 +21,7 @@ def test_the_table(sample, capsys, monkeypatch):
                                   "--batch-size", 8, "--accumulate", 2, "--epochs", 20])))
     out = capsys.readouterr().out
     assert all(line in out for line in ("input, 0 workers", "bare step", "forward pass by part", "  head", "data wait", "full loop",
-                                        "validation", "peak memory", "20 epochs of 40 faces: 0.0")), out
+                                        "validation", "peak memory", "20 epochs of 40 faces: 0.", " min; ")), out
     assert "enqueue" not in out and "GPU" not in out  # a CPU computes where it is called
 
 

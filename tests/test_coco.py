@@ -637,6 +637,8 @@ def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn,
     assert "3 faces of pictures that EXIF turns" in read(data).notes[1] and "nothing tells" in read(data).notes[0]
     data["images"][0].update(width=HEIGHT, height=WIDTH)  # a program that knows how pictures are seen
     assert not any("EXIF" in note for note in read(data).notes)
+    data["images"], data["annotations"] = data["images"][1:], data["annotations"][1:]  # none that tells
+    assert sum("nothing tells" in note for note in read(data).notes) == 1
 
 
 def test_upright_landmarks_only_get_the_right_size(read, tmp_path):

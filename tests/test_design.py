@@ -88,7 +88,8 @@ def test_what_is_optional_is_imported_where_it_is_used(file):
 
 def test_the_core_and_the_readme_are_read_over_one_coffee():
     core = [(ROOT / file).read_text() for file in ("dataset.py", "train_simple.py")]
-    assert sum(text.count("\n") for text in core) <= 800
+    lines = sum(text.count("\n") for text in core)
+    assert lines <= 800, f"{lines} lines: move a part to tools/lib, or raise the limit if yours may be longer"
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 200 and len(readme.split()) <= 2000
 

@@ -249,8 +249,9 @@ runpy.run_path({str(ROOT / "tools/inspect_checkpoint.py")!r}, run_name="__main__
 """
 
 
-def test_output_that_nobody_reads_any_more(run, script, tmp_path):
-    (tmp_path / "closed.py").write_text(CLOSED)
+@pytest.mark.parametrize("eager", ["True", "False"])  # short output is only written at the end
+def test_output_that_nobody_reads_any_more(run, script, tmp_path, eager):
+    (tmp_path / "closed.py").write_text(CLOSED.replace("line_buffering=True", f"line_buffering={eager}"))
     result = script(tmp_path / "closed.py", run.work_dir)
     assert result.returncode == 2
     assert result.stderr == "error: standard output was closed; what was written to files is whole\n"

@@ -413,6 +413,8 @@ def test_a_run_that_goes_on_writes_over_no_other_files(refused, flags, tmp_path)
     before = (tmp_path / "ann/train.json").read_bytes()
     line = refused("--sample", "--device", "cpu", "--data-root", flags[1], "--ann-root", tmp_path / "ann", "--work-dir", tmp_path / "w")
     assert "holds a train.json that is not the sample's" in line and (tmp_path / "ann/train.json").read_bytes() == before
+    line = refused("--sample", "--device", "cpu", "--data-root", flags[1], "--work-dir", tmp_path / "w")
+    assert "--data-root and --ann-root belong together" in line
 
 
 def test_args_json_tells_how_a_run_went_on(flags, tmp_path):
@@ -625,7 +627,7 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     assert "--batch-size 0" in refused("--batch-size", 0)
     assert "--crop image" in refused("--background", tmp_path, "--empty", 0.2)
     assert "--empty" in refused("--background", tmp_path, "--crop", "image")
-    assert "holds no pictures" in refused(*w, *here, "--background", tmp_path / "none", "--crop", "image", "--empty", 0.2)
+    assert "no picture there" in refused(*w, *here, "--background", tmp_path / "none", "--crop", "image", "--empty", 0.2)
     assert "--crop image" in refused("--empty", 0.2) and "--kl-weight" in refused("--empty", 0.2, "--crop", "image", "--kl-weight", 0)
     assert "--graphs" in refused("--graphs", "--compile") and "--graphs" in refused("--graphs", "--accumulate", 2)
     assert "--epochs 0" in (line := refused("--epochs", 0, "--lr", -1)) and "--lr" in line

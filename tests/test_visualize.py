@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 
@@ -46,9 +47,8 @@ def test_original_boxes_red_and_new_ones_green(sample, tmp_path):
     faces, boxes = data.load_coco(path, sample.data_root), tool.original_boxes(path)
     ids = [a["id"] for a in content["annotations"][:4]]
     assert list(boxes) == ids and [b is None for b in boxes.values()] == [False, True, True, False]
-    some = faces.take(range(4))
-    red = [has(tile[:320], (230, 40, 40), 3) for tile in tool.raw_tiles(some, boxes)]
-    green = [has(tile[:320], (60, 200, 60), 3) for tile in tool.raw_tiles(some, boxes)]
+    red = [has(tile[:320], (230, 40, 40), 3) for tile in tool.raw_tiles(faces, range(4), boxes)]
+    green = [has(tile[:320], (60, 200, 60), 3) for tile in tool.raw_tiles(faces, range(4), boxes)]
     assert red == [True, False, False, True] and green == [True] * 4
 
 
@@ -71,6 +71,25 @@ def test_the_map_takes_any_number_of_landmarks(tmp_path, k):
         assert (rows[1:] & ~rows[:-1]).sum() in (k // 2, -(-k // 2))
 
 
+def test_all_faces_of_a_picture_and_landmarks_of_no_region(tmp_path, capsys):
+    """Two faces in one picture; of the landmarks one has no region and one is never labelled."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((200, 200, 3), 255, np.uint8))
+    faces = [[x, 60, 2, x + 50, 60, 2, x + 25, 90, 2, 0, 0, 0] for x in (20, 110)]
+    (tmp_path / "ann.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 1, "keypoints": k} for i, k in enumerate(faces)],
+        "categories": [{"id": 1, "keypoints": ["l", "r", "nose", "Schnauzenrücken"], "regions": {"eye": [0, 1]}}]}))
+    tool.main([str(tmp_path / "ann.json"), "--data-root", str(tmp_path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "never labelled: 3 Schnauzenrücken" in said and "landmarks: 0 l, 1 r, 2 nose" in said
+    read = data.load_coco(tmp_path / "ann.json", tmp_path)
+    tile = next(tool.raw_tiles(read, [0], {}))[:320]
+    boxes = [((tile[:, half].astype(int) - (60, 200, 60)) ** 2).sum(-1) < 500 for half in (slice(0, 160), slice(160, 320))]
+    assert 0 < boxes[1].sum() < boxes[0].sum()  # the other face's is thinner
+    targets = list(tool.trainer_tiles(read, 256, 1.25, 0))[3][:320].astype(int)
+    assert (np.ptp(targets, axis=-1) > 100).any() and (targets.min(-1) > 200).any()  # eyes blue, the nose white
+
+
 def test_refuses_in_one_line(sample, tmp_path):
     ann, root = str(sample.ann_root / "val.json"), ["--data-root", str(sample.data_root)]
     out = ["--out", str(tmp_path / "out")]
@@ -88,6 +107,7 @@ def test_refuses_in_one_line(sample, tmp_path):
         ([ann, *root, *out, "--padding", "9"], "--padding"),
             ([ann, "--data-root", str(moved), *out], "cannot be read as a picture"),
             ([ann, *root, "--out", str(tmp_path / "full")], "raw.jpg: exists.*--force"),
+            ([ann, *root, "--out", ann], "is a file; name a folder"),
             ([str(moved / "test/labels" / next((moved / "test/labels").iterdir()).name), *root, *out],
              "not a COCO file")):
         with pytest.raises(UserError, match=message) as e:

@@ -28,7 +28,15 @@ from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
-from tools.lib.windows import apply_matrix, cut_window, face_window, invert_matrix, warp, window_matrix
+from tools.lib.windows import (
+    apply_matrix,
+    cut_window,
+    face_window,
+    invert_matrix,
+    read_described,
+    warp,
+    window_matrix,
+)
 
 # Where the middles of left eye, right eye and nose go, in eye distances from the point between the eyes.
 # Measured over 3,400 DogFLW faces with all their landmarks (medians), as is the middle of the landmarks' hull
@@ -106,16 +114,17 @@ def read_predictions(path: Path, k: int) -> list:
     return faces
 
 
-def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list]:
-    """(scheme, [(file, face, points, visible)]) from annotations or predictions."""
+def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list, dict]:
+    """(scheme, [(file, face, points, visible)], {file: size}) from annotations, or predictions: no sizes."""
     if args.ann:
         faces = data.load_coco(args.ann, args.data_root, args.category)
         for note in dict.fromkeys(faces.notes):
             print(note)
-        return faces.scheme, list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
+        rows = list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
+        return faces.scheme, rows, dict(zip(faces.files, faces.sizes))
     path = or_bundled(args.checkpoint)
     scheme = data.Scheme(**stored_scheme(load_checkpoint(path)["scheme"], path))
-    return scheme, read_predictions(args.predictions, len(scheme.names))
+    return scheme, read_predictions(args.predictions, len(scheme.names)), {}
 
 
 class Aligner:
@@ -176,7 +185,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    scheme, faces = read_faces(args)
+    scheme, faces, sizes = read_faces(args)
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
         by_file.setdefault(face[0], []).append(face)
@@ -185,18 +194,21 @@ def main(argv: list[str] | None = None) -> None:
     if not any(os.path.isfile(args.data_root / file) for file in by_file):
         raise UserError(f"--data-root {args.data_root}: holds none of the {len(by_file)} pictures, as "
                         f"{next(iter(by_file))}")
-    for file, group in tqdm(by_file.items(), unit="file", disable=None):
-        try:
-            image = read_image(picture_path(args.data_root, file))
-        except UserError as e:
-            unread.append(file)
-            tqdm.write(f"error: {printable(e)}", file=sys.stderr)
-            continue
-        for face in group:
-            aligner.add(image, *face)
-    content = {"size": args.size, "names": scheme.names, "template": aligner.target.tolist(),
-               "faces": aligner.aligned, "left_out": aligner.left_out}
-    atomic_write(args.out / "transforms.json", [json.dumps(content).encode()])
+    try:
+        for file, group in tqdm(by_file.items(), unit="file", disable=None):
+            try:
+                path = picture_path(args.data_root, file)
+                image = read_described(path, sizes[file]) if sizes else read_image(path)
+            except UserError as e:
+                unread.append(file)
+                tqdm.write(f"error: {printable(e)}", file=sys.stderr)
+                continue
+            for face in group:
+                aligner.add(image, *face)
+    finally:  # Ctrl-C keeps what is done
+        content = {"size": args.size, "names": scheme.names, "template": aligner.target.tolist(),
+                   "faces": aligner.aligned, "left_out": aligner.left_out}
+        atomic_write(args.out / "transforms.json", [json.dumps(content).encode()])
     print(f"{len(aligner.aligned)} faces -> {args.out}")
     if left_out := aligner.left_out:
         named = [f"{printable(face['file'])} ({face['face']}): {face['reason']}" for face in left_out[:10]]

@@ -53,9 +53,14 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def as_rate(faces: float) -> str:
+    """So many faces a second, as a cell of the table."""
+    return f"{faces:9.{0 if faces >= 10 else 2}f} faces/s"
+
+
 def print_rate(what: str, faces: int, seconds: float, more: str = "") -> None:
     """One line of the table: faces in so many seconds."""
-    print(f"{what:26s}{faces / seconds:9.0f} faces/s  {seconds * 1e3:8.1f} ms{more}")
+    print(f"{what:26s}{as_rate(faces / seconds)}  {seconds * 1e3:8.1f} ms{more}")
 
 
 # ---------------------------------------------------------------- input
@@ -325,7 +330,7 @@ def measure(bench: Bench, search: bool) -> None:
     config, n, small = bench.config, bench.micro_batch, 1.0
     for workers in sorted({0, 1, 2, 4, config.num_workers}):
         if workers <= (os.cpu_count() or 1):
-            print(f"input, {workers} workers          {samples_per_second(bench, workers):9.0f} faces/s")
+            print(f"input, {workers} workers          {as_rate(samples_per_second(bench, workers))}")
     batch = resident(bench, n, config.input_size)
     bare, enqueue = step_seconds(bench, batch), None
     print_rate("bare step", n, bare)
@@ -340,7 +345,7 @@ def measure(bench: Bench, search: bool) -> None:
     print_parts(bench, batch, bare)
     loop, waited = measure_loop(bench, bare)
     bare = (bare + step_seconds(bench, batch)) / 2  # before and after the loop: a machine's speed drifts
-    print(f"full loop                 {n / loop:9.0f} faces/s  {loop / bare:8.2f} x the bare step")
+    print(f"full loop                 {as_rate(n / loop)}  {loop / bare:8.2f} x the bare step")
     validation = measure_validation(bench)
     epoch_seconds = loop * config.accumulate * trainer.Plan(config, len(bench.faces)).steps
     print_rate("validation", len(bench.val), validation,
@@ -349,7 +354,8 @@ def measure(bench: Bench, search: bool) -> None:
     if search:
         print_batches(bench)
     hours = projected_hours(bench, loop, small, validation)
-    print(f"{config.epochs} epochs of {len(bench.faces)} faces: {hours:.2f} h; "
+    time = f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
+    print(f"{config.epochs} epochs of {len(bench.faces)} faces: {time}; "
           f"{verdict(bare, loop, waited, enqueue, config)}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
-from tools.lib.draw import plot_curves
+from tools.lib.draw import all_regions, plot_curves
 from tools.lib.find import or_bundled
 from train_simple import METRICS, Trained
 
@@ -67,7 +67,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def print_one(run: dict) -> None:
     """All that one checkpoint holds, the weights aside."""
-    names, regions = run["scheme"].names, run["scheme"].regions or {"all": range(len(run["scheme"].names))}
+    names = run["scheme"].names
     print(run["path"])
     for title, values in (("", run["summary"]), ("settings", run["args"]), ("versions", run["versions"])):
         if title:
@@ -75,8 +75,8 @@ def print_one(run: dict) -> None:
         for name, value in values.items():
             print(f"  {show(name):<16} {show(value)}")
     print("\nlandmarks by region")
-    for name, index in regions.items():
-        print(f"  {show(name):<16} {', '.join(f'{i} {show(names[i])}' for i in index) or '-'}")
+    for name, index in all_regions(run["scheme"]).items():
+        print(f"  {show(name):<16} {', '.join(f'{i} {show(names[i])}' for i in index)}")
 
 
 def print_several(names: list[str], runs: list[dict]) -> None:

@@ -571,7 +571,8 @@ def make_sample(out: Path | str, train: int = 600, test: int = 100, seed: int = 
     """Write the data set to the folder `out`, in place of what is there; all of it or nothing."""
     out = Path(out).resolve()
     plan = plan_defects(np.random.default_rng(seed), train, test)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # what a killed process left
     jobs = [(part, seed, i, "train" if i < train else "test", plan.get(i)) for i in range(train + test)]
     try:
         for split in ("train", "test"):
@@ -603,8 +604,8 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace what is in --out")
     args = parser.parse_args()
     for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
+        if not least <= getattr(args, name) <= 1_000_000:
+            raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to 1000000")
     check_free("--out", args.out, args.force)
     drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
     # Such as the real DogFLW.

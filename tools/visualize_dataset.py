@@ -15,44 +15,58 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment  # scikit-image brings scipy
 
 import dataset as data
 from dataset import MEAN, STD, Augmentation, DogFLWDataset
-from tools.lib.cli import Parser, UserError, run_script
-from tools.lib.draw import REGION_COLOURS, caption, contact_sheet, draw_landmarks, encode_picture, mean_face
+from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.draw import (
+    all_regions,
+    caption,
+    contact_sheet,
+    draw_landmarks,
+    encode_picture,
+    font_of,
+    mean_face,
+    region_colours,
+)
 from tools.lib.files import atomic_write, data_root, load_json
-from tools.lib.pictures import read_image
+from tools.lib.windows import read_described
 
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
 
 
 def draw_box(tile: np.ndarray, matrix: np.ndarray, box: np.ndarray | tuple,
-             colour: tuple[int, int, int]) -> None:
+             colour: tuple[int, int, int], width: int) -> None:
     """Draw a picture's box on a tile that shows the picture through `matrix`."""
     (x, y, w, h) = box
     corners = data.apply_matrix(matrix, np.array([[x, y], [x + w, y + h]]))
     low, high = (tuple(int(v) for v in np.round(c)) for c in corners)
-    cv2.rectangle(tile, low, high, colour, 2)
+    cv2.rectangle(tile, low, high, colour, width)
 
 
-def raw_tiles(faces: data.Faces, originals: dict) -> Iterator[np.ndarray]:
-    """Whole pictures, landmarks, boxes (green); in red the box that `originals` has, of before the repair."""
-    for i, name in enumerate(faces.files):
-        size, old = faces.sizes[i], originals.get(faces.ids[i])
+def raw_tiles(faces: data.Faces, chosen: np.ndarray, originals: dict) -> Iterator[np.ndarray]:
+    """Whole pictures of the `chosen` faces: landmarks, boxes in green, thinner those of other faces there.
+
+    In red the box that `originals` has, of before the repair.
+    """
+    for i in chosen:
+        name, size, old = faces.files[i], faces.sizes[i], originals.get(faces.ids[i])
         corners = np.array([[0, 0], size])
         if old is not None:  # it can lie anywhere; what is a picture's size away need not be seen
             old = np.clip(old, -size, 2 * size)
             corners = np.concatenate([corners, old])
         view = (*corners.min(0), *np.ptp(corners, axis=0))
-        tile, matrix = data.cut_crop(read_image(faces.root / name), view, TILE, 1.02)
-        points = data.apply_matrix(matrix, faces.points[i])
-        side = faces.boxes[i, 2:].max() * matrix[0, 0]
-        tile = draw_landmarks(tile, points, faces.scheme, faces.visible[i] > 0, side=side)
+        tile, matrix = data.cut_crop(read_described(faces.root / name, size), view, TILE, 1.02)
+        for j in (j for j, file in enumerate(faces.files) if file == name):
+            points = data.apply_matrix(matrix, faces.points[j])
+            side = faces.boxes[j, 2:].max() * matrix[0, 0]
+            tile = draw_landmarks(tile, points, faces.scheme, faces.visible[j] > 0, side=side)
+            draw_box(tile, matrix, faces.boxes[j], GREEN, 2 if j == i else 1)
         if old is not None:
-            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED)
-        draw_box(tile, matrix, faces.boxes[i], GREEN)
+            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED, 2)
+            draw_box(tile, matrix, faces.boxes[i], GREEN, 2)
         note = " (had no box)" if old is None and faces.ids[i] in originals else ""
         yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
 
@@ -62,7 +76,7 @@ def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> It
     options = {"input_size": size, "padding": padding, "seed": seed}
     plain = DogFLWDataset(faces, **options)
     augmented = DogFLWDataset(faces, augment=Augmentation(), **options)
-    regions = list(filter(None, faces.scheme.regions.values())) or [list(range(len(faces.scheme.names)))]
+    regions, colours = all_regions(faces.scheme).values(), region_colours(faces.scheme)
     for i in range(len(faces)):
         samples = {"crop": plain[i], "augmented": augmented[(0, i)], "augmented again": augmented[(1, i)]}
         for what, sample in samples.items():
@@ -73,9 +87,9 @@ def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> It
             seen = sample["visibility"].numpy() > 0
             yield caption(draw_landmarks(tile, points, faces.scheme, seen, side=TILE / padding), what)
         maps, tile = sample["heatmaps"] * sample["visibility"][:, None, None], tile * 0.5
-        for n, region in enumerate(regions):
+        for region in regions:
             heat = cv2.resize(maps[region].amax(0).numpy(), (TILE, TILE))[..., None]
-            tile = tile * (1 - heat) + np.array(REGION_COLOURS[n % len(REGION_COLOURS)]) * heat
+            tile = tile * (1 - heat) + np.array(colours[region[0]]) * heat
         yield caption(tile.clip(0, 255).astype(np.uint8), "its targets")
 
 
@@ -98,7 +112,7 @@ def landmark_map(faces: data.Faces) -> np.ndarray:
     scheme, mean = faces.scheme, mean_face(faces)
     shown = np.flatnonzero(np.isfinite(mean[:, 0]))
     mean = mean[shown]
-    font, rows = ImageFont.load_default(18), math.ceil(len(shown) / 2)
+    font, rows = font_of(17), math.ceil(len(shown) / 2)
     texts = [f"{i}  {scheme.names[i][:40]}" for i in shown]
     margin, height = int(max(map(font.getlength, texts))) + 30, max(900, 34 * rows + 40)
     face = min(height - 60, 1000)
@@ -151,6 +165,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"crop side / the box's longer side (default: {data.PADDING})")
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file; name a folder")
     problems = [text for wrong, text in (
         (not 1 <= args.number <= 100, "--number must be from 1 to 100"), (args.seed < 0, "--seed at least 0"),
         (not 32 <= args.input_size <= 1024, "--input-size from 32 to 1024"),
@@ -164,12 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     faces = data.load_coco(args.ann, data_root(args.data_root), args.category)
     originals = original_boxes(args.ann)
-    repaired = faces.take(np.flatnonzero([i in originals for i in faces.ids.tolist()]))
-    some = faces.take(np.random.default_rng(args.seed).permutation(len(faces))[:args.number])
-    first = repaired.take(range(min(len(repaired), args.number)))
-    sheets = {"raw.jpg": lambda: raw_tiles(some, {}),
-              "trainer.jpg": lambda: trainer_tiles(some, args.input_size, args.padding, args.seed),
-              "landmarks.png": None, "repaired.jpg": lambda: raw_tiles(first, originals)}
+    repaired = np.flatnonzero([i in originals for i in faces.ids.tolist()])
+    some = np.random.default_rng(args.seed).permutation(len(faces))[:args.number]
+    crops = args.input_size, args.padding, args.seed
+    sheets = {"raw.jpg": lambda: raw_tiles(faces, some, {}),
+              "trainer.jpg": lambda: trainer_tiles(faces.take(some), *crops), "landmarks.png": None,
+              "repaired.jpg": lambda: raw_tiles(faces, repaired[:args.number], originals)}
     if not len(repaired):
         del sheets["repaired.jpg"]
     there = [args.out / name for name in sheets if (args.out / name).exists()]
@@ -182,6 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
           f"({(faces.visible > 0).mean():.1%} labelled), {len({*faces.breeds} - {''})} breeds, "
           f"{len(repaired)} boxes repaired")
+    never = [f"{i} {name}" for i, name in enumerate(faces.scheme.names) if not faces.visible[:, i].any()]
+    if never:
+        print(f"never labelled: {printable(', '.join(never))}")
+    if not "".join(faces.scheme.names).isascii():  # no font here has the letters of all languages
+        print(f"landmarks: {printable(', '.join(f'{i} {n}' for i, n in enumerate(faces.scheme.names)))}")
     for name, make in sheets.items():
         tiles = list(make()) if make else []
         picture = contact_sheet(tiles, min(len(tiles), 4)) if tiles else landmark_map(faces)

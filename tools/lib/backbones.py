@@ -74,7 +74,8 @@ def take_imagenet(model: nn.Module, backbone: str, say: Callable):
         source = timm.create_model(backbone, pretrained=True).state_dict()
     except Exception as e:  # whatever the hub's client raises: its own types change from version to version
         raise UserError(f"ImageNet weights of {backbone} could not be fetched ({type(e).__name__}); train "
-                        "from scratch with --no-pretrained, or give a file with --weights FILE") from None
+                        "from scratch with --no-pretrained, or give a file with --weights FILE (pip has "
+                        "some: README, Train)") from None
     fits = matched(model.state_dict(), source, f"--backbone {backbone}", lambda *_: None)
     model.load_state_dict(fits, strict=False)
 

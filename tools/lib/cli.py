@@ -56,7 +56,9 @@ def run_script(main: Callable):
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()  # a closed pipe shows here at the latest
+        sys.exit(code)
     except UserError as e:
         # From a DataLoader's worker the message comes wrapped in the worker's traceback.
         message = str(e).split("UserError: ")[-1].strip()

@@ -533,13 +533,18 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
         for i in oblong:
             notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
-        return {}
-    for i in turns:
-        notes.add("turned", files[i])
-    if stored == seen:
-        notes.said.append(f"nothing tells whether {files[oblong[0]]}, which EXIF turns, was labelled "
+        # A size as the picture is seen tells of a program that knows EXIF.
+        known = [(size, *headers.get(name, ((), 0))) for name, size in zip(files, sizes)]
+        upright |= any(turn > 4 and tuple(size[::-1]) == raw != tuple(size) for size, raw, turn in known)
+        undecided, meant = () if oblong or upright else tuple(turns), {}
+    else:
+        for i in turns:
+            notes.add("turned", files[i])
+        undecided, meant = oblong if stored == seen else (), turns
+    if undecided:
+        notes.said.append(f"nothing tells whether {files[undecided[0]]}, which EXIF turns, was labelled "
                           "upright; look at it with tools/visualize_dataset.py")
-    return turns
+    return meant
 
 
 def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.ndarray, visible: np.ndarray):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,22 @@ def region_colours(scheme) -> dict[int, tuple]:
     known = {i: REGION_COLOURS[n % len(REGION_COLOURS)]
              for n, region in enumerate(scheme.regions.values()) for i in region}
     return defaultdict(lambda: (255, 255, 255) if known else REGION_COLOURS[-1], known)
+
+
+def all_regions(scheme) -> dict[str, list]:
+    """The regions that have landmarks, and as "-" the landmarks of none."""
+    rest = set(range(len(scheme.names))).difference(*scheme.regions.values())
+    return {name: list(index) for name, index in {**scheme.regions, "-": sorted(rest)}.items() if index}
+
+
+def font_of(size: int):
+    """A font for captions: matplotlib's, which knows Latin, Greek and Cyrillic letters, or Pillow's own."""
+    try:
+        from matplotlib import get_data_path
+
+        return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)
 
 
 def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.ndarray | None = None,
@@ -57,7 +74,7 @@ def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.nd
 def caption(tile: np.ndarray, text: str) -> np.ndarray:
     """The picture with a line of text below it."""
     strip = Image.new("RGB", (tile.shape[1], 22), (30, 30, 30))
-    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), ImageFont.load_default(13))
+    ImageDraw.Draw(strip).text((4, 3), text, (255, 255, 255), font_of(12))
     return np.vstack([tile, np.asarray(strip)])
 
 
@@ -76,7 +93,9 @@ def encode_picture(image: np.ndarray, suffix: str = ".png") -> bytes:
 def as_png(figure) -> bytes:
     """The bytes of a matplotlib figure's picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it draws a box
+        figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 

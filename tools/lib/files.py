@@ -209,13 +209,16 @@ def make_sample(data_root: Path, ann_root: Path):
     """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
     tools = Path(__file__).resolve().parent.parent
     convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
+    ours = [path.is_relative_to(tools.parent / "data/sample") for path in (data_root, ann_root)]
+    if ours[0] != ours[1]:
+        raise UserError("--sample: --data-root and --ann-root belong together; give both, or neither")
     if (ann_root / "train.json").exists() and not (ann_root / "val.json").exists():
         raise UserError(f"--ann-root {ann_root}: holds a train.json that is not the sample's; leave it out")
     with file_lock(ann_root.parent / ".sample.lock"):  # every process of a job comes here
         for made, command in ((data_root, ["make_sample_dataset.py", "--out", data_root]),
                               (ann_root / "val.json", convert)):
             words = [sys.executable, tools / command[0], *command[1:]]
-            if not made.exists() and subprocess.run(words).returncode:
+            if is_free(made) and subprocess.run(words).returncode:
                 raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
 
 

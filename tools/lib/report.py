@@ -67,7 +67,8 @@ def draw_bars(axes, values: np.ndarray, scheme, main: str):
     colours = [np.divide(known[i] if i in known else (128, 128, 128), 255) for i in range(len(values))]
     axes.barh(range(len(values)), np.nan_to_num(values), color=colours)
     # matplotlib would read $ as mathematics
-    labels = [f"{name[:40]}  {i}".replace("$", r"\$") for i, name in enumerate(scheme.names)]
+    labels = [f"{name[:40]}{' (no label)' * bool(np.isnan(value))}  {i}".replace("$", r"\$")
+              for i, (name, value) in enumerate(zip(scheme.names, values))]
     axes.set_yticks(range(len(values)), labels, fontsize=8)
     axes.set(xlabel=f"{main}, %", ylim=(len(values) - 0.4, -0.6))
     for name, index in scheme.regions.items():

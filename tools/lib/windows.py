@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def with_background(faces, folder: Path | None, say: Callable = print):
     paths = sorted(path.absolute() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
                    and format_of(path) not in ("", "video", "PDF", "SVG"))
     if not paths:
-        raise UserError(f"--background {folder}: holds no pictures")
+        raise UserError(f"--background {folder}: no picture there; name another, or leave it out")
     if shown := {(faces.root / file).absolute() for file in faces.files}.intersection(paths):
         raise UserError(f"--background {folder}: {min(shown)} shows a face to train on; name another")
     say(f"{folder}: {len(paths)} pictures without a face, beside the faces to train on")
@@ -154,6 +154,15 @@ def with_background(faces, folder: Path | None, say: Callable = print):
              "visible": np.zeros((n, k), np.uint8), "ids": range(-n, 0), "image_ids": range(-n, 0)}
     joined = {name: np.concatenate([getattr(faces, name), array]) for name, array in added.items()}
     return replace(faces, files=[*faces.files, *map(str, paths)], breeds=[*faces.breeds, *[""] * n], **joined)
+
+
+def read_described(path: Path, size: Iterable[int]) -> np.ndarray:
+    """A picture that a COCO file describes, (H, W, 3) uint8 RGB. Raises UserError for one of another size."""
+    image, (width, height) = read_image(path), size
+    if image.shape[:2] != (height, width):
+        raise UserError(f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file says "
+                        f"{width} x {height}; export the annotations again")
+    return image
 
 
 class Windows:
@@ -178,11 +187,7 @@ class Windows:
                                       lambda: in_threads(self._decode, len(self.paths), "decoding"))
 
     def _decode(self, i: int) -> np.ndarray:
-        image, size = read_image(self.paths[i]), tuple(self.sizes[i])
-        if image.shape[1::-1] != size:
-            raise UserError(f"{self.paths[i]}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file "
-                            f"says {size[0]} x {size[1]}; export the annotations again")
-        return cut_window(image, *self.geometry[i])
+        return cut_window(read_described(self.paths[i], self.sizes[i]), *self.geometry[i])
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(pixels (h, w, 3) uint8, matrix pixels -> picture)."""
