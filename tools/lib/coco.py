@@ -140,7 +140,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
                                               (entries, ids, image_ids, files, breeds))
     sizes, triples = sizes[inside], triples[inside]
     points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
-    upright = "Label Studio" in str(data.get("info"))  # shows pictures upright, but writes stored sizes
+    # These show pictures upright; the first writes stored sizes.
+    upright = any(program in str(data.get("info")) for program in ("Label Studio", "tools/predict.py"))
     turns = stored_turns(files, sizes, points, visible, root, notes, upright)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
