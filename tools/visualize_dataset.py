@@ -59,14 +59,13 @@ def raw_tiles(faces: data.Faces, chosen: np.ndarray, originals: dict) -> Iterato
             corners = np.concatenate([corners, old])
         view = (*corners.min(0), *np.ptp(corners, axis=0))
         tile, matrix = data.cut_crop(read_described(faces.root / name, size), view, TILE, 1.02)
+        if old is not None:
+            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED, 2)
         for j in (j for j, file in enumerate(faces.files) if file == name):
             points = data.apply_matrix(matrix, faces.points[j])
             side = faces.boxes[j, 2:].max() * matrix[0, 0]
             tile = draw_landmarks(tile, points, faces.scheme, faces.visible[j] > 0, side=side)
             draw_box(tile, matrix, faces.boxes[j], GREEN, 2 if j == i else 1)
-        if old is not None:
-            draw_box(tile, matrix, (*old[0], *(old[1] - old[0])), RED, 2)
-            draw_box(tile, matrix, faces.boxes[i], GREEN, 2)
         note = " (had no box)" if old is None and faces.ids[i] in originals else ""
         yield caption(tile, f"{faces.ids[i]}  {Path(name).name}{note}")
 
