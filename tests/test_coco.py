@@ -552,7 +552,7 @@ def test_subsets_are_told_by_their_names(read, tmp_path):
 def test_names_may_be_spelt_otherwise(read, tmp_path, written, there):
     draw(tmp_path / "root" / there)
     faces = read(plain(1, name=written), root=tmp_path / "root")
-    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures ({written})"]
+    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures, or lack their folder ({written})"]
     draw(tmp_path / "root" / there.upper())  # two of them: neither is meant for certain
     if written != there.upper():
         assert read(plain(1, name=written), root=tmp_path / "root").files == [written]
@@ -562,6 +562,35 @@ def test_copies_of_a_picture_have_one_original():
     files = ["dog1_jpg.rf.0a1b.jpg", "dog1_jpg.rf.99ff.jpg", "dog2_jpg.rf.0a1b.jpg", "dog3.jpg"]
     assert coco.originals(files) == ["dog1_jpg", "dog1_jpg", "dog2_jpg", "dog3.jpg"]
     assert coco.read_breeds(files[:3], [""] * 3, [""] * 3) == [""] * 3  # a picture is no breed
+
+
+@pytest.mark.parametrize("first", [5, 4])
+def test_pictures_spread_over_folders_are_found(read, tmp_path, first):
+    """A folder a breed, and a file of base names; not where a name of the file is in two of them."""
+    there = [f"{'poodle' if i < first else 'beagle'}/pic_{i}.jpg" for i in range(8)]
+    for name in there:
+        draw(tmp_path / "root" / name)
+    faces = read(plain(8), root=tmp_path / "root")
+    assert faces.files == there and f"{8 - first} names" in faces.notes[0] and "lack their folder" in faces.notes[0]
+    draw(tmp_path / "root/setter/pic_0.jpg")
+    assert read(plain(8), root=tmp_path / "root").files != there
+
+
+def test_names_lack_their_folder_and_are_spelt_otherwise(read, tmp_path):
+    for i in range(3):
+        draw(tmp_path / f"root/images/default/\u00e9 {i}.jpg")
+    faces = read(plain(3, name="e\u0301 {}.JPG"), root=tmp_path / "root")
+    assert faces.files == [f"images/default/\u00e9 {i}.jpg" for i in range(3)]
+
+
+def test_a_name_may_hold_spaces_of_any_kind(read, tmp_path):
+    """macOS writes U+202F before AM and PM, and U+00A0 in some languages; Japanese has U+3000."""
+    name = "Screenshot at 3.04.05\u202fPM\u00a0\u3000{}.png"
+    for i in range(2):
+        draw(tmp_path / "root" / name.format(i))
+    faces = read(plain(2, 2, ["left\u00a0eye", "right\u00a0eye"], name), root=tmp_path / "root")
+    assert faces.files == [name.format(i) for i in range(2)] and faces.names == ["left\u00a0eye", "right\u00a0eye"]
+    refused(read, plain(1, name="line\u2028break.png"), "no text", root=tmp_path / "root")
 
 
 def test_pictures_in_two_folders_are_not_guessed(read, tmp_path):
@@ -860,6 +889,9 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
      "annotations/person_keypoints_Validation.json"),
     (["result.json", ".hidden.json", "images/x.json"], "result.json", None),
     (["mine_train.json", "mine_val.json", "train/labels.json"], "mine_train.json", "mine_val.json"),
+    (["train/annotations/instances.json", "val/annotations/instances.json"], "train/annotations/instances.json",
+     "val/annotations/instances.json"),  # Supervisely
+    (["mine_train_val.json"], "mine_train_val.json", None),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
     for file in files:
@@ -873,12 +905,27 @@ def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
 def test_an_export_that_is_not_clear_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ann-root .*train.json.*there are none.*data/README.md"):
         find_annotations(tmp_path)
-    with pytest.raises(UserError, match="there are none"):
+    with pytest.raises(UserError, match="--ann-root .*nowhere: no such file or folder"):
         find_annotations(tmp_path / "nowhere")
     for name in ("ap10k-train-split1.json", "ap10k-train-split2.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="there are 2 .ap10k-train-split1.json.*name one file"):
         find_annotations(tmp_path)
+
+
+def test_tasks_of_no_subset_are_not_left_out(tmp_path):
+    """CVAT writes a project's tasks without a subset to default.json, beside Train and Validation."""
+    for subset in ("Train", "Validation", "default"):
+        (tmp_path / f"person_keypoints_{subset}.json").write_text("{}")
+    with pytest.raises(UserError, match="person_keypoints_default.json: is of no split, beside person_keypoints_Train.json"):
+        find_annotations(tmp_path)
+
+
+@pytest.mark.parametrize("begin", [b"PK\3\4", b"\x1f\x8b"])
+def test_a_packed_file_is_to_be_unpacked(tmp_path, begin):
+    (tmp_path / "export.zip").write_bytes(begin + b"\xff")
+    with pytest.raises(UserError, match="export.zip: a packed file; unpack it"):
+        read_coco(tmp_path / "export.zip", tmp_path)
 
 
 # ---------------------------------------------------------------- data/README.md

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -374,7 +375,7 @@ def report(run, script, tmp_path_factory):
     return out, result.stdout
 
 
-def test_checkpoint(run, report):
+def test_checkpoint(run, report, tmp_path, capsys):
     out, text = report
     content = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
@@ -382,6 +383,11 @@ def test_checkpoint(run, report):
         assert content["metrics"][name] == pytest.approx(checkpoint["metrics"][name], rel=1e-4)
     assert f"nme {content['metrics']['nme']:.4f}" in text and "chosen on val.json" in text
     assert "flatter" in text and "stretched" in content["definitions"]["beware"]
+    for split, word in (("val", "these very faces chose it"), ("train", "was trained on faces of this file")):
+        shutil.copy(run.ann_root / f"{split}.json", tmp_path)  # a copy elsewhere is the same file, too
+        tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{split}.json"), "--data-root", str(run.data_root),
+                   "--out", str(tmp_path / split), "--device", "cpu"])
+        assert word in capsys.readouterr().out
     rows = (out / "report.csv").read_text().splitlines()
     assert len(content["face"]) == 12
     assert len(rows) == 2 + sum(len(content[k]) for k in ("region", "ear", "pose", "landmark", "breed",
@@ -480,7 +486,8 @@ def test_refuses_in_one_line(run, report, tmp_path):
             ([best, "--batch-size", "0"], "at least 1"),
             ([best, "--ann", str(tmp_path / "no.json")], "is no file"),
             ([best, "--data-root", str(tmp_path / "no")], "no such folder"),
-        ([best, "--device", "nonsense"], "--device"),
+        ([best, "--device", "gpu"], "--device gpu: must be auto, cuda, mps or cpu"),
+            (["--results", str(ann), "--ann", str(ann), "--checkpoint", best, "--no-flip"], "--no-flip: is for"),
             ([best, "--ann", str(tmp_path / "other.json")], "landmarks"), (["--results", str(ann)], "--ann")):
         with pytest.raises(UserError, match=message) as e:
             tool.main([*args, *([] if "--out" in args else ["--out", str(tmp_path / "out")])])

@@ -94,10 +94,10 @@ def test_runs_no_code_and_refuses_in_one_line(run, other, tmp_path):
     alone = tmp_path / "alone.pth"
     shutil.copy(other / "best_model.pth", alone)
     for args, message in (
-            ([hostile], "Nothing in it was run"), ([tmp_path / "plain.pth"], "Nothing in it was run"),
+            ([hostile], "holds more than tensors.*Nothing in it was run"), ([tmp_path / "plain.pth"], "Nothing in it was run"),
             ([broken], "broken.pth: not loaded"), ([empty], "no best_model.pth in it"),
             ([tmp_path / "no"], "no such file"),
-            ([run.work_dir / "metrics.csv"], "not loaded"), ([run.work_dir, hostile], "Nothing"),
+            ([run.work_dir / "metrics.csv"], "damaged, or no checkpoint"), ([run.work_dir / "curves.png"], "damaged, or no checkpoint"), ([run.work_dir, hostile], "Nothing"),
             (["--bogus"], "--help"),
             ([run.work_dir, "--plot", tmp_path / "x.txt"], "must end in .png"),
             ([alone, "--plot", tmp_path / "x.png"], "metrics.csv: no such file")):

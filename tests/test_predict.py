@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -423,15 +424,16 @@ def test_video(run, picture, tmp_path, capfd, writer):
     write_video(tmp_path / "slow.avi", [image[:height, :width]], "MJPG", 119.8371)
     predict(run.work_dir / "best_model.pth", tmp_path / "slow.avi", "--box", *box, "--out", tmp_path / "slow")
     assert cv2.VideoCapture(str(tmp_path / "slow" / "slow.avi.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(119.84, abs=0.01)
+    predict(run.work_dir / "best_model.pth", tmp_path / "slow.avi", "--box", *box, "--min-score", 1, "--out", tmp_path / "none")
+    assert "slow.avi: 1 of its --box score below --min-score 1.0 and are not followed; lower it" in capfd.readouterr().err
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
-    capfd.readouterr()
     with pytest.raises(UserError, match="1 of 2 files"):
         predict(run.work_dir / "best_model.pth", tmp_path / "clip.mp4", tmp_path / "broken.mp4", "--box", *box,
                 "--min-score", 0, "--out", tmp_path / "out")
     errors = [line.strip() for line in capfd.readouterr().err.splitlines() if "file/s" not in line and "it/s" not in line]
     word = f"{tmp_path / 'out/clip.mp4'}: written without sound, and as MPEG-4 part 2, which browsers do not play; for H.264 "
     word = [word + video.INSTALL] if writer == "opencv" else []
-    assert [line for line in errors if line] == [*word, f"error: {tmp_path / 'broken.mp4'}: cannot be read as a video"]
+    assert [line for line in errors if line] == [*word, f"error: {tmp_path / 'broken.mp4'}: cannot be read as a video; copy it again"]
     results, rows = read(tmp_path / "out")
     first = [r for r in results if r["face"] == 0]
     assert [r["frame"] for r in first] == list(range(12)) == [int(r["frame"]) for r in rows if r["face"] == "0"]
@@ -703,6 +705,13 @@ def test_notebook_function(run, picture):
     assert 0 <= face["score"] <= 1
     twice = predictor.many([picture[0]] * 2, [[picture[1]], [picture[1]]])
     assert all(np.abs(f[0]["points"] - face["points"]).max() < 1e-2 for f in twice)
+    for boxes in (torch.tensor(np.array([picture[1]])), [[*map(str, picture[1])]]):
+        assert (predictor(picture[0], boxes=boxes)[0]["points"] == face["points"]).all()
+    for image, boxes in ((picture[0], torch.ones(1, 4, requires_grad=True)), (np.zeros((0, 0, 3), np.uint8), None)):
+        with pytest.raises(UserError, match="^boxes must be|^a picture must be"):
+            predictor(image, boxes)
+    with pytest.raises(UserError, match="batch_size 0: must be"):
+        tool.load_predictor(run.work_dir / "best_model.pth", device="cpu", batch_size=0)
 
 
 def test_a_second_run_takes_another_folder_and_a_lacking_locator_is_said(run, picture, tmp_path, monkeypatch, capsys):
@@ -736,6 +745,7 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
     for wanted, args in {
         "not empty": (checkpoint, photo, "--out", tmp_path / "full"),
         "no such file": (checkpoint, tmp_path / "missing.png", *out),
+        "an INPUT is empty": (checkpoint, "", *out),
         "no pictures": (checkpoint, tmp_path / "full", *out),
         "height above 0": (checkpoint, photo, "--box", 0, 0, 0, 5, *out),
         "needs --data-root": (checkpoint, coco, *out),

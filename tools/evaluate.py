@@ -287,7 +287,7 @@ def is_file_of(folder: Path, ann: Path, place: int) -> bool:
         file = find_annotations(folder)[place]
     except UserError:  # the run's data are not here
         return False
-    return bool(file) and file.resolve() == ann.resolve()
+    return bool(file) and file.read_bytes() == ann.read_bytes()  # a copy, too
 
 
 def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces, Path]:
@@ -388,7 +388,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--match: goes with --results")
     if (args.checkpoint or not args.results) and args.padding is not None:
         raise UserError("--padding: comes from the checkpoint; leave it out")
-    if args.results and not args.checkpoint and not args.flip:
+    if args.results and not args.flip and not (args.checkpoint and args.match):
         raise UserError("--no-flip: is for a checkpoint; results are as they are")
     if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")

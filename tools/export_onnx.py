@@ -6,7 +6,7 @@
     uv run python tools/export_onnx.py --checkpoint best_model.pth --light small.pth
 
 The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in,
-`landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, any N. Normalisation and decoding are the
+`landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, N from 1 on. Normalisation and decoding are the
 checkpoint's own. Its metadata hold names, flip_pairs, input_size, padding and what is known of the licence;
 the crop is a square of `padding` times the face box's longer side. The exported file runs a photo in
 onnxruntime, and is left only where its landmarks are PyTorch's; the time a face takes is printed. Needs:
@@ -117,6 +117,8 @@ def trace(trained: Trained, flip_index: torch.Tensor | None, path: Path) -> byte
                               input_names=list(names[:1]), output_names=list(names[1:]),
                               dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
         content = onnx.load(raw)
+    except OSError as e:  # a full disk
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         raw.unlink(missing_ok=True)
     for key, value in metadata(trained, flip_index is not None).items():

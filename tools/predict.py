@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ def expand(text: str, out: Path) -> list[Source]:
     A file that is named by itself is taken for a picture unless it is a video. `out` is left out of folders.
     Raises UserError where there is nothing.
     """
+    if not text:
+        raise UserError("an INPUT is empty; name a picture, or . for this folder")
     path = Path(text)
     if re.match(r"(?i)[a-z][a-z0-9+]+://", text):
         return [Source(text, "video")]
@@ -418,6 +421,9 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
             if boxes and not number and not intersections(np.stack(boxes), whole_box(size)[None]).all():
                 raise UserError(f"{video.name}: a --box lies outside its {size[0]} x {size[1]} pixels")
             faces = tracker(frame, seconds)
+            if boxes and not number and len(faces) < len(boxes):
+                tqdm.write(f"{video.name}: {len(boxes) - len(faces)} of its --box score below --min-score "
+                           f"{min_score} and are not followed; lower it", file=sys.stderr)
             results.add(source, faces, frame=number, seconds=seconds)
             writer = writer or stack.enter_context(VideoWriter(source.target, video.rate, size))
             writer.write(draw_faces(frame, faces, predictor.scheme), seconds)
@@ -525,7 +531,8 @@ def main(argv: list[str] | None = None) -> None:
               f"{printable(root)}")
     if args.coco and done:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
-                        f"--ann-root {args.coco} --data-root {root} --holdout 0.1"))
+                        f"--ann-root {shlex.quote(str(args.coco))} --data-root {shlex.quote(str(root))} "
+                        "--holdout 0.1"))
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
                         "are named above")

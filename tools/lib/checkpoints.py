@@ -17,6 +17,7 @@ from tools.lib.pictures import MEAN, STD
 from tools.lib.runtime import choose_amp, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
+PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
@@ -34,7 +35,7 @@ def lightened(checkpoint: dict) -> dict:
     """
     light, args = dict(checkpoint["model"]), dict(checkpoint["args"])
     light |= {k: v.half() for k, v in light.items() if v.ndim > 1 and v.is_floating_point()}
-    args |= {k: Path(v).name for k, v in args.items() if isinstance(v, str) and Path(v).is_absolute()}
+    args |= {k: Path(v).name for k, v in args.items() if k in PATHS and isinstance(v, str)}
     names = ("format", "epoch", "scheme", "size", "metrics", "versions", "room")
     kept = {k: checkpoint[k] for k in names if k in checkpoint}
     return kept | {"model": light, "args": args}
@@ -100,7 +101,8 @@ def load_file_safely(path: Path | str):
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a checkpoint in it") from None
     except Exception as e:  # reading damaged or hostile bytes can raise almost anything
-        hostile = "weights_only" in str(e).lower()
+        with open(path, "rb") as file:  # a zip or a pickle, not a web page, a photo, an ONNX file
+            hostile = "weights_only" in str(e).lower() and file.read(2).startswith((b"PK", b"\x80"))
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
         raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run; take another checkpoint"
                         ) from None

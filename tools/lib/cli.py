@@ -10,6 +10,7 @@ import sys
 import time
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,9 +31,14 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
+def is_text(text: str) -> bool:
+    """Whether a text is one line of text, with spaces of any kind: macOS' screenshots have U+202F."""
+    return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+
+
 def check_name(path: Path | str):
     """Raises UserError for a file whose name holds characters that are no text."""
-    if not str(path).isprintable():
+    if not is_text(str(path)):
         raise UserError(f"{printable(path)}: its name holds characters that are no text; rename it")
 
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
-from tools.lib.cli import UserError, printable
+from tools.lib.cli import UserError, is_text, printable
 from tools.lib.files import load_json, picture_path
 from tools.lib.find import intersections, overlaps, room_of
 from tools.lib.pictures import FORMATS, read_picture
@@ -60,7 +60,7 @@ KINDS = {
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
     "outside": ("read otherwise", "names that lead out of the data root by how they end"),
-    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures"),
+    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures, or lack their folder"),
     "sizes": ("read otherwise", "sizes from the pictures themselves"),
     "turned": ("read otherwise", "faces of pictures that EXIF turns, turned with them"),
     "upright": ("read otherwise", "sizes of pictures that EXIF turns; the landmarks are upright already"),
@@ -225,7 +225,7 @@ def checked_scheme(category: dict, where: Path | str) -> dict:
     """
     names = category.get("keypoints")
     if not isinstance(names, list) or not 0 < len(names) <= MAX_LANDMARKS or not all(
-            isinstance(n, str) and n.isprintable() for n in names):
+            isinstance(n, str) and is_text(n) for n in names):
         raise UserError(f"{where}: its category needs 1 to {MAX_LANDMARKS} printable keypoint names")
 
     def content(name: str, kind: type = list):
@@ -428,10 +428,11 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
             raise UserError(f"{path}: {printable(name)} stands for several images, and is in {a} and in {b} "
                             f"of {root}; write names with their folders, or name one by --data-root")
     fitting = meant or fitting
-    if len(fitting) > 1:
-        a, b = map(printable, fitting[:2])
-        raise UserError(f"{path}: pictures ({printable(missing[0])}) are in {a} and in {b} of {root}; "
-                        "name the right one with --data-root")
+    for name in names if len(fitting) > 1 else ():
+        if len(both := [f for f in fitting if os.path.isfile(os.path.join(real, f, name))]) > 1:
+            a, b = map(printable, both[:2])
+            raise UserError(f"{path}: pictures ({printable(name)}) are in {a} and in {b} of {root}; "
+                            "name the right one with --data-root")
     return fitting[0] if fitting else best
 
 
@@ -461,9 +462,12 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     for at, _, files in os.walk(root) if lost or outside else ():
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
+    lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in placed.values())
     for name in lost:
         place = plainly(placed[name])
-        same = [p for p in known[posixpath.basename(place)] if plainly(p) == place]
+        end = "/" + place.removeprefix(plainly(f"{folder}/"))  # in any folder, where no name is in two
+        same = [p for p in known[posixpath.basename(place)]
+                if plainly(p) == place or lone and f"/{plainly(p)}".endswith(end)]
         if len(same) == 1 and owners.setdefault(same[0], name) == name:
             notes.add("spelt", name)
             placed[name] = same[0]
@@ -769,6 +773,9 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     ann_root = Path(ann_root)
     if ann_root.is_file():
         return ann_root, None
+    if not ann_root.exists():
+        raise UserError(f"--ann-root {ann_root}: no such file or folder; name an unpacked export or its JSON "
+                        "file, or convert DogFLW by tools/convert_dogflw_to_coco.py")
 
     def named(split, name):
         places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
@@ -784,12 +791,16 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
     trains, vals = (next(filter(None, map(hits, split)), []) for split in SPLITS)
+    if trains and (rest := [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)]):
+        raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT a "
+                        "subset and export again, or move the file away to do without it")
     if len(trains) == 1 and len(vals) <= 1:
-        return trains[0], vals[0] if vals else None
+        return trains[0], vals[0] if vals and vals != trains else None  # not train_val.json
     if len(files) == 1:
         return files[0], None
-    if not files and (train := named(SPLITS[0], "labels.json")):
-        return train, named(SPLITS[1], "labels.json")
+    for name in ("labels.json", "annotations/instances.json") if not files else ():
+        if train := named(SPLITS[0], name):
+            return train, named(SPLITS[1], name)
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.lib.cli import Progress, UserError
+from tools.lib.cli import Progress, UserError, is_text
 
 
 def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview]):
@@ -94,7 +94,10 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
 def load_json(path: Path | str):
     """Parse a JSON file. Raises UserError where it is missing or no JSON."""
     try:
-        return json.loads(Path(path).read_bytes())
+        content = Path(path).read_bytes()
+        if content.startswith((b"PK\3\4", b"\x1f\x8b")):
+            raise UserError(f"{path}: a packed file; unpack it, and name the folder or the JSON file in it")
+        return json.loads(content)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -105,7 +108,7 @@ def load_json(path: Path | str):
 
 def picture_path(root: Path | str, name: str, where: str = "") -> Path:
     """The path of a picture that a file names, which must lie in the data root. Raises UserError."""
-    if not name.isprintable():
+    if not is_text(name):
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.

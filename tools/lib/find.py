@@ -237,9 +237,9 @@ class Predictor:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
         faces, given, whole, sought = [[] for _ in images], [], [], []
         for i, (image, wanted) in enumerate(zip(images, boxes, strict=True)):
-            check_picture(image, wanted)
+            sides = check_picture(image, wanted)
             if wanted is not None:
-                given += [(i, box) for box in np.reshape(wanted, (-1, 4))]
+                given += [(i, box) for box in sides]
             elif self.face.whole:
                 whole.append((i, whole_box(image.shape[1::-1])))
             else:
@@ -296,17 +296,19 @@ class Predictor:
         return again
 
 
-def check_picture(image: np.ndarray, boxes: np.ndarray | list | None) -> None:
-    """Raises UserError for what is no RGB picture (H, W, 3) uint8, or for boxes without a size."""
-    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+def check_picture(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndarray:
+    """The boxes (N, 4), float64. Raises UserError for what is no RGB picture (H, W, 3) uint8, and no box."""
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+            and image.size):
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"a picture must be an array (H, W, 3) of uint8, RGB, not {what}")
     try:
         sides = np.reshape(np.asarray([] if boxes is None else boxes, dtype=float), (-1, 4))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor that is on no CPU or needs a gradient
         sides = np.zeros((1, 4))
     if not (np.isfinite(sides).all() and (sides[:, 2:] > 0).all()):
         raise UserError(f"boxes must be x, y, width, height with positive sides, not {boxes}")
+    return sides
 
 
 def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
@@ -344,9 +346,12 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     ../locator/best_model.pth of a neighbouring run, or for the same landmarks the bundled one; False does
     without.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
     device, checkpoint = choose_device(device), or_bundled(checkpoint)
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
-    beside = checkpoint.with_name("locator.pth"), checkpoint.absolute().parents[1] / "locator/best_model.pth"
+    neighbour = checkpoint.absolute().parent.parent / "locator/best_model.pth"
+    beside = checkpoint.with_name("locator.pth"), neighbour
     if locator is None:
         places = (*beside, BUNDLED.with_name("locator.pth"))
         path = next((p for p in places if p.is_file() and p.resolve() != checkpoint.resolve()), None)

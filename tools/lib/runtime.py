@@ -43,6 +43,8 @@ def choose_device(name: str, training: bool = False) -> torch.device:
         if name == "auto":
             mps = torch.backends.mps.is_available()
             name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if str(name).partition(":")[0] not in ("cuda", "mps", "cpu"):
+            raise UserError(f"--device {name}: must be auto, cuda, mps or cpu")
         try:
             device = torch.device(name)
             if device.type == "cuda":

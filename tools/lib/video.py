@@ -53,7 +53,7 @@ class Video:
         self.live = not isinstance(source, Path) and not self.length
         if not self.capture.isOpened():
             raise UserError(f"{self.name}: cannot be " + (
-                "read as a video" if isinstance(source, Path) else
+                "read as a video; copy it again" if isinstance(source, Path) else
                 "opened; is it there, and does nothing else use it?"))
         self.duration = duration(source, self.length / self.rate)
         if isinstance(source, Path):
@@ -71,7 +71,8 @@ class Video:
             count, before = count + 1, moment
             yield moment, frame[..., ::-1]
         if not count and not stopped.is_set():
-            raise UserError(f"{self.name}: cannot be read as a video")
+            mend = "copy it again" if isinstance(self.source, Path) else "download a picture; name its file"
+            raise UserError(f"{self.name}: cannot be read as a video; {mend}")
         seen, whole = before + 1 / self.rate, self.duration
         if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are rough
             self.cut = f"{seen:.1f} of about {whole:.1f} s could be read; the rest is missing or damaged"
