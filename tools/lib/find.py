@@ -237,9 +237,9 @@ class Predictor:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
         faces, given, whole, sought = [[] for _ in images], [], [], []
         for i, (image, wanted) in enumerate(zip(images, boxes, strict=True)):
-            sides = check_picture(image, wanted)
+            checked = check_picture(image, wanted)
             if wanted is not None:
-                given += [(i, box) for box in sides]
+                given += [(i, box) for box in checked]
             elif self.face.whole:
                 whole.append((i, whole_box(image.shape[1::-1])))
             else:
