@@ -97,7 +97,7 @@ def test_runs_no_code_and_refuses_in_one_line(run, other, tmp_path):
             ([hostile], "holds more than tensors.*Nothing in it was run"), ([tmp_path / "plain.pth"], "Nothing in it was run"),
             ([broken], "broken.pth: not loaded"), ([empty], "no best_model.pth in it"),
             ([tmp_path / "no"], "no such file"),
-            ([run.work_dir / "metrics.csv"], "damaged, or no checkpoint"), ([run.work_dir / "curves.png"], "damaged, or no checkpoint"), ([run.work_dir, hostile], "Nothing"),
+            ([run.work_dir / "metrics.csv"], "damaged, or no checkpoint"), ([run.work_dir / "train_batch.jpg"], "damaged, or no checkpoint"), ([run.work_dir, hostile], "Nothing"),
             (["--bogus"], "--help"),
             ([run.work_dir, "--plot", tmp_path / "x.txt"], "must end in .png"),
             ([alone, "--plot", tmp_path / "x.png"], "metrics.csv: no such file")):
