@@ -283,7 +283,9 @@ def test_tools_on_a_full_disk_keep_what_was_there(run, script, disk, tmp_path):
     for command in (("tools/convert_dogflw_to_coco.py", "--dogflw_root", run.data_root, "--out_dir", disk / "ann"),
                     ("tools/evaluate.py", checkpoint, "--out", disk / "ann", "--device", "cpu"),
                     ("tools/predict.py", checkpoint, run.ann_root / "val.json", *ann, "--boxes", run.ann_root / "val.json",
-                     "--out", disk / "ann", "--force", "--device", "cpu")):
+                     "--out", disk / "ann", "--force", "--device", "cpu"),
+                    ("tools/export_onnx.py", "--checkpoint", checkpoint, "--out", disk / "ann/dog.onnx")):
         result = script(*command)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and "No space left" in result.stderr, result.stderr
+        assert str(disk) in result.stderr  # the file is named
     assert {p: p.read_bytes() for p in (disk / "ann").iterdir() if p.is_file()} == before

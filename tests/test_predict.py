@@ -931,7 +931,7 @@ def test_cameras_and_streams_by_their_names(tmp_path, monkeypatch):
             video.Video(place)
 
 
-def test_predict_correct_train(run, faces, picture, tmp_path, train):
+def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
     """--coco writes a data set that the trainer, pycocotools and our own reader take as it is."""
     folder = tmp_path / "pics"
     (folder / "more").mkdir(parents=True)
@@ -942,9 +942,10 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train):
     exif[0x112] = 6
     upright.rotate(90, expand=True).save(folder / names[3], exif=exif, quality=95)
     width, height = upright.size
-    coco = tmp_path / "mine.json"
+    coco = tmp_path / "my set.json"
     predict(folder, "--checkpoint", run.work_dir / "best_model.pth", "--box", width / 4, height / 4, width, height,
             "--coco", coco, "--out", tmp_path / "out")
+    assert f"train_simple.py --ann-root '{coco}' --data-root {folder} --holdout" in capsys.readouterr().out
     content = json.loads(coco.read_bytes())
     assert [i["file_name"] for i in content["images"]] == names
     assert (content["images"][3]["width"], content["images"][3]["height"]) == (width, height)

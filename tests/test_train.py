@@ -8,9 +8,10 @@ import shutil
 import signal
 import socket
 import time
+import typing
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,7 +446,11 @@ def test_a_checkpoint_knows_how_boxes_lie_around_landmarks(sample, flags, tmp_pa
     trainer.main([*map(str, options)])
     stored = checkpoints.load_checkpoint(tmp_path / "w/best_model.pth")
     assert len(stored["room"]) == 4 and all(0.2 < v < 2 for v in stored["room"])
-    checkpoints.save_checkpoint(tmp_path / "light.pth", checkpoints.lightened(stored))
+    folders = {f.name for f in fields(trainer.Config) if Path in (f.type, *typing.get_args(f.type))}
+    assert folders == set(checkpoints.PATHS)
+    light = checkpoints.lightened({**stored, "args": stored["args"] | {"weights": "a/b.pth"}})  # a relative one, too
+    assert light["args"]["weights"] == "b.pth" and not any("/" in str(light["args"][name]) for name in folders)
+    checkpoints.save_checkpoint(tmp_path / "light.pth", light)
     assert trainer.Trained(tmp_path / "light.pth").room == stored["room"] == data.load_coco(tmp_path / "mine.json", sample.data_root).room
     for room in ([1.0], ["x"] * 4, [math.nan] * 2, 3):
         checkpoints.save_checkpoint(tmp_path / "bad.pth", {**stored, "room": room})

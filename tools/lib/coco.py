@@ -398,17 +398,24 @@ def plainly(name: str) -> str:
 
 
 def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
-    """The folder, relative to the data root, that the names of pictures count from. UserError where two fit.
+    """The folder, relative to the data root, that names of pictures count from. UserError if a name has two.
 
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
     the pictures the one folder of the root that holds most, as COCO's train2017 does. Of two that hold as
-    many the one counts whose name is in the file's, as CVAT's Train and Validation. Two fit, too, where both
-    hold a picture whose name stands for several images (`repeated`).
+    many the one counts whose name is in the file's, as CVAT's Train and Validation. A name has two where two
+    such folders hold its picture, or any two that of a name of several images (`repeated`).
     """
     real = os.path.realpath(root)
 
     def held(folder):
         return sum(os.path.isfile(os.path.join(real, folder, name)) for name in names)
+
+    def refuse_two(names, folders, what, mend):
+        for name in names:
+            holding = [f for f in folders if os.path.isfile(os.path.join(real, f, name))]
+            if len(holding) > 1:
+                a, b = map(printable, holding[:2])
+                raise UserError(f"{path}: {what.format(printable(name))} in {a} and in {b} of {root}; {mend}")
     beside = Path(os.path.realpath(path)).parent
     inner = [beside.relative_to(real).as_posix()] if beside.is_relative_to(real) else []
     best = max(["", *inner], key=held)
@@ -422,17 +429,10 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
     fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
     words = re.split(r"[\W_]+", path.stem.lower())
     meant = [f for f in fitting if Path(f).name.lower() in words]
-    for name in () if meant else repeated:
-        if len(both := [f for f in counts if os.path.isfile(os.path.join(real, f, name))]) > 1:
-            a, b = map(printable, both[:2])
-            raise UserError(f"{path}: {printable(name)} stands for several images, and is in {a} and in {b} "
-                            f"of {root}; write names with their folders, or name one by --data-root")
+    refuse_two(() if meant else repeated, counts, "{} stands for several images, and is",
+               "write names with their folders, or name one by --data-root")
     fitting = meant or fitting
-    for name in names if len(fitting) > 1 else ():
-        if len(both := [f for f in fitting if os.path.isfile(os.path.join(real, f, name))]) > 1:
-            a, b = map(printable, both[:2])
-            raise UserError(f"{path}: pictures ({printable(name)}) are in {a} and in {b} of {root}; "
-                            "name the right one with --data-root")
+    refuse_two(names, fitting, "pictures ({}) are", "name the right one with --data-root")
     return fitting[0] if fitting else best
 
 
@@ -440,9 +440,10 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out.
 
     Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
-    missing the one counts whose name is only spelt otherwise (a.JPG, %20, an accent as two characters). A
-    name that leads out of the data root, another machine's or a server's, is the picture that shares the
-    longest end with it. Pictures that are nowhere keep their name.
+    missing the one counts that is only spelt otherwise (a.JPG, %20, an accent as two characters), or lies in
+    another folder, if no picture of the file is there twice. A name that leads out of the data root, another
+    machine's or a server's, is the picture that shares the longest end with it. Pictures that are nowhere
+    keep their name.
     """
     placed, outside, known = {}, {}, defaultdict(list)
     for name in dict.fromkeys(names):
@@ -462,10 +463,11 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     for at, _, files in os.walk(root) if lost or outside else ():
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
+    # Where no picture of the file is there twice, a lost one may lie in any folder.
     lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in placed.values())
     for name in lost:
         place = plainly(placed[name])
-        end = "/" + place.removeprefix(plainly(f"{folder}/"))  # in any folder, where no name is in two
+        end = "/" + place.removeprefix(plainly(f"{folder}/"))
         same = [p for p in known[posixpath.basename(place)]
                 if plainly(p) == place or lone and f"/{plainly(p)}".endswith(end)]
         if len(same) == 1 and owners.setdefault(same[0], name) == name:

@@ -237,7 +237,7 @@ class Predictor:
         """The same for several pictures at once, in full batches; boxes holds an array or None for each."""
         faces, given, whole, sought = [[] for _ in images], [], [], []
         for i, (image, wanted) in enumerate(zip(images, boxes, strict=True)):
-            checked = check_picture(image, wanted)
+            checked = checked_boxes(image, wanted)
             if wanted is not None:
                 given += [(i, box) for box in checked]
             elif self.face.whole:
@@ -296,8 +296,11 @@ class Predictor:
         return again
 
 
-def check_picture(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndarray:
-    """The boxes (N, 4), float64. Raises UserError for what is no RGB picture (H, W, 3) uint8, and no box."""
+def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndarray:
+    """The boxes (N, 4), float64; of None there are none.
+
+    Raises UserError for what is no RGB picture (H, W, 3) uint8, or for boxes without a size.
+    """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
             and image.size):
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
