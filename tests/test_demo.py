@@ -184,6 +184,8 @@ def test_models_are_the_one_in_the_box_and_those_of_work_dirs(tmp_path, monkeypa
         (tmp_path / "work_dirs" / name).mkdir(parents=True)
         (tmp_path / "work_dirs" / name / "best_model.pth").touch()
     monkeypatch.chdir(tmp_path)
+    (alone := tmp_path / "clone").mkdir()
+    monkeypatch.setattr(tool, "ROOT", alone)  # the runs in this clone are its user's
     seen, models, page = [], {}, SimpleNamespace(block_thread=lambda: None)
     locators = []
     monkeypatch.setattr(tool, "build", lambda found, device, locator: models.update(found) or seen.append(list(found)) or
