@@ -177,7 +177,11 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
                                     bbox=[45, 45, 30, 30]), "1 landmarks without a place", 6),
     "-1, -1, -1 for not labelled (DeepLabCut's SuperAnimal)": (
         annotation(keypoints=[-1.0, -1.0, -1.0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]),
-        "1 landmarks without a place (NaN, -1)", 6),
+        "1 landmarks without a place (NaN, -1, 0)", 6),
+    **{f"{x}, {y}, 2 for not labelled": (
+        annotation(keypoints=[x, y, 2, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]),
+        "1 landmarks without a place (NaN, -1, 0)", 6) for x, y in ((0, 0), (-1, -1))},
+    "image_id as a text": (each(lambda a: a.update(image_id=str(a["image_id"]))), None, 6),
     "box reaching to 0, 0 (Supervisely)": (
         annotation(keypoints=[0, 0, 0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]),
         "1 that reach to 0, 0 for landmarks not labelled (annotation 2)", 6),
@@ -280,6 +284,21 @@ def test_categories_with_the_same_landmarks_all_train_and_are_the_strata(read):
     data["categories"][1]["flip_pairs"] = [[0, 1]]  # what one says holds for all
     data["images"][0]["breed"] = "n1"
     assert read(data).flip_pairs == [[0, 1]] and read(data).breeds == ["n1"] + [""] * 7
+
+
+def test_a_landmark_that_nobody_labelled_is_named(tmp_path):
+    data = plain()
+    for a in data["annotations"]:
+        a["keypoints"][6:9] = [0, 0, 0]
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    faces = load_coco(tmp_path / "train.json", tmp_path)
+    assert any("labelled in no face: p2;" in note for note in coco.notes_of(faces, None, (Path("train.json"), None)))
+
+
+def test_an_absolute_name_in_the_data_root_is_that_picture(read, tmp_path):
+    for place in ("pic_0.jpg", "thumbs/pic_0.jpg"):
+        draw(tmp_path / "root" / place)
+    assert read(plain(1, name=f"{tmp_path}/root/pic_0.jpg"), root=tmp_path / "root").files == ["pic_0.jpg"]
 
 
 def test_what_trains_without_mirroring_says_so(tmp_path):
@@ -542,9 +561,20 @@ def test_subsets_are_told_by_their_names(read, tmp_path):
     for subset, number in (("Train", 5), ("Validation", 3)):
         for i in range(number):
             draw(tmp_path / "root/images" / subset / f"pic_{i}.jpg")
-    for subset, number in (("Train", 3), ("Validation", 3)):
-        faces = read(plain(number), f"root/annotations/person_keypoints_{subset}.json", tmp_path / "root")
-        assert faces.files[0] == f"images/{subset}/pic_0.jpg"
+    (tmp_path / "root/images/Validation/pic_2.jpg").unlink()  # what is missing is not sought in the other
+    for subset in ("Train", "Validation"):
+        faces = read(plain(3), f"root/annotations/person_keypoints_{subset}.json", tmp_path / "root")
+        assert faces.files == [f"images/{subset}/pic_{i}.jpg" for i in range(3)]
+
+
+@pytest.mark.parametrize("train,val", [("train2017", "val2017"), ("images/train", "images/valid"), ("train/images", "val/images"),
+                                       ("dog_train", "dog_val")])
+def test_split_folders_are_told_by_the_files_names(read, tmp_path, train, val):
+    for folder in (train, val):
+        for i in range(3):
+            draw(tmp_path / "root" / folder / f"pic_{i}.jpg")
+    for file, folder in (("train.json", train), ("dogs_validation.json", val)):
+        assert read(plain(3), file, tmp_path / "root").files[0] == f"{folder}/pic_0.jpg"
 
 
 @pytest.mark.parametrize("written,there", [("A B.JPG", "a b.jpg"), ("a%20b.jpg", "a b.jpg"), ("Bjo\u0308rn.jpg", "Bj\u00f6rn.jpg"),
@@ -599,7 +629,10 @@ def test_pictures_in_two_folders_are_not_guessed(read, tmp_path):
             draw(tmp_path / "root" / folder / f"pic_{i}.jpg")
     refused(read, plain(), "pic_0.jpg", "--data-root", "in a ", "in b ", root=tmp_path / "root")
     (tmp_path / "root/a/pic_5.jpg").unlink()
-    assert read(plain(), root=tmp_path / "root").files[0] == "b/pic_0.jpg"  # the one that has them all
+    faces = read(plain(), root=tmp_path / "root")  # the one that has them all
+    assert faces.files[0] == "b/pic_0.jpg" and "taken from b, and not from a" in faces.notes[0]
+    (tmp_path / "root/b/pic_4.jpg").unlink()
+    refused(read, plain(), "pic_0.jpg", "--data-root", root=tmp_path / "root")
 
 
 @pytest.mark.parametrize("name", ["../pic.jpg", "/etc/passwd", "C:\\x.jpg", "a\\..\\..\\x.jpg", "\\\\host\\x.jpg", "a\0.jpg",
@@ -615,7 +648,7 @@ def test_no_name_leaves_the_data_root(read, tmp_path, name):
         read(data, root=tmp_path / "root")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "png"])
 @pytest.mark.parametrize("turn", [5, 6, 7, 8])
 def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn, suffix):
     """A dot painted at every landmark of the stored picture is there in the picture as it is seen."""
@@ -730,6 +763,12 @@ def test_pairs_that_names_tell(names, pairs):
 def test_a_landmark_without_its_other_side_ends_mirroring(read, lone, sided):
     faces = read(plain(names=["left_eye", "right_eye", "nose", "chin", lone]))
     assert faces.flip_pairs == ([] if sided else [[0, 1]]) and (f"{lone} has no other side" in faces.notes[0]) == sided
+
+
+@pytest.mark.parametrize("pair", [("lear", "rear"), ("EarL2", "EarR2"), ("lobe_lft", "lobe_rgt")])
+def test_sides_that_only_a_letter_tells_end_mirroring(read, pair):
+    faces = read(plain(names=["left_eye", "right_eye", "nose", *pair]))
+    assert faces.flip_pairs in ([], [[0, 1], [3, 4]]) and (faces.flip_pairs or f"{pair[0]} has no other side" in faces.notes[0])
 
 
 def test_letters_are_no_sides(read):
@@ -865,6 +904,9 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
 @pytest.mark.parametrize("files,train,val", [
     (["train.json", "val.json"], "train.json", "val.json"),
     (["train.json", "val.json", "test.json", "other.json"], "train.json", "val.json"),
+    (["train.json", "dogs_val.json", "captions.json"], "train.json", "dogs_val.json"),
+    (["training.json", "validation.json"], "training.json", "validation.json"),
+    (["train/annotations.json", "val/annotations.json"], "train/annotations.json", "val/annotations.json"),
     (["train.json"], "train.json", None), (["train.json", "test.json"], "train.json", "test.json"),
     (["train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"],
      "train/_annotations.coco.json", "valid/_annotations.coco.json"),

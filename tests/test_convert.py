@@ -198,7 +198,7 @@ def test_wrong_boxes_are_rebuilt(converted, root, box):
 
 
 def test_good_boxes_stay(converted, root):
-    label, (low, high) = read(root), ([0, 0], [WIDTH, HEIGHT])
+    label, (low, high) = read(root), ([1, 1], [WIDTH, HEIGHT])
     boxes = {"n0_1": [0, 0, 100, 80], "n0_2": ["0", "0", "120", "90"], "n0_3": [-0.4, 0, 120.7, 90.2]}
     for stem, box in boxes.items():
         label["landmarks"] = np.linspace(low, np.multiply(high, 0.9), 46).tolist()

@@ -56,7 +56,7 @@ KINDS = {
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
-    "nowhere": ("read otherwise", "landmarks without a place (NaN, -1) as not labelled"),
+    "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0) as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
     "outside": ("read otherwise", "names that lead out of the data root by how they end"),
@@ -304,6 +304,14 @@ def is_sided(name: str, names: list) -> bool:
     return sides.count("l") != sides.count("r") and not is_letter(name, names)
 
 
+def has_other_letter(name: str, names: list) -> bool:
+    """Whether another name differs by one l that is an r, or lft that is rgt, as lear and rear do."""
+    sides, others = {"l": "r", "lft": "rgt"}, {n.lower() for n in names}
+    return not is_letter(name, names) and any(
+        name[:m.start()].lower() + sides[m[0].lower()] + name[m.end():].lower() in others
+        for m in re.finditer("(?i)lft|l", name))
+
+
 def named_pairs(names: list) -> list:
     """[[left, right], ...] of the landmarks whose names differ in their side alone."""
     index, pairs = {name.lower(): i for i, name in enumerate(names)}, []
@@ -323,7 +331,8 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
     named, k = named_pairs(names), len(names)
     sided = {i for pair in named for i in pair}
     if not given:
-        lone = [n for i, n in enumerate(names) if named and i not in sided and is_sided(n, names)]
+        rest = [n for i, n in enumerate(names) if named and i not in sided]
+        lone = [n for n in rest if is_sided(n, names) or has_other_letter(n, rest)]
         if lone:  # mirrored, it would teach the wrong side
             notes.said.append(f"no flip_pairs, and in the names {lone[0]} has no other side; so it trains "
                               "without mirroring: name it alike, or give flip_pairs")
@@ -397,13 +406,19 @@ def plainly(name: str) -> str:
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
-def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
+def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder tells last: train2017 is of train, images/valid of val."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((split[0] for word in words[::-1] for split in SPLITS if word in split), None)
+
+
+def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: Notes) -> str:
     """The folder, relative to the data root, that names of pictures count from. UserError if a name has two.
 
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
-    the pictures the one folder of the root that holds most, as COCO's train2017 does. Of two that hold as
-    many the one counts whose name is in the file's, as CVAT's Train and Validation. A name has two where two
-    such folders hold its picture, or any two that of a name of several images (`repeated`).
+    the pictures the one folder of the root that holds most. Of those that hold at least half as many the one
+    counts that is named as the file is (train2017 for train.json), or that alone holds all. A name has two
+    where two such folders hold its picture, or any two that of a name of several images (`repeated`).
     """
     real = os.path.realpath(root)
 
@@ -426,14 +441,19 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set) -> str:
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
     own = {f: count for f, count in counts.items() if inner and Path(f).is_relative_to(inner[0])}
     counts = own if max(own.values(), default=0) * 2 >= len(names) else counts
-    fitting = [f for f, count in counts.items() if count == max(counts.values()) > most]
-    words = re.split(r"[\W_]+", path.stem.lower())
-    meant = [f for f in fitting if Path(f).name.lower() in words]
+    fitting = [f for f, count in counts.items() if count > most and 2 * count >= max(counts.values())]
+    split, words = split_of(path.stem), re.split(r"[\W_]+", path.stem.lower())
+    meant = [f for f in fitting if split and split_of(f) == split or Path(f).name.lower() in words]
     refuse_two(() if meant else repeated, counts, "{} stands for several images, and is",
                "write names with their folders, or name one by --data-root")
-    fitting = meant or fitting
-    refuse_two(names, fitting, "pictures ({}) are", "name the right one with --data-root")
-    return fitting[0] if fitting else best
+    whole = [f for f in fitting if counts[f] == len(names)]
+    if not meant and len(whole) == 1 < len(fitting):
+        other = next(f for f in fitting if f != whole[0])
+        notes.said.append(f"the pictures are taken from {printable(whole[0])}, and not from "
+                          f"{printable(other)}, which holds some, too; else name it with --data-root")
+        return whole[0]
+    refuse_two(names, meant or fitting, "pictures ({}) are", "name the right one with --data-root")
+    return max(meant or fitting, key=counts.get, default=best)
 
 
 def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
@@ -448,6 +468,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     placed, outside, known = {}, {}, defaultdict(list)
     for name in dict.fromkeys(names):
         plain = posixpath.normpath(name.replace("\\", "/"))  # labels/../a.jpg is a.jpg
+        if Path(plain).is_relative_to(Path(root).absolute()):
+            plain = Path(plain).relative_to(Path(root).absolute()).as_posix()
         inner = plain if os.path.isfile(os.path.join(root, plain)) else name
         try:
             there = os.path.isfile(picture_path(root, inner, f"{path}: "))
@@ -456,7 +478,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
             if not Path(name).is_absolute() and os.path.lexists(os.path.join(root, name)):
                 raise  # a link that leads out
             outside[name] = e
-    folder = holding_folder([*placed.values()], path, root, {placed[n] for n in repeated if n in placed})
+    several = {placed[n] for n in repeated if n in placed}
+    folder = holding_folder([*placed.values()], path, root, several, notes)
     placed = {name: posixpath.join(folder, place) for name, place in placed.items()}
     owners = {place: name for name, place in placed.items()}
     lost = [name for name, place in placed.items() if not os.path.isfile(os.path.join(root, place))]
@@ -492,11 +515,15 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     return [placed[name] for name in names]
 
 
+PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where a PNG may say how it is turned
+
+
 def header(path: Path | str) -> tuple[tuple, int] | None:
     """A picture's stored size, and EXIF's 2 to 8 if that turns or mirrors it, or 0; None if unreadable."""
     try:
         with Image.open(str(path), formats=FORMATS) as image:
-            turn = image.getexif().get(0x112, 1)
+            plain = image.format == "PNG" and not PNG_EXIF & image.info.keys()  # else Pillow decodes it whole
+            turn = 1 if plain else image.getexif().get(0x112, 1)
             tags = getattr(image, "tag_v2", {})  # newer versions of Pillow open a TIFF with its turned size
             size = (int(tags.get(256, image.width)), int(tags.get(257, image.height)))
             return size, turn if turn in range(2, 9) else 0
@@ -529,10 +556,9 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
     the program is known for it (`upright`), it showed pictures upright: only the sizes are wrong; they are
     corrected in place.
     """
-    names = [n for n in set(files) if not n.lower().endswith((".png", ".bmp", ".gif", ".ppm"))]  # no camera's
-    headers = {name: header(os.path.join(root, name)) or ((), 0) for name in names}
+    headers = {name: header(os.path.join(root, name)) or ((), 0) for name in set(files)}
     turns = {i: headers[name][1] for i, name in enumerate(files)
-             if headers.get(name, ((), 0))[1] and tuple(sizes[i]) == headers[name][0]}
+             if headers[name][1] and tuple(sizes[i]) == headers[name][0]}
     oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
     stored, seen = (sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in oblong)
                     for step in (1, -1))
@@ -541,7 +567,7 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
             notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
         # A size as the picture is seen tells of a program that knows EXIF.
-        known = [(size, *headers.get(name, ((), 0))) for name, size in zip(files, sizes)]
+        known = [(size, *headers[name]) for name, size in zip(files, sizes)]
         upright |= any(turn > 4 and tuple(size[::-1]) == raw != tuple(size) for size, raw, turn in known)
         undecided, meant = () if oblong or upright else tuple(turns), {}
     else:
@@ -579,6 +605,9 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     differ.
     """
     notes = train.notes + (val.notes if val else [])
+    if never := list(compress(train.scheme.names, ~train.visible.any(0))):
+        named = ", ".join(map(printable, never))[:80]
+        notes.append(f"{paths[0]}: labelled in no face: {named}; what a model says of it means nothing")
     if not train.scheme.flip_pairs and not any("mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val:
@@ -615,7 +644,7 @@ def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
 def read_annotations(entries: list, images: dict, categories: dict, k: int, path: Path,
                      notes: Notes) -> tuple[tuple, tuple, tuple, np.ndarray]:
     """The N faces with a labelled landmark: annotations, ids, image ids, (N, K, 3). Raises UserError."""
-    rows, ids = [], set()
+    rows, ids, written = [], set(), {str(key): key for key in images}
     for number, entry in enumerate(entries):
         key, picture = identity(entry.get("id", number)), identity(entry.get("image_id"))
         where = f"{path}: annotation {printable(key)}"
@@ -623,7 +652,7 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
             raise UserError(f"{where} has an id that is neither number nor text")
         if key in ids:
             raise UserError(f"{where} has the id of another; give each its own")
-        if picture is None or picture not in images:
+        if picture not in images and (picture := written.get(str(picture))) is None:  # "1" for 1
             raise UserError(f"{where} names an image that is not in the file")
         ids.add(key)
         reason = ("crowds" if entry.get("iscrowd") in (1, "1") else "boxes" if not entry.get("keypoints") else
@@ -647,9 +676,8 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
         raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v") from None
     v, example = triples[:, 2], where.split(": ")[-1]  # v is a view
-    none = (triples == -1).all(axis=1)  # DeepLabCut's
-    nowhere = np.isnan(triples[:, :2]).any(axis=1) | none
-    if (lost := nowhere & (v > 0) | none).any():
+    nowhere = np.isnan(triples[:, :2]).any(axis=1) | np.isin(triples[:, :2], (0, -1)).all(axis=1)
+    if (lost := nowhere & (abs(v) > 0)).any():
         notes.add("nowhere", example, int(lost.sum()))
     v[nowhere] = 0
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
@@ -762,15 +790,15 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
 
 # ---------------------------------------------------------------- the files of an export
 
-SPLITS = ("train",), ("val", "valid", "validation", "test")
+SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test",)
 
 
 def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     """An export's files (train, val), val None if it has no split. Raises UserError saying what was sought.
 
     ann_root: a file, or a folder with train.json and val.json; train/ and valid/, each with
-    _annotations.coco.json (Roboflow) or labels.json (FiftyOne); names with train and val (COCO's
-    annotations/person_keypoints_train2017.json); or one JSON file.
+    _annotations.coco.json (Roboflow), labels.json (FiftyOne), annotations.json or result.json; names with
+    train and val (COCO's annotations/person_keypoints_train2017.json); or one JSON file.
     """
     ann_root = Path(ann_root)
     if ann_root.is_file():
@@ -782,8 +810,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     def named(split, name):
         places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
         return next(filter(Path.is_file, places), None)
-    if train := named(SPLITS[0], "_annotations.coco.json"):
-        return train, named(SPLITS[1], "_annotations.coco.json")
+    for_train, for_val = SPLITS[0], SPLITS[1] + SPLITS[2]
     files = [p for folder in (ann_root, ann_root / "annotations") for p in sorted(folder.glob("[!.]*.json"))]
     files = [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside them
 
@@ -792,7 +819,10 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         short = min((p.stem for p in found), key=len, default="")
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
-    trains, vals = (next(filter(None, map(hits, split)), []) for split in SPLITS)
+    trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train, for_val))
+    if train := named(for_train, "_annotations.coco.json"):
+        val = named(for_val, "_annotations.coco.json")
+        return train, val or (vals[0] if train in files and len(vals) == 1 and train not in vals else None)
     if trains and (rest := [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)]):
         raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT a "
                         "subset and export again, or move the file away to do without it")
@@ -800,9 +830,9 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return trains[0], vals[0] if vals and vals != trains else None  # not train_val.json
     if len(files) == 1:
         return files[0], None
-    for name in ("labels.json", "annotations/instances.json") if not files else ():
-        if train := named(SPLITS[0], name):
-            return train, named(SPLITS[1], name)
+    for name in ("labels.json", "annotations/instances.json", "annotations.json", "result.json"):
+        if not files and (train := named(for_train, name)):
+            return train, named(for_val, name)
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
