@@ -739,7 +739,7 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
     (tmp_path / "ones").mkdir()
     shutil.copy(photo, tmp_path / "ones")
     dog, cat = {"id": 1, "file_name": "dog.png"}, {"id": 1, "file_name": "cat.png"}
-    for name, images in (("dog", [dog]), ("cat", [cat]), ("twice", [dog, {**dog, "id": 2}])):
+    for name, images in (("dog", [dog]), ("cat", [cat]), ("twice", [dog, cat])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [1, 1, 9, 9]}]}))
     out = ("--out", tmp_path / "out")
     for wanted, args in {
@@ -765,7 +765,7 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         "1 of 1 files": (photo, "--box", 5000, 0, 9, 9),
         "is the name of several": (tmp_path / "ones", tmp_path / "two", "--boxes", tmp_path / "dog.json"),
         "image id of another picture": (tmp_path / "dog.json", tmp_path / "cat.json", "--data-root", tmp_path / "ones"),
-        "same file_name or id": (tmp_path / "twice.json", "--data-root", tmp_path / "ones"),
+        "has the id of another": (tmp_path / "twice.json", "--data-root", tmp_path / "ones"),
     }.items():
         with pytest.raises(UserError, match=wanted):
             predict(checkpoint, *args, *out)
@@ -850,6 +850,92 @@ def test_given_boxes_are_those_that_the_trainer_reads(run, faces, tmp_path, caps
         assert tool.read_boxes(tmp_path / "two.json", run.data_root, name).category == {"id": number, "name": name}
 
 
+DOG = {"id": 7, "name": "dog", "keypoints": ["nose"]}
+
+
+def boxes_file(path, images, faces, landmarks=True):
+    """A COCO file of pictures and [(image id, box), ...], each with a nose in its middle, or without."""
+    annotations = [{"image_id": i, "bbox": b, "category_id": 7,
+                    **({"keypoints": [b[0] + b[2] / 2, b[1] + b[3] / 2, 2]} if landmarks else {})} for i, b in faces]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [DOG]}))
+    return path
+
+
+def planned(*args):
+    """What is to be predicted, without a model: each picture is read."""
+    args = tool.parse_args([*map(str, args)])
+    sources, _, category = tool.plan(args)
+    queue = tool.PictureQueue(None, None, args)
+    for source in sources:
+        queue.add(source)
+    return sources, category
+
+
+@pytest.mark.parametrize("landmarks", [True, False])
+def test_boxes_of_pictures_of_another_size_are_refused(tmp_path, landmarks):
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    for sides in ({}, {"width": 80, "height": 60}, {"width": 160, "height": 120}):
+        file = boxes_file(tmp_path / "f.json", [{"id": 1, "file_name": "a.png", **sides}], [(1, [5, 5, 40, 40])], landmarks)
+        if sides.get("width") != 160:
+            planned(tmp_path / "a.png", "--boxes", file)
+            continue
+        with pytest.raises(UserError, match="a.png: is 80 x 60 pixels, the COCO file says 160 x 120; export the ann"):
+            planned(tmp_path / "a.png", "--boxes", file)
+
+
+@pytest.mark.parametrize("landmarks", [True, False])
+@pytest.mark.parametrize("rooted", [True, False])
+def test_boxes_are_turned_with_the_pictures_that_exif_turns(tmp_path, landmarks, rooted, capsys):
+    """Names with a folder, though all pictures lie in it; a picture upside down is turned by what the others tell."""
+    (tmp_path / "train").mkdir()
+    for name, turn in (("0.jpg", 6), ("1.jpg", 3)):
+        exif = Image.Exif()
+        exif[0x112] = turn
+        Image.new("RGB", (160, 120)).save(tmp_path / "train" / name, exif=exif)
+    images = [{"id": i, "file_name": f"train/{i}.jpg", "width": 160, "height": 120} for i in (0, 1)]
+    stored, low = [10, 20, 40, 30], [10, 90, 40, 60]  # as seen, this one is in the picture
+    file = boxes_file(tmp_path / "f.json", images, [(0, stored), (1, stored)], landmarks)
+    args = tmp_path, "--boxes", file, *(("--data-root", tmp_path) if rooted else ())
+    (one, two), _ = planned(*args)
+    assert np.array_equal(one.boxes[0][1], [69, 10, 30, 40]) and np.array_equal(two.boxes[0][1], [109, 69, 40, 30])
+    said = capsys.readouterr().err
+    assert "2 faces of pictures that EXIF turns, turned with them" in said and ("its overlay" in said) != landmarks
+    if not landmarks:
+        boxes_file(file, images, [(0, low), (1, stored)], landmarks)
+        (one, two), _ = planned(*args)
+        assert np.array_equal(one.boxes[0][1], low) and np.array_equal(two.boxes[0][1], stored)
+    boxes_file(file, images[1:], [(1, stored)], landmarks)
+    (tmp_path / "train/0.jpg").unlink()
+    capsys.readouterr()
+    planned(*args)
+    assert capsys.readouterr().err.count("nothing tells whether") == 1
+
+
+@pytest.mark.parametrize("landmarks", [True, False])
+def test_an_image_entry_for_every_face_is_one_picture(tmp_path, landmarks):
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    images, faces = [{"id": i, "file_name": "a.png"} for i in (3, 4)], [(3, [5, 5, 20, 20]), (4, [30, 30, 20, 20])]
+    file = boxes_file(tmp_path / "f.json", images, faces, landmarks)
+    for args in ((file, "--data-root", tmp_path), (tmp_path,)):
+        (source,), category = planned(*args, "--boxes", file)  # its annotations have no id: their number is it
+        assert source.image_id == 3 and category == {"id": 7, "name": "dog"}
+        assert [(own, box.tolist()) for own, box in source.boxes] == [
+            (i if landmarks else None, box) for i, (_, box) in enumerate(faces)]
+    boxes_file(file, [{**images[0], "width": 80, "height": 60}, {**images[1], "width": 40, "height": 30}], faces, landmarks)
+    with pytest.raises(UserError, match="has two sizes of a.png; give every picture one entry"):
+        planned(tmp_path, "--boxes", file)
+
+
+@pytest.mark.parametrize("content,words", [
+    ({"images": [], "annotations": 0.5}, "not a COCO file with images and bbox"),
+    ({"images": [], "annotations": [{"id": "\n", "bbox": 1}]}, r"annotation \?: its bbox must be four numbers"),
+    ([{"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.9}], "is only a list, as detectors write their boxes; put it")])
+def test_what_is_no_file_of_boxes_is_refused(tmp_path, content, words):
+    (tmp_path / "f.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        tool.read_boxes(tmp_path / "f.json", tmp_path)
+
+
 def test_folders_in_a_folder(tmp_path, capsys):
     """Links to folders and predictions of before are left out, with a word; the folder to write into without."""
     for folder in ("in/sub", "elsewhere", "in/before/sub", "in/out"):
@@ -862,8 +948,12 @@ def test_folders_in_a_folder(tmp_path, capsys):
     assert sorted(capsys.readouterr().err.splitlines()) == [
         f"{tmp_path}/in/before: is left out: predictions of before",
         f"{tmp_path}/in/link: is left out: a link to a folder; name it, too"]
-    with pytest.raises(UserError, match="--out .* is the folder of the pictures"):
-        tool.expand(str(tmp_path / "in"), tmp_path / "in")
+    for text in (f"{tmp_path}/in", f"{tmp_path}/in/sub", f"{tmp_path}/in/s*/*.png"):
+        with pytest.raises(UserError, match="--out .*/in: the pictures of .* are in it; name another folder"):
+            tool.expand(text, tmp_path / "in")
+    (tmp_path / "in/notes.txt").touch()
+    with pytest.raises(UserError, match="notes.*: no pictures in it"):
+        tool.expand(f"{tmp_path}/in/notes*", tmp_path / "in")
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,17 @@ from tqdm import tqdm
 
 from dataset import Scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
-from tools.lib.coco import MAX_NUMBER, Notes, place_pictures, read_coco
+from tools.lib.coco import (
+    MAX_NUMBER,
+    Notes,
+    choose_categories,
+    open_coco,
+    place_pictures,
+    read_coco,
+    read_images,
+    stored_turns,
+    turn_faces,
+)
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor, intersections
@@ -70,15 +80,18 @@ class Source:
     target: Path = None  # its overlay
     image_id: object = None  # its id in a COCO file
     boxes: list | None = None  # [(annotation id, box (4,)), ...] that are given; None: faces are to be found
+    size: tuple = (0, 0)  # width and height that the boxes are of; 0 where the COCO file does not say it
 
 
 @dataclass
 class Listing:
     """What a COCO file says of its pictures; it needs no keypoints."""
-    ids: dict  # file_name -> image id
+    ids: dict  # file_name -> image id, the first if it has several
+    sizes: dict  # file_name -> (width, height), 0 where it does not say it
     # file_name -> [(annotation id, box (4,)), ...]; the id is None of a detector's box, without keypoints
     boxes: dict
     category: dict  # its id and name
+    turned: bool = False  # whether read_coco has turned the boxes with the pictures that EXIF turns
 
 
 def check_box(box: object, where: str) -> np.ndarray:
@@ -98,18 +111,23 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
     root: the data root, in which the pictures are found as the trainer finds them; None: names stay. The
     Listing's category is the first that names landmarks.
     """
-    content, notes, boxes = load_json(path), Notes(), {}
+    content, notes, ids, sizes, boxes = load_json(path), Notes(), {}, {}, {}
+    if isinstance(content, list):
+        raise UserError(f"{path}: is only a list, as detectors write their boxes; put it into a COCO file "
+                        'as annotations: {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [...]}')
     try:
-        names = {image["id"]: image["file_name"].replace("\\", "/") for image in content["images"]}
+        images = read_images(content["images"], path)
+        names = [name.replace("\\", "/") for name, _, _ in images.values()]
         if root:
-            names = dict(zip(names, place_pictures([*names.values()], path, root, notes)))
-        names = {image_id: normpath(name) for image_id, name in names.items()}
-        ids = {name: image_id for image_id, name in names.items()}
-        if len(ids) < len(content["images"]):
-            raise UserError(f"{path}: two of its images have the same file_name or id; give every picture "
-                            "one entry")
+            repeated = {name for name, count in Counter(names).items() if count > 1}
+            names = place_pictures(names, path, root, notes, repeated)
+        names = dict(zip(images, map(normpath, names)))
+        for image_id, name in names.items():
+            ids.setdefault(name, image_id)
+            if sizes.setdefault(name, images[image_id][1]) != images[image_id][1]:
+                raise UserError(f"{path}: has two sizes of {printable(name)}; give every picture one entry")
         for annotation in content.get("annotations", []) if with_boxes else ():
-            where = f"{path}: annotation {annotation.get('id')}"
+            where = f"{path}: annotation {printable(annotation.get('id'))}"
             own_id = annotation.get("id") if annotation.get("keypoints") else None
             box = check_box(annotation.get("bbox"), where)
             boxes.setdefault(names[annotation["image_id"]], []).append((own_id, box))
@@ -119,25 +137,34 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
         raise UserError(f"{path}: not a COCO file with images and bbox ({reason})") from None
     for note in notes.lines():
         print(note, file=sys.stderr)
-    return Listing(ids, boxes, {key: category.get(key, value) for key, value in FACE.items()})
+    return Listing(ids, sizes, boxes, {key: category.get(key, value) for key, value in FACE.items()})
 
 
 def read_boxes(path: Path, root: Path, category: str | None = None) -> Listing:
-    """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes."""
+    """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes.
+
+    Names may count from a folder above `root`: the one counts where most of them are pictures.
+    """
     content = load_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
-    landmarks = [row.get("keypoints") for row in rows or () if isinstance(row, dict)]
+    rows = rows if isinstance(rows, list) else ()
+    landmarks = [row.get("keypoints") for row in rows if isinstance(row, dict)]
     if not any(isinstance(xyv, list) and any(xyv[2::3]) for xyv in landmarks):
         return read_listing(path)
-    listing, faces = read_listing(path, with_boxes=False), read_coco(path, root, category)
+    listing = read_listing(path, with_boxes=False)
+    above = root.parents[:-1][:max((name.count("/") for name in listing.ids), default=0)]
+    root = max((root, *above), key=lambda folder: sum(os.path.isfile(folder / name) for name in listing.ids))
+    faces = read_coco(path, root, category)
     for note in faces.notes:
         print(note, file=sys.stderr)
-    for file, image, own, box in zip(faces.files, faces.image_ids, faces.ids, faces.boxes, strict=True):
-        listing.ids[file] = image
+    for file, size, image, own, box in zip(faces.files, faces.sizes.tolist(), faces.image_ids, faces.ids,
+                                           faces.boxes, strict=True):
+        listing.ids.setdefault(file, image)
+        listing.sizes[file] = tuple(size)
         listing.boxes.setdefault(file, []).append((own, box))
-    own = next(row.get("category_id") for row in rows if row.get("id") == faces.ids[0])
-    chosen = next((c for c in content["categories"] if c.get("id") == own), {})
-    listing.category = {key: chosen.get(key, value) for key, value in FACE.items()}
+    chosen, _ = choose_categories(open_coco(path), category, path)
+    first = next(iter(chosen.values()))
+    listing.category, listing.turned = {key: first.get(key, value) for key, value in FACE.items()}, True
     return listing
 
 
@@ -178,15 +205,15 @@ def expand(text: str, out: Path) -> list[Source]:
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
     members = [f for m in matches for f in (files_in(m, out) if m.is_dir() else [m])]
     # A link to nowhere is named when it cannot be read.
-    files = [f for f in members if (f.is_file() or f.is_symlink() and not os.path.exists(f))
-             and not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
+    members = [f for f in members if f.is_file() or f.is_symlink() and not os.path.exists(f)]
+    files = [f for f in members if not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
     kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
     if others := Counter(f.suffix.lower() or f.name for f in files if not kinds[f]):
         named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
         print(f"{text}: {others.total()} files in it are no pictures or videos ({named})", file=sys.stderr)
     if not any(kinds.values()):
-        if matches and os.path.realpath(out) == os.path.realpath(path):
-            raise UserError(f"--out {out}: is the folder of the pictures; name another")
+        if any(map(format_of, {*members} - {*files})):
+            raise UserError(f"--out {out}: the pictures of {text} are in it; name another folder")
         raise UserError(f"{text}: " + ("no pictures in it" if matches else "no such file"))
     return [Source(f, "video" if kind == "video" else "picture") for f, kind in kinds.items() if kind]
 
@@ -227,12 +254,26 @@ def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
     for source in sources:
         parts = source.place.parts
         name = next((t for i in range(len(parts)) if (t := "/".join(parts[i:])) in listing.ids), None)
-        source.boxes = listing.boxes.get(name, [])
+        source.boxes, source.size = listing.boxes.get(name, []), listing.sizes.get(name, source.size)
         if name and source.image_id is None:
             source.image_id = listing.ids[name]
         if name and names.setdefault(name, source) is not source:
-            raise UserError(f"--boxes {path}: {name} is the name of several of the pictures; "
+            raise UserError(f"--boxes {path}: {printable(name)} is the name of several of the pictures; "
                             "give their folders in it, too")
+
+
+def turn_boxes(sources: list[Source], root: Path) -> None:
+    """Turn boxes without landmarks with their pictures, where read_coco would turn faces (EXIF), in place."""
+    rows, notes = [(source, box) for source in sources for _, box in source.boxes], Notes()
+    files, sizes = [source.file for source, _ in rows], np.array([source.size for source, _ in rows])
+    boxes, labelled = np.array([box for _, box in rows]), np.ones((len(rows), 2))
+    corners = np.array([[box[:2], box[:2] + box[2:]] for box in boxes])
+    turns = stored_turns(files, sizes, corners, labelled, root, notes)
+    turn_faces(turns, sizes, boxes, corners, labelled)
+    for (source, box), size, turned in zip(rows, sizes.tolist(), boxes):
+        source.size, box[:] = tuple(size), turned
+    for note in notes.lines():
+        print(note.replace("it with tools/visualize_dataset.py", "its overlay"), file=sys.stderr)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
@@ -262,6 +303,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
         listing = read_boxes(args.boxes, root, args.category)
         category = listing.category
         take_boxes(sources, args.boxes, listing)
+        if not listing.turned:
+            turn_boxes(sources, root)
     if long := [s.file for s in sources if len(os.fsencode(s.target.name)) > 255]:
         raise UserError(f"{printable(long[0])}: its name is too long for the overlay's; rename it")
     targets = Counter(os.path.realpath(s.target) for s in sources)
@@ -374,6 +417,9 @@ class PictureQueue:
         if source.boxes is not None:
             if not source.boxes:
                 raise UserError(f"{source.place}: no box for it in {self.args.boxes}")
+            if 0 not in source.size and source.size != size:
+                raise UserError(f"{source.place}: is {size[0]} x {size[1]} pixels, the COCO file says "
+                                f"{source.size[0]} x {source.size[1]}; export the annotations again")
             boxes = np.stack([box for _, box in source.boxes])
             if not intersections(boxes, whole_box(size)[None]).all():
                 raise UserError(f"{source.place}: a box lies outside this picture of {size[0]} x {size[1]} "
@@ -530,9 +576,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(results.rows)} faces in {done} files -> {printable(args.out)}; names are relative to "
               f"{printable(root)}")
     if args.coco and done:
-        print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: train_simple.py "
-                        f"--ann-root {shlex.quote(str(args.coco))} --data-root {shlex.quote(str(root))} "
-                        "--holdout 0.1"))
+        print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: python "
+                        f"train_simple.py --ann-root {shlex.quote(str(args.coco))} --data-root "
+                        f"{shlex.quote(str(root))} --holdout 0.1"))
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
                         "are named above")
