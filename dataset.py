@@ -21,7 +21,7 @@ from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, war
 
 ROOT = Path(__file__).resolve().parent
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
-STRIDE = 2  # input pixels a heatmap cell
+STRIDE = 2  # input pixels a heatmap cell; LandmarkNet is built for this one
 
 
 # ---------------------------------------------------------------- the COCO file
@@ -166,7 +166,7 @@ def default_sigma(input_size: int) -> float:
 class DogFLWDataset(torch.utils.data.Dataset):
     """Faces as training samples. `dataset[i]` is one sample in full, ready to look at:
 
-        image     (3, S, S) float, normalised     heatmaps   (K, S/2, S/2) float
+        image     (3, S, S), by ImageNet's mean   heatmaps   (K, S/2, S/2) float
         keypoints (K, 2) float, crop pixels       visibility (K,) float, see below
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
@@ -242,7 +242,7 @@ def normalize(images, mean, std, colour=None):
 
 
 def cell_offsets(points, size):
-    """From every point (B, K, 2) in crop pixels to every column and row, in cells: (B, K, 2, size)."""
+    """From every point (B, K, 2) in crop pixels to `size` columns and rows, in cells: (B, K, 2, size)."""
     places = (points + 0.5) / STRIDE - 0.5  # in cells
     return torch.arange(size, device=points.device, dtype=points.dtype) - places.unsqueeze(-1)
 
@@ -262,7 +262,7 @@ def encode_heatmaps(points, size, sigma):
 
 
 def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
-    """Non-negative maps of any height (B, K, S, S) -> points (B, K, 2) in crop pixels, scores (B, K).
+    """Non-negative maps of any height (B, K, H, H) -> points (B, K, 2) in crop pixels, scores (B, K).
 
     The point is the centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2) of the map to
     the `power`: at 1, thin tails over the whole crop would draw it to the middle. The score is the share of

@@ -40,7 +40,7 @@ SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sam
 class Config(Augmentation):
     """Every setting, once, after Augmentation's. Only those with free=True may change at --resume."""
     data_root: Path | None = setting(None, "pictures (default: kagglehub's cache)", group="data", free=True)
-    ann_root: Path = setting(ROOT / "data/dogflw/annotations", "folder of train.json and val.json", free=True)
+    ann_root: Path = setting(ROOT / "data/dogflw/annotations", "an export, or its train.json", free=True)
     category: str | None = setting(None, "the category to train on, if several have different landmarks")
     sample: bool = setting(False, "train on drawn faces, with settings for a CPU (made when missing)")
     holdout: float = setting(0.0, "fraction of train, by breed and picture, that chooses the checkpoint; "
@@ -52,7 +52,7 @@ class Config(Augmentation):
     backbone: str = setting("hrnet_w32", "any timm model with feature maps", group="model")
     pretrained: bool = setting(True, "start from timm's ImageNet weights", free=True)
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
-    freeze: bool = setting(False, "keep the backbone's weights: for few pictures, with --weights")
+    freeze: bool = setting(False, "keep the backbone's weights (not its statistics), with --weights")
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the targets, at the end, in cells (1.5 at 256 px)", "[0.3, 100]")
@@ -62,7 +62,7 @@ class Config(Augmentation):
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
     lr: float | None = setting(None, "learning rate (default 2e-3, --weights 1e-3, scratch 4e-3)", "(0, inf)")
-    weight_decay: float = setting(0.1, "AdamW's, of the convolutions' weights", "[0, 1)")
+    weight_decay: float = setting(0.1, "AdamW's, of all but vectors: biases, norms", "[0, 1)")
     beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", "[0, 1)")
     beta2: float = setting(0.99, "decay of Adam's running mean of their squares", "[0, 1)")
     warmup_epochs: float = setting(1.0, "linear warm-up before the cosine", "[0, inf)")
@@ -86,7 +86,7 @@ class Config(Augmentation):
 
 
 def parse_args(argv=None) -> Config:
-    """Read and check the command line: a Config. Every problem is reported at once (UserError)."""
+    """Read and check the command line: a Config. Raises UserError, one for all values out of range."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
     if (config.empty or config.background) and (config.crop == "face" or not config.empty * config.kl_weight):
         raise UserError("--empty, --background: are for a locator; they need --crop image, and --empty and "
@@ -156,7 +156,7 @@ def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
 # ---------------------------------------------------------------- the loss
 
 def divergence(heatmaps, offsets, sigma):
-    """KL(Gaussian of sum 1 || map) in nats: maps (B, K, S, S), offsets (B, K, 2, S), cells -> (B, K).
+    """KL(Gaussian of sum 1 || map) in nats: maps (B, K, H, H), offsets (B, K, 2, H), cells -> (B, K).
 
     Kullback & Leibler 1951, "On information and sufficiency". From a window of 5 sigma around the point,
     beyond which the Gaussian is nothing: few passes over whole maps.
@@ -177,19 +177,19 @@ def divergence(heatmaps, offsets, sigma):
 def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     """The loss of every heatmap (B, K): MSE + CRPS + divergence, each with its weight of the config.
 
-    heatmaps (B, K, S, S) that sum to 1; points (B, K, 2) in crop pixels; sigma in cells; visibility (B, K):
+    heatmaps (B, K, H, H) that sum to 1; points (B, K, 2) in crop pixels; sigma in cells; visibility (B, K):
     1 trains, 0 costs nothing, -1 asks for a flat map.
 
-    MSE: between the target Gaussian and the map, scaled so that a perfect one peaks at 1; an empty map costs
-    1. Alone it prefers the empty map wherever a place is uncertain, and learns the ears last.
+    MSE: between the target Gaussian and the map, scaled so that a perfect one peaks at 1; a flat map costs
+    about 1. Alone it prefers the flat map wherever a place is uncertain, and learns the ears last.
     CRPS: the continuous ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery
     2007, "Strictly proper scoring rules", eq. 20). It knows how far away a wrong map is.
     """
     size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
-    offsets = data.cell_offsets(points, size)  # (B, K, 2, S)
+    offsets = data.cell_offsets(points, size)  # (B, K, 2, H)
     x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map
     # |height * map - target|^2 = height^2 |map|^2 - 2 height <map, target> + |target|^2: fewer passes
-    weighted, plain = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, S): columns
+    weighted, plain = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, H): columns
     inner = (weighted * x).sum(2)
     square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()
     mse = height**2 * square - 2 * height * inner + x.square().sum(2) * y.square().sum(2)
@@ -328,7 +328,7 @@ class Plan:
         return (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
 
     def size(self, epoch: int) -> int:
-        """Side of the crops in pixels. Progressive resizing (Tan & Le 2021, "EfficientNetV2", section 4)."""
+        """Side of the crops, first half, in steps of 32 (Tan & Le 2021, "EfficientNetV2", section 4)."""
         full = self.config.input_size
         small = min(full, max(128, full // 64 * 32))
         return small if epoch < int(self.config.progressive * self.config.epochs) else full
@@ -347,7 +347,7 @@ class Plan:
 
 
 def build_optimizer(model: nn.Module, config: Config):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of the convolutions' weights alone."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of all but vectors: biases, norms."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=config.lr,
@@ -379,10 +379,10 @@ class Run:
 
 def train_step(run: Run, batches, step: int):
     """One optimizer step over its micro-batches: its loss and its faces. Never waits for the device."""
-    config, device, total, faces = run.config, run.processes.device, 0, []
+    config, device, total, indices = run.config, run.processes.device, 0, []
     for left in reversed(range(config.accumulate)):  # micro-batches after this one
         batch = next(batches)
-        faces += batch["index"].tolist()
+        indices += batch["index"].tolist()
         crops, points, visible, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
                                           for k in ("image", "keypoints", "visibility", "colour"))
         images = data.normalize(crops, run.model.mean, run.model.std, colour)
@@ -395,13 +395,13 @@ def train_step(run: Run, batches, step: int):
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
     for group in run.optimizer.param_groups:
-        group["lr"] = run.plan.lr(step)
+        group["lr"] = run.plan.lr(step) * group.get("scale", 1)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.average:
         run.average.update(step)
-    return total, faces
+    return total, indices
 
 
 def train_one_epoch(run: Run, batches, files: list) -> float:
@@ -412,9 +412,9 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
     watch = runtime.FiniteWatch(run.processes.device, files, title, run.config.work_dir / "last.pth")
     with Progress(steps, title, quiet=not run.processes.first) as progress:
         for step in range(steps):
-            loss, faces = train_step(run, batches, epoch * steps + step)
+            loss, indices = train_step(run, batches, epoch * steps + step)
             total = total + loss
-            watch.add(loss, faces)
+            watch.add(loss, indices)
             if step % 50 == 49 or step == steps - 1:  # rarely: reading the loss waits for the device
                 watch.check(run.scaler, run.model if step == steps - 1 else None)
                 progress.show(loss=f"{float(total) / (step + 1):.2e}")
@@ -435,7 +435,7 @@ def validate(run: Run, dataset: DogFLWDataset):
 # ---------------------------------------------------------------- a run, top to bottom
 
 def load_sets(config: Config, processes):
-    """Faces to train on, to choose the checkpoint on, to score once (or None); the second's name."""
+    """Faces to train on, to choose on, to score once (or None); the second's name, for prints. UserError."""
     if config.sample:
         make_sample(config.data_root, config.ann_root)
     root, paths = data_root(config.data_root), find_annotations(config.ann_root)
@@ -450,7 +450,7 @@ def load_sets(config: Config, processes):
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
     if not held or not rest:
-        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; take another "
+        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; try another "
                         "or add pictures: the faces of one stay together")
     return rest, held, val, "held out of train"
 
@@ -478,19 +478,19 @@ def train(config: Config, processes):
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
     run = Run(config, faces.scheme, plan, processes,
               processes.from_first(lambda: load_resumable(last, config, faces, select)))
-    first = run.progress["epoch"]
+    done = run.progress["epoch"]
     saver = Saver(config, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     cut = partial(DogFLWDataset, padding=config.padding, seed=config.seed, cache=config.cache)
     train_set = cut(faces, config.input_size, augment=config)
     select_sets, test_sets = ({size: cut(some, size) for size in plan.sizes if some}
                               for some in (select, test))
-    sampler = EpochBatches(len(faces), plan, first, processes.rank, processes.world)
+    sampler = EpochBatches(len(faces), plan, done, processes.rank, processes.world)
     batches = batches_of(train_set, sampler, config.num_workers, processes.device)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
-                  f"{config.backbone} on {processes.world} x {processes.device}; from epoch {first + 1} on")
-    for epoch in range(first, config.epochs):
+                  f"{config.backbone} on {processes.world} x {processes.device}; {done} epochs done")
+    for epoch in range(done, config.epochs):
         begin, size, points = time.perf_counter(), plan.size(epoch), None
         torch.manual_seed(config.seed + epoch)  # a backbone's dropout is the same after --resume
         row = dict.fromkeys(COLUMNS, math.nan) | {"epoch": epoch + 1, "size": size}

@@ -311,12 +311,13 @@ def test_a_picture_can_teach_one_face_only_as_a_whole(faces):
 
 def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
     faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).whole_pictures()
+    faces = faces.take(np.flatnonzero((faces.visible > 0).all(1))[:20])
     dataset = DogFLWDataset(faces, 64, 1.0, augment=Augmentation(scale=1.5, empty=0.4))
     batch = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
     visible, points = batch["visibility"].numpy(), batch["keypoints"].numpy()
     nothing = (visible < 0).any(1)
     assert 0.3 < nothing.mean() < 0.7
-    assert (visible[nothing] == -1).all() or (faces.visible == 0).any()
+    assert len(faces) == 20 and (visible[nothing] == -1).all()
     assert ((visible[~nothing] > 0).mean(1) > 0.2).all()
     sides = np.ptp(points[~nothing], axis=1).max(1) / 64
     assert sides.min() < 0.3 and sides.max() > 0.8

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,7 +235,16 @@ def test_a_folder_that_may_not_be_written_is_one_line(capsys):
         raise PermissionError(errno.EACCES, "Permission denied", "/data/best_model.pth")
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; nothing older is lost\n"
+    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; name another folder (--out, --work-dir, --cache); nothing older is lost\n"
+
+
+def test_a_tilde_is_the_home_folder_in_every_spelling(monkeypatch):
+    """A shell leaves it alone behind =, in quotes, and in most configuration files."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    config = trainer.parse_args(["--data-root=~/DogFLW", "--ann-root", "~/own", "--work-dir", "a~b"])
+    assert config.data_root == Path("/home/me/DogFLW") and config.ann_root == Path("/home/me/own")
+    assert config.work_dir == Path("a~b")
 
 
 def test_memory_that_does_not_hold_a_batch_is_named():

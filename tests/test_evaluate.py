@@ -189,6 +189,7 @@ def test_a_new_metric_reaches_every_report(tmp_path, monkeypatch):
     assert report["metrics"]["largest"] == pytest.approx(5)
     low, high = (report["region"][name]["largest"] for name in ("low", "high"))
     assert high == 0 and low > 0 and b"largest" in as_table(report)
+    assert tool.METRICS.keys() <= tool.definitions("nme_iod", 0.05).keys()
 
 
 def test_what_json_does_not_know_is_null():

@@ -263,8 +263,14 @@ def test_16_bits_predict_about_the_same(trained):
     torch.testing.assert_close(half.sum((2, 3)), torch.ones(2, 46))
     points = [data.decode_heatmaps(h)[0] for h in (full, half)]
     assert (points[0] - points[1]).abs().max() < 2  # crop pixels
-    cpu = torch.device("cpu")
-    assert runtime.choose_amp(cpu) in (None, torch.bfloat16) and runtime.choose_amp(cpu, wanted=False) is None
+
+
+@pytest.mark.parametrize("unit, dtype", [("amx_tile", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("none", None)])
+def test_a_cpu_computes_in_16_bits_where_it_has_a_unit_for_it(monkeypatch, unit, dtype):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == unit, raising=False)
+    assert runtime.choose_amp(torch.device("cpu")) == dtype
+    assert runtime.choose_amp(torch.device("cpu"), wanted=False) is None
 
 
 # ---------------------------------------------------------------- the plan
@@ -317,11 +323,14 @@ def test_processes_share_the_batch_exactly():
             batches(*wrong)
 
 
-def test_decay_is_of_the_convolutions_alone(trained):
-    optimizer = trainer.build_optimizer(trained.model, config_of("--weight-decay", 0.2, "--beta1", 0.8, "--beta2", 0.95))
+@pytest.mark.parametrize("backbone", ["hrnet_w18_small", "tiny_vit_5m_224"])
+def test_decay_is_of_no_bias_and_no_norm(backbone):
+    model = trainer.LandmarkNet(backbone, 5)
+    optimizer = trainer.build_optimizer(model, config_of("--weight-decay", 0.2, "--beta1", 0.8, "--beta2", 0.95))
     decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    expected = {p: 0.2 if isinstance(m, torch.nn.Conv2d) and p is m.weight else 0.0
-                for m in trained.model.modules() for p in m.parameters(recurse=False)}
+    norms = torch.nn.BatchNorm2d, torch.nn.LayerNorm
+    expected = {p: 0.0 if isinstance(m, norms) or name == "bias" else 0.2
+                for m in model.modules() for name, p in m.named_parameters(recurse=False)}
     assert decay == expected and {*decay.values()} == {0.0, 0.2}
     assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
 
@@ -764,21 +773,26 @@ def test_what_pytorch_has_no_type_for_is_one_line(refused, tmp_path, monkeypatch
 
 
 def test_dropout_is_the_same_after_a_resume(flags, tmp_path, monkeypatch, capsys):
-    """Of backbones that have it: its generator starts anew with every epoch."""
-    drawn, real = [], trainer.train_one_epoch
+    """Of backbones that have it: its generator starts anew with every epoch, and loading draws nothing of it."""
+    drawn, train_step, save = {}, trainer.train_step, trainer.Saver.save
 
-    def epoch(run, *rest):
-        drawn.append((run.progress["epoch"], float(torch.rand(()))))
-        if drawn[-1][0] == 1 and len(drawn) == 2:
-            raise KeyboardInterrupt
-        return real(run, *rest)
-    monkeypatch.setattr(trainer, "train_one_epoch", epoch)
-    options = [*map(str, [*flags, *LIGHT, "--epochs", 2, "--work-dir", tmp_path / "w"])]
-    with pytest.raises(SystemExit):
-        trainer.main(options)
-    trainer.main([*options, "--resume"])
-    assert "from epoch 2 on" in capsys.readouterr().out
-    assert [number for number, _ in drawn] == [0, 1, 1] and drawn[1] == drawn[2] != drawn[0]
+    def step(run, batches, number):
+        result = train_step(run, batches, number)
+        drawn.setdefault(number, []).append(float(torch.rand(())))
+        return result
+
+    def cut(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(trainer, "train_step", step)
+    options = [*map(str, [*flags, *LIGHT, "--epochs", 2, "--work-dir"])]
+    trainer.main([*options, str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(trainer.Saver, "save", cut)
+        trainer.main([*options, str(tmp_path / "cut")])
+    trainer.main([*options, str(tmp_path / "cut"), "--resume"])
+    assert "1 epochs done" in capsys.readouterr().out
+    assert all(whole == resumed for whole, resumed in drawn.values()) and len(set(map(tuple, drawn.values()))) > 1
 
 
 def test_last_pth_takes_little_of_a_fast_run(flags, tmp_path, monkeypatch):

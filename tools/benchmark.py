@@ -3,8 +3,9 @@
     uv run python tools/benchmark.py --sample
     uv run python tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
 
-Takes the flags of train_simple.py and trains nothing that is kept. Without --batch-size it also looks for the
-largest batch that fits on a GPU. All of it uses the trainer's own step and loop.
+Takes the flags of train_simple.py (its --help lists them) and trains nothing that is kept. Without
+--batch-size it also looks for the largest batch that fits on a GPU. All of it uses the trainer's own step and
+loop.
 """
 import itertools
 import os
@@ -354,8 +355,8 @@ def measure(bench: Bench, search: bool) -> None:
     if search:
         print_batches(bench)
     hours = projected_hours(bench, loop, small, validation)
-    time = f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
-    print(f"{config.epochs} epochs of {len(bench.faces)} faces: {time}; "
+    duration = f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
+    print(f"{config.epochs} epochs of {len(bench.faces)} faces: {duration}; "
           f"{verdict(bare, loop, waited, enqueue, config)}")
 
 

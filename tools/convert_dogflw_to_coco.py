@@ -324,7 +324,7 @@ def convert(root: Path, out: Path, skip_bad: bool) -> None:
     hints = (("--data-root", root, root != find_dogflw()), ("--ann-root", out, out != OUT),
              ("--holdout", 0.1, flat))
     if needed := [f" {flag} {shlex.quote(str(value))}" for flag, value, needs in hints if needs]:
-        print(f"train with: train_simple.py{''.join(needed)}")
+        print(f"train with: python train_simple.py{''.join(needed)}")
 
 
 def main() -> None:

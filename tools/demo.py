@@ -3,7 +3,7 @@
     uv run python tools/demo.py                                   # http://127.0.0.1:7860
     uv run python tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
 
-It needs gradio: pip install gradio, or uv run --extra demo. The page works offline, and answers this
+It needs gradio, which uv run has (with pip: pip install gradio). The page works offline, and answers this
 machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a
 visitor can name no other file. Moving the threshold does not run the network again. A photo and what was made
 of it are deleted after an hour, and when the page ends. As a Hugging Face Space, app.py is
@@ -64,7 +64,7 @@ def import_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError as e:
-        raise UserError(f"{e}: pip install gradio, or start with uv run --extra demo") from None
+        raise UserError(f"{e}: pip install gradio, or start with uv run") from None
     if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST:
         least = ".".join(map(str, OLDEST))
         raise UserError(f"gradio {gradio.__version__} is too old: pip install -U 'gradio>={least}'")

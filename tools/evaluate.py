@@ -67,7 +67,8 @@ DEFINITIONS = {
 
 def definitions(main: str, radius: float) -> dict[str, str]:
     """What every number of a report means: {name: text}."""
-    return {k: v.replace("MAIN", main).replace("RADIUS", str(radius)) for k, v in DEFINITIONS.items()}
+    known = dict.fromkeys(METRICS, "see METRICS in train_simple.py") | DEFINITIONS
+    return {k: v.replace("MAIN", main).replace("RADIUS", str(radius)) for k, v in known.items()}
 
 
 # ---------------------------------------------------------------- the numbers
@@ -365,12 +366,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_checkpoint(parser)
-    add("--ann", type=Path, metavar="FILE", help="COCO keypoint file (default: val.json of the run)")
+    add("--ann", type=Path, metavar="FILE",
+        help="COCO keypoint file (default: val.json of the run; the bundled model needs one)")
     add("--data-root", type=Path, metavar="DIR", help="folder its names are relative to (default: the run's)")
     add("--category", metavar="NAME",
         help="which one, where the file has categories with different landmarks")
     add("--out", type=Path, metavar="DIR",
-        help="folder for the report (default: evaluation, beside --checkpoint or --results)")
+        help="folder for the report (default: evaluation, beside --checkpoint or --results; of the "
+             "bundled model, here)")
     add("--results", type=Path, metavar="FILE",
         help="score these COCO keypoint results instead; --checkpoint then only lends its defaults")
     add("--match", action="store_true", help="the results are of a program that found the faces itself")

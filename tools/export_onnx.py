@@ -9,8 +9,8 @@ The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `im
 `landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, N from 1 on. Normalisation and decoding are the
 checkpoint's own. Its metadata hold names, flip_pairs, input_size, padding and what is known of the licence;
 the crop is a square of `padding` times the face box's longer side. The exported file runs a photo in
-onnxruntime, and is left only where its landmarks are PyTorch's; the time a face takes is printed. Needs:
-pip install onnx onnxruntime.
+onnxruntime, and is left only where its landmarks are PyTorch's; the time a face takes is printed. With pip it
+needs: pip install onnx onnxruntime.
 
 --safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json,
 README.md. --light writes the checkpoint once more, to hand on: 16-bit weights, no folders of this machine.
@@ -35,7 +35,7 @@ from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpo
 from tools.lib.cli import Parser, UserError, add_checkpoint, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
 from tools.lib.find import or_bundled
-from train_simple import Trained, predict_heatmaps
+from train_simple import METRICS, Trained, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
 OPSET = 17
@@ -180,7 +180,7 @@ face's box. {backbone} (timm) with heatmaps at half the resolution, trained for 
 `model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the
 repository of the trainer, start from these weights with
 
-    python train_simple.py --backbone {backbone} --weights model.safetensors
+    python train_simple.py --backbone {backbone} --input-size {size} --weights model.safetensors
 
 or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by config.json's mean and std:
 
@@ -206,7 +206,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     # The hub reads results out of this block; JSON is YAML.
     hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
     errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items()
-              if k.startswith("nme") and not chosen.endswith(SEEN)]  # errors on faces it knew are no results
+              if k in METRICS and not chosen.endswith(SEEN)]  # errors on faces it knew are no results
     index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
         "metrics": errors}]}]

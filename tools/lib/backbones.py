@@ -11,8 +11,6 @@ from tools.lib.checkpoints import load_file_safely, upgraded
 from tools.lib.cli import UserError, printable, single_line
 from tools.lib.pictures import MEAN, STD
 
-HEAD = "head.3.weight"  # the one layer that knows which landmarks there are
-
 
 def feature_maps(backbone: str) -> nn.Module:
     """timm's network without its classifier, as levels of feature maps, with random weights.
@@ -109,7 +107,8 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     own = model.state_dict()
     matched({k: v for k, v in own.items() if k.startswith("backbone.")}, state, f"--weights {path}", say)
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if HEAD not in fits or ours and stored["scheme"].get("names", names) != names:
-        fits.pop(HEAD, None)
+    last = f"head.{len(model.head) - 1}.weight"  # the one layer that knows which landmarks there are
+    if last not in fits or ours and stored["scheme"].get("names", names) != names:
+        fits.pop(last, None)
         say(f"--weights {path}: made for other landmarks; the last layer starts fresh, all else is taken")
     model.load_state_dict(fits, strict=False)

@@ -38,12 +38,13 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
                device: torch.device) -> Iterator[dict]:
     """One pass over a sampler's batches; no more workers than there are cores for this process.
 
-    For CUDA they lie in pinned memory, from which a copy does not make the step wait.
+    For CUDA they lie in pinned memory, from which a copy does not make the step wait. The loader draws its
+    workers' seeds from a generator of its own: the global one is a backbone's dropout's.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=min(workers, cores),
                                          collate_fn=keep, worker_init_fn=quiet_worker,
-                                         pin_memory=device.type == "cuda")
+                                         pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent

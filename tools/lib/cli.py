@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -53,6 +54,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
+    def parse_known_args(self, args: list | None = None, namespace=None):
+        """argparse's own, where ~ is the home folder also in `--out=~/found`, which a shell leaves alone."""
+        args = sys.argv[1:] if args is None else map(str, args)
+        parts = (re.fullmatch(r"(--[\w-]+=)?(.*)", text, re.DOTALL).groups("") for text in args)
+        return super().parse_known_args([flag + os.path.expanduser(path) for flag, path in parts], namespace)
+
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
@@ -75,7 +82,10 @@ def run_script(main: Callable):
     except OSError as e:
         if e.errno not in MENDABLE:
             raise
-        print(f"error: {e.filename or 'writing'}: {e.strerror}; nothing older is lost", file=sys.stderr)
+        denied = e.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        advice = "name another folder (--out, --work-dir, --cache); " if denied else ""
+        print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}nothing older is lost",
+              file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -145,7 +155,7 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def path_or_none(text: str) -> Path | None:
-    """A flag's path; the word none means that there is none."""
+    """The path in a flag that may be left out; the word none means that there is none."""
     return None if text == "none" else Path(text)
 
 
@@ -163,14 +173,16 @@ def add_settings(parser: argparse.ArgumentParser, settings: type):
             group = parser.add_argument_group(about["group"])
         flag, text = flag_of(field.name), about["help"]
         shown = "on" if default is True else default
+        text += f"; a multiple of {about['multiple']}" if about["multiple"] else ""
         text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
         if kind is bool:
             action = argparse.BooleanOptionalAction if default else "store_true"
             group.add_argument(flag, action=action, default=default, help=text)
         else:
             metavar = None if about["choices"] else {int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
-            group.add_argument(flag, type=path_or_none if field.name == "cache" else kind, default=default,
-                               choices=about["choices"], metavar=metavar, help=text)
+            read = path_or_none if field.type == Path | None else kind
+            group.add_argument(flag, type=read, default=default, choices=about["choices"], metavar=metavar,
+                               help=text)
 
 
 def problems_of(settings) -> list[str]:

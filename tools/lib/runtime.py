@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tools.lib.cli import UserError, single_line
+from tools.lib.cli import UserError, flag_of, single_line
 
 # ---------------------------------------------------------------- device and precision
 
@@ -173,9 +173,9 @@ class Processes:
         wrapped.broadcast_buffers = False  # `average_buffers` does better, once, where they are used
         return wrapped
 
-    def without_sync(self, model: nn.Module, wanted: int) -> contextlib.AbstractContextManager:
+    def without_sync(self, model: nn.Module, left: int) -> contextlib.AbstractContextManager:
         """The context of a micro-batch whose gradients only add up, where another one follows."""
-        return model.no_sync() if wanted and self.world > 1 else contextlib.nullcontext()
+        return model.no_sync() if left and self.world > 1 else contextlib.nullcontext()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor's sum over the processes, on their device; of one process the tensor itself."""
@@ -207,8 +207,9 @@ def for_training(model: nn.Module, config, plan, processes: Processes, amp: torc
 
     Raises UserError where --freeze would keep random weights, and where no loss has a weight.
     """
-    if not (config.mse_weight or config.crps_weight or config.kl_weight):
-        raise UserError("--mse-weight, --crps-weight, --kl-weight: all are 0; nothing would be learnt")
+    losses = {flag_of(name): value for name, value in vars(config).items() if name.endswith("_weight")}
+    if not any(losses.values()):
+        raise UserError(f"{', '.join(losses)}: all are 0; nothing would be learnt")
     resumed = config.resume and (config.work_dir / "last.pth").exists()
     if config.freeze and not (config.weights or config.pretrained or resumed):
         raise UserError("--freeze: would keep random weights; give --weights FILE")

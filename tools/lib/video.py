@@ -20,7 +20,7 @@ import numpy as np
 
 from tools.lib.cli import UserError, check_name
 from tools.lib.files import put_in_place
-from tools.lib.find import LAST_MARGIN, OVERLAP, Predictor, box_around, intersections
+from tools.lib.find import LAST_MARGIN, MIN_SCORE, OVERLAP, Predictor, box_around, intersections
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -191,7 +191,8 @@ class Tracker:
     boxes: where faces are in the first frame (N, 4), or None: they are found.
     """
 
-    def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None, min_score: float = 0.5):
+    def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None,
+                 min_score: float = MIN_SCORE):
         self.predictor, self.min_score = predictor, min_score
         self.given, self.tracks = None if boxes is None or not len(boxes) else boxes, []
         self.count, self.frames, self.seconds = 0, 0, 0.0

@@ -69,7 +69,8 @@ def warp(pixels: np.ndarray, to_picture: np.ndarray, matrix: np.ndarray, size: i
     """Sample a (size, size, 3) crop bilinearly; outside is mid-grey, or (`over`) what `out` held.
 
     `to_picture` maps pixels -> picture, `matrix` on to the crop. With `over`, pixels much finer than the
-    crop's are shrunk first, by area, so that nothing aliases.
+    crop's are shrunk first, by area, so that nothing aliases. Without it, crops of half the windows' scale
+    (--progressive's small ones) alias a little: that is fast.
     """
     to_crop = matrix @ np.vstack([to_picture, [0, 0, 1]])
     if over and (shrink := math.sqrt(abs(np.linalg.det(to_crop[:, :2])))) < 0.7:
@@ -101,8 +102,8 @@ def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: 
 
     place(i) -> a random matrix, points (K, 2), labelled (K,), colour; the same is returned, and `crop` is
     filled. At the chance `empty` the crop lies where the face is not, or what lies behind shows in the face's
-    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all, as it is of a
-    picture that has none: one of `with_background`.
+    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all that are labelled. Of
+    a picture that has none, one of `with_background`, it is -1 for all.
     """
 
     def shows(drawn):
