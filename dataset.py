@@ -56,7 +56,7 @@ class Faces:
     image_ids: np.ndarray  # (N,)
     breeds: list  # N strings, for stratified splits and reports
     notes: list = field(default_factory=list)  # what the reader repaired or left out, a line each
-    room: list = field(default_factory=list)  # how boxes lie around landmarks: tools/lib/find.py, room_of
+    room: list = field(default_factory=list)  # how boxes lie around landmarks: tools/lib/boxes.py, room_of
 
     def __len__(self):
         return len(self.files)

@@ -23,6 +23,7 @@ import dataset as data
 import train_simple as trainer
 from tools import predict as tool
 from tools.lib import find, video
+from tools.lib.boxes import TIGHT, box_around, hull_boxes, lean, overlaps, room_of, upright
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
 from tools.lib.pictures import read_image
@@ -152,7 +153,7 @@ class Eye:
         self.truth, self.whole, self.scheme, self.room = truth, whole, SimpleNamespace(flip_pairs=[pair], names=[]), []
 
     def look(self, jobs, flip=True):
-        boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), find.hull_boxes(self.truth)
+        boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), hull_boxes(self.truth, find.MARGIN)
         distance = np.linalg.norm((boxes[:, None, :2] + boxes[:, None, 2:] / 2) - (true[:, :2] + true[:, 2:] / 2), axis=-1)
         fit = np.diagonal(find.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
         scores = np.clip(fit + 0.15, 0, 1)[:, None]
@@ -193,18 +194,18 @@ def test_boxes_follow_from_landmarks_as_they_did_in_training(which, expected):
     """Eyes and nose lie within a face: hulls alone would show the model a third of what it was trained on."""
     boxes = np.array([[10, 20, 100, 100], [200, 40, 60, 60], [30, 300, 160, 160.0]])
     points = boxes[:, None, :2] + INNER[:, which] * boxes[:, None, 2:]
-    room = find.room_of(points, np.ones(points.shape[:2]), boxes)
+    room = room_of(points, np.ones(points.shape[:2]), boxes)
     assert len(room) == expected
     shape = boxes[:, None, :2] + np.median(INNER[:, which], 0) * boxes[:, None, 2:]  # the usual face, at each place
     for face, box in zip(shape, boxes):
-        assert find.overlaps(find.box_around(face, box, find.LAST_MARGIN, room)[None], box[None])[0, 0] > 0.7
-        turned, turn = find.upright((face - box[:2]) @ [[0, 1], [-1, 0]] + box[:2], [[0, 1]] * (len(which) > 1), box,
-                                    find.LAST_MARGIN, room)
+        assert overlaps(box_around(face, box, TIGHT, room)[None], box[None])[0, 0] > 0.7
+        turned, turn = upright((face - box[:2]) @ [[0, 1], [-1, 0]] + box[:2], [[0, 1]] * (len(which) > 1), box,
+                                    TIGHT, room)
         assert len(which) == 1 or abs(turn) == pytest.approx(90, abs=1) and turned[2] == pytest.approx(box[2], rel=0.2)
-    hulls = find.hull_boxes(points, find.LAST_MARGIN)
-    assert find.room_of(points, np.ones(points.shape[:2]), hulls) == []
+    hulls = hull_boxes(points, TIGHT)
+    assert room_of(points, np.ones(points.shape[:2]), hulls) == []
     hidden = np.concatenate([points, points * 0], 1)  # what no face has does not count
-    assert find.room_of(hidden, np.repeat([[1, 0]], len(which), 1).repeat(3, 0), boxes) == pytest.approx(room)
+    assert room_of(hidden, np.repeat([[1, 0]], len(which), 1).repeat(3, 0), boxes) == pytest.approx(room)
 
 
 def test_boxes_are_learnt_from_faces_in_profile():
@@ -214,9 +215,9 @@ def test_boxes_are_learnt_from_faces_in_profile():
     points = boxes[:, None, :2] + (INNER[0] + rng.normal(0, 0.02, (40, 3, 2))) * boxes[:, None, 2:]
     profile = np.ones((40, 3), int)
     profile[np.arange(40), np.arange(40) % 2] = 0
-    room = find.room_of(points, np.ones((40, 3)), boxes)
-    assert find.room_of(points * (profile[..., None] > 0), profile, boxes) == pytest.approx(room, abs=0.05)
-    many = find.room_of(np.tile(points, (2500, 1, 1)), np.ones((100_000, 3)), np.tile(boxes, (2500, 1)))  # a pose data set's
+    room = room_of(points, np.ones((40, 3)), boxes)
+    assert room_of(points * (profile[..., None] > 0), profile, boxes) == pytest.approx(room, abs=0.05)
+    many = room_of(np.tile(points, (2500, 1, 1)), np.ones((100_000, 3)), np.tile(boxes, (2500, 1)))  # a pose data set's
     assert many == pytest.approx(room, abs=0.05)
 
 
@@ -229,18 +230,18 @@ def test_landmarks_within_a_face_are_found_and_followed_in_boxes_of_the_face(whi
         def look(self, jobs, flip=True):
             """Clear where the box fits the face's, not its landmarks'."""
             seen = np.reshape([box for _, box, *_ in jobs], (-1, 4))
-            fit = find.overlaps(seen, boxes)
+            fit = overlaps(seen, boxes)
             return truth[fit.argmax(1)], np.repeat(np.clip(fit.max(1) + 0.3, 0, 1)[:, None], len(which), 1)
     face, locator = Inner(truth), Eye(np.stack([b[:2] + b[2:] * [[0, 0], [1, 0], [0, 1], [1, 1]] for b in boxes]), whole=True)
     face.scheme.flip_pairs = [[0, 1]] * (len(which) > 1)
-    face.room = find.room_of(truth, np.ones(truth.shape[:2]), boxes)
+    face.room = room_of(truth, np.ones(truth.shape[:2]), boxes)
     predictor, image = find.Predictor(face, locator), np.zeros((400, 640, 3), np.uint8)
     faces = predictor(image)
-    assert len(faces) == 2 and all(find.overlaps(f["box"][None], boxes).max() > 0.5 for f in faces)
+    assert len(faces) == 2 and all(overlaps(f["box"][None], boxes).max() > 0.5 for f in faces)
     tracker = video.Tracker(predictor, boxes)
     for number in range(4):
         (one, two) = tracker(image, number / 25)
-        assert find.overlaps(np.stack([one["box"], two["box"]]), boxes).max(1).min() > 0.5
+        assert overlaps(np.stack([one["box"], two["box"]]), boxes).max(1).min() > 0.5
     assert [one["id"], two["id"]] == [0, 1]
 
 
@@ -257,7 +258,7 @@ def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
     (photo,), tracker = predictor(image), video.Tracker(predictor)
     for number in range(3):
         (face,) = tracker(image, number / 25)
-        assert find.overlaps(face["box"][None], photo["box"][None])[0, 0] > 0.95
+        assert overlaps(face["box"][None], photo["box"][None])[0, 0] > 0.95
         assert face["score"] == pytest.approx(photo["score"], abs=0.1) and face["located"] == photo["located"]
         assert turns[-1] == [pytest.approx(-30, abs=2)]
 
@@ -307,13 +308,13 @@ def test_a_look_changes_from_the_locators_boxes_to_those_of_the_face_model():
     class Narrow(Eye):
         def look(self, jobs, flip=True):
             seen = np.reshape([box for _, box, *_ in jobs], (-1, 4))
-            fit = find.overlaps(seen, find.hull_boxes(own))[:, :1]
+            fit = overlaps(seen, hull_boxes(own, find.MARGIN))[:, :1]
             return np.repeat(own, len(seen), 0), np.repeat(np.clip(fit + 0.4, 0, 1), 3, 1)
     mine, locator = Narrow(own), Eye(face, whole=True)
     mine.scheme.names, locator.scheme.names = ["left", "right", "nose"], ["a", "b", "c", "d"]
     (found,) = find.Predictor(mine, locator)(np.zeros((400, 400, 3), np.uint8))
     assert np.array_equal(found["points"], own[0])
-    assert find.overlaps(found["box"][None], find.hull_boxes(own, find.LAST_MARGIN))[0, 0] == pytest.approx(1)
+    assert overlaps(found["box"][None], hull_boxes(own, TIGHT))[0, 0] == pytest.approx(1)
 
 
 def test_a_locator_of_other_landmarks_keeps_its_own_pairs():
@@ -339,10 +340,10 @@ def test_a_leaning_face_is_looked_at_upright(degrees, swapped, seed):
     face = np.concatenate([left, left * (-1, 1), [[0, 10]]])
     a, pairs = np.deg2rad(degrees), [[i + 5, i] if swapped and i % 2 else [i, i + 5] for i in range(5)]
     points = face @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) + 300
-    assert find.lean(points, pairs) == pytest.approx(degrees, abs=1e-6) and find.lean(points, []) == 0
-    box, turn = find.upright(points, pairs, None, 0.1, [])
+    assert lean(points, pairs) == pytest.approx(degrees, abs=1e-6) and lean(points, []) == 0
+    box, turn = upright(points, pairs, None, 0.1, [])
     matrix = data.crop_matrix(box, 256, 1.0, turn)
-    expected = data.crop_matrix(find.hull_boxes(face[None], 0.1)[0], 256, 1.0)
+    expected = data.crop_matrix(hull_boxes(face[None], 0.1)[0], 256, 1.0)
     np.testing.assert_allclose(apply_matrix(matrix, points), apply_matrix(expected, face), atol=1e-6)
 
 

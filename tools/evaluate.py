@@ -27,12 +27,13 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset, Faces
+from tools.lib.boxes import box_around, overlaps
 from tools.lib.checkpoints import SEEN
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.coco import MAX_NUMBER, find_annotations
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, check_free, data_root, load_json
-from tools.lib.find import box_around, or_bundled, overlaps
+from tools.lib.find import or_bundled
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report

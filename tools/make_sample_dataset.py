@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 
 from dataset import ROOT
+from tools.lib.boxes import overlaps
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import encode_picture
 from tools.lib.files import check_free
-from tools.lib.find import overlaps
 
 Rng = np.random.Generator
 SS = 2  # supersampling: a picture is drawn at twice its size

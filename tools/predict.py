@@ -41,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import Scheme
+from tools.lib.boxes import intersections
 from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
 from tools.lib.coco import (
     MAX_NUMBER,
@@ -55,7 +56,7 @@ from tools.lib.coco import (
 )
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
-from tools.lib.find import MIN_SCORE, Predictor, intersections
+from tools.lib.find import MIN_SCORE, Predictor
 from tools.lib.pictures import format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped

@@ -19,9 +19,9 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
+from tools.lib.boxes import TIGHT, intersections, overlaps, room_of
 from tools.lib.cli import UserError, is_text, printable
 from tools.lib.files import load_json, picture_path
-from tools.lib.find import intersections, overlaps, room_of
 from tools.lib.pictures import FORMATS, read_picture
 
 MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
@@ -34,9 +34,6 @@ MIN_IOU = 0.3
 # large it is. Of DogFLW's 145 wrong boxes that finds 92, and it takes none of the 3,661 right ones for
 # wrong.
 COVERED = 0.7
-# A rebuilt box is the hull and 10 % of it on each side: mean IoU 0.83 with the good boxes (16 % would give
-# 0.87).
-MARGIN = 0.1
 
 # Other programs' JSON that is taken for COCO: what its objects hold, what it is, and what to do.
 FOREIGN = (
@@ -704,7 +701,7 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
     """Why a box x, y, width, height is none of a face with this hull: "empty", "mismatched"; None if right.
 
     A box is right whose IoU with the hull is at least MIN_IOU. As landmarks need not span the face, one is
-    right also that covers COVERED of the hull, however large it is; for that it may grow by MARGIN on each
+    right also that covers COVERED of the hull, however large it is; for that it may grow by TIGHT on each
     side, because landmarks lie a little outside of tight boxes. Where they are known to span the face
     (`spans`: more than half of DogFLW's) only the IoU counts.
     """
@@ -713,7 +710,7 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
     box, hull = np.asarray(box, dtype=np.float64)[None], hull[None]
     if overlaps(box, hull)[0, 0] >= MIN_IOU:
         return None
-    grow = np.maximum(MARGIN * box[:, 2:], 1)
+    grow = np.maximum(TIGHT * box[:, 2:], 1)
     wide = np.concatenate([box[:, :2] - grow, box[:, 2:] + 2 * grow], axis=1)
     covered = intersections(wide, hull)[0, 0] / hull[0, 2:].prod()
     return None if covered >= COVERED and not spans else "mismatched"
@@ -726,14 +723,14 @@ def is_stretched(box: np.ndarray, hull: np.ndarray, size: np.ndarray) -> bool:
 
 
 def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A face's box x, y, width, height from its hull: MARGIN wider on each side, cut to the picture.
+    """A face's box x, y, width, height from its hull: TIGHT wider on each side, cut to the picture.
 
     A single landmark says nothing of the face's size: then it is the whole picture.
     """
     if hull[2:].max() <= 1:
         return np.array([0, 0, *size], dtype=np.float64)
     low, high = hull[:2], hull[:2] + hull[2:]
-    margin = np.maximum(MARGIN * (high - low), 1)  # a pixel at least, so that clipping leaves something
+    margin = np.maximum(TIGHT * (high - low), 1)  # a pixel at least, so that clipping leaves something
     low, high = low - margin, high + margin
     if (low < size).all() and (high > 0).all():  # else all of the face is outside
         low, high = np.maximum(low, 0), np.minimum(high, size)

@@ -1,5 +1,4 @@
-"""Boxes (N, 4) of x, y, width, height, and finding faces by looking at windows of a picture."""
-import cmath
+"""Finding faces by looking at windows of a picture; boxes (N, 4) are x, y, width, height."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.lib.boxes import TIGHT, box_around, intersections, overlaps, upright
 from tools.lib.cli import UserError
 from tools.lib.runtime import choose_device
 from tools.lib.windows import whole_box
@@ -20,18 +20,15 @@ MIN_SCORE = 0.57
 FAINT = 0.15  # what scores less is dropped before its next look already
 # Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far
 # than true ones, and a box that is too small loses hanging ears for good, while one too large mends itself at
-# the next look. The last look is as tight as DogFLW's boxes: on held-out faces its error is 1.00 times that
-# in the true boxes, and 1.05 times with 20 %.
-MARGIN, LAST_MARGIN = 0.2, 0.1
+# the next look. The last look is as tight as DogFLW's boxes (TIGHT): on held-out faces its error is 1.00
+# times that in the true boxes, and 1.05 times with 20 %.
+MARGIN = 0.2
 # The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half.
 # A locator was trained on faces from a quarter of a window to all of it, so it needs fewer.
 FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2, 1 / 4)
 CLOSER = 2.0  # side of the locator's closer look / the longer side of the landmarks' hull
 # IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
 STABLE = 0.5
-# From this IoU with the hulls on, boxes are taken for such (DogFLW's have 0.8); below this part of its box's
-# longer side, a hull tells no size.
-USUAL, TINY = 0.6, 0.1
 SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
 # Of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face.
 OVERLAP = 0.5
@@ -45,89 +42,7 @@ def or_bundled(checkpoint: Path | str | None) -> Path:
     return Path(checkpoint or BUNDLED)
 
 
-# ---------------------------------------------------------------- boxes
-
-def intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Shared area of every box x, y, w, h of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
-    return np.maximum(high - low, 0).prod(-1)
-
-
-def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every box of a with every box of b: (N, 4), (M, 4) -> (N, M)."""
-    shared = intersections(a, b)
-    return shared / np.maximum(a[:, None, 2:].prod(-1) + b[None, :, 2:].prod(-1) - shared, 1e-9)
-
-
-def hull_boxes(points: np.ndarray, margin: float = MARGIN) -> np.ndarray:
-    """Landmarks (N, K, 2) -> boxes around them (N, 4) and `margin` on each side, two pixels wide at least."""
-    low, high = points.min(1), points.max(1)
-    extent = np.maximum(high - low, 2)
-    return np.concatenate([(low + high) / 2 - extent * (0.5 + margin), extent * (1 + 2 * margin)], axis=1)
-
-
-def room_of(points: np.ndarray, visible: np.ndarray, boxes: np.ndarray) -> list[float]:
-    """How boxes (N, 4) lie around their landmarks (N, K, 2), of which some are labelled (N, K): medians.
-
-    [] where they are the landmarks' hulls and a bit, as DogFLW's: IoU of USUAL with hulls of LAST_MARGIN.
-    Else [left, top, right, bottom], how far they go beyond the hull, in its longer sides: eyes and nose lie
-    within a face. Or [x, y], where in a box the hull has its middle: one landmark alone tells no size.
-    """
-    some = np.linspace(0, len(boxes) - 1, min(len(boxes), 1000)).astype(int)  # enough for medians
-    points, visible, boxes = points[some], visible[some], boxes[some]
-    middles, sides = (boxes[:, :2] + boxes[:, 2:] / 2)[:, None], boxes[:, 2:].max(1)[:, None, None]
-    labelled = visible.any(0)  # of some face
-    points, seen = points[:, labelled], visible[:, labelled, None] > 0
-    usual = np.nanmedian(np.where(seen, (points - middles) / sides, np.nan), 0)  # their places in a box
-    points = np.where(seen, points, usual * sides + middles)  # a prediction has them all
-    low, high = points.min(1), points.max(1)
-    hulls = hull_boxes(np.stack([low, high], 1), LAST_MARGIN)
-    if np.median(np.diagonal(overlaps(hulls, boxes))) >= USUAL:
-        return []
-    side, ends = (high - low).max(1), boxes[:, :2] + boxes[:, 2:]
-    if np.median(side / boxes[:, 2:].max(1)) < TINY:
-        return np.median(((low + high) / 2 - boxes[:, :2]) / boxes[:, 2:], 0).tolist()
-    room = np.concatenate([low - boxes[:, :2], ends - high], 1)[side > 0] / side[side > 0, None]
-    return np.median(room, 0).tolist()
-
-
-def box_around(points: np.ndarray, box: np.ndarray, margin: float, room: list) -> np.ndarray:
-    """The box (4,) that the landmarks (K, 2) of a face give, with `margin` as hull_boxes has it.
-
-    room: of `room_of`; box: the one that they were seen in, whose size counts where they tell none.
-    """
-    low, high = points.min(0), points.max(0)
-    if len(room) == 2:
-        return np.concatenate([(low + high) / 2 - np.multiply(room, box[2:]), box[2:]])
-    if not room:
-        return hull_boxes(points[None], margin)[0]
-    reach = np.reshape(room, (2, 2)) * max((high - low).max(), 2)
-    low, high = low - reach[0], np.maximum(high + reach[1], low - reach[0] + 2)
-    grow = (margin - LAST_MARGIN) * (high - low)
-    return np.concatenate([low - grow, high - low + 2 * grow])
-
-
-def lean(points: np.ndarray, pairs: list) -> float:
-    """By how many degrees a face (K, 2) leans to the side, from -90 to 90, as its left-right pairs do.
-
-    The mean of the pairs' axes: of doubled angles, so that the order in a pair does not matter. Long ones
-    count more. 0 without pairs.
-    """
-    axes = [complex(*(points[j] - points[i])) ** 2 for i, j in pairs]
-    return math.degrees(cmath.phase(sum(axes)) / 2)
-
-
-def upright(points: np.ndarray, pairs: list, box: np.ndarray, margin: float,
-            room: list) -> tuple[np.ndarray, float]:
-    """The box of `box_around` when the face is turned upright; the turn, in degrees."""
-    turn = -lean(points, pairs)
-    a = math.radians(turn)
-    turned = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
-    box = box_around(points @ turned.T, box, margin, room)
-    box[:2] = (box[:2] + box[2:] / 2) @ turned - box[2:] / 2  # its middle, in the picture again
-    return box, turn
-
+# ---------------------------------------------------------------- the looks' boxes
 
 def frame(box: np.ndarray) -> np.ndarray:
     """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
@@ -249,7 +164,7 @@ class Predictor:
         for look in looks:
             faces[look.picture].append(look.as_face(look.box))
         for look in self._find(images, sought, min_score):
-            faces[look.picture].append(look.as_face(look.around(LAST_MARGIN)))
+            faces[look.picture].append(look.as_face(look.around(TIGHT)))
         return faces
 
     def follow(self, image: np.ndarray, faces: list[dict]) -> list[dict]:
@@ -259,7 +174,7 @@ class Predictor:
         looks = see(self.face, [image], boxes)
         for look, face in zip(looks, faces, strict=True):
             look.located = face["located"]
-        return [look.as_face(look.around(LAST_MARGIN)) for look in looks]
+        return [look.as_face(look.around(TIGHT)) for look in looks]
 
     def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:
         """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
@@ -283,7 +198,7 @@ class Predictor:
         boxes = [(look.picture, look.tight) for look in found]
         second = best_of(self._again(images, found, boxes, flip=False), faint, again=True)
         stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]
-        boxes = [(look.picture, *look.upright(LAST_MARGIN)) for look in stable]
+        boxes = [(look.picture, *look.upright(TIGHT)) for look in stable]
         last = self._again(images, stable, boxes)
         faces = [look for look in last if look.score >= min_score]
         return sorted(faces, key=lambda look: -look.score)

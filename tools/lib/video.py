@@ -18,9 +18,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from tools.lib.boxes import TIGHT, box_around, intersections
 from tools.lib.cli import UserError, check_name
 from tools.lib.files import put_in_place
-from tools.lib.find import LAST_MARGIN, MIN_SCORE, OVERLAP, Predictor, box_around, intersections
+from tools.lib.find import MIN_SCORE, OVERLAP, Predictor
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
@@ -214,7 +215,7 @@ class Tracker:
     def _keep(self, track: dict, step: float):
         """Add a face, unless it is one of those that are kept already."""
         room = self.predictor.face.room
-        tight = box_around(track["points"], track["box"], LAST_MARGIN, room)
+        tight = box_around(track["points"], track["box"], TIGHT, room)
         known = np.reshape([t["box"] for t in self.tracks], (-1, 4))
         shared = intersections(tight[None], known)[0]
         same = np.flatnonzero(shared > OVERLAP * np.minimum(tight[2:].prod(), known[:, 2:].prod(1)))
@@ -225,7 +226,7 @@ class Tracker:
         if "id" not in track:
             track["id"], track["filter"], self.count = self.count, OneEuroFilter(), self.count + 1
         track["points"] = track["filter"](track["points"], tight[2:].max(), step)
-        track["box"] = box_around(track["points"], track["box"], LAST_MARGIN, room)
+        track["box"] = box_around(track["points"], track["box"], TIGHT, room)
         self.tracks.append(track)
 
 
