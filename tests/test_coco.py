@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -568,7 +569,7 @@ def test_subsets_are_told_by_their_names(read, tmp_path):
 
 
 @pytest.mark.parametrize("train,val", [("train2017", "val2017"), ("images/train", "images/valid"), ("train/images", "val/images"),
-                                       ("dog_train", "dog_val")])
+                                       ("images/Train", "images/Validation")])
 def test_split_folders_are_told_by_the_files_names(read, tmp_path, train, val):
     for folder in (train, val):
         for i in range(3):
@@ -629,10 +630,11 @@ def test_pictures_in_two_folders_are_not_guessed(read, tmp_path):
             draw(tmp_path / "root" / folder / f"pic_{i}.jpg")
     refused(read, plain(), "pic_0.jpg", "--data-root", "in a ", "in b ", root=tmp_path / "root")
     (tmp_path / "root/a/pic_5.jpg").unlink()
-    faces = read(plain(), root=tmp_path / "root")  # the one that has them all
-    assert faces.files[0] == "b/pic_0.jpg" and "taken from b, and not from a" in faces.notes[0]
-    (tmp_path / "root/b/pic_4.jpg").unlink()
-    refused(read, plain(), "pic_0.jpg", "--data-root", root=tmp_path / "root")
+    faces = read(plain(), root=tmp_path / "root")  # the one that has more of them
+    assert faces.files[0] == "b/pic_0.jpg" and "taken from b, though a has some" in faces.notes[0]
+    for i in range(3, 6):
+        draw(tmp_path / f"root/train/pic_{i}.jpg")  # a small set of a split is not meant
+    assert read(plain(), root=tmp_path / "root").files[0] == "b/pic_0.jpg"
 
 
 @pytest.mark.parametrize("name", ["../pic.jpg", "/etc/passwd", "C:\\x.jpg", "a\\..\\..\\x.jpg", "\\\\host\\x.jpg", "a\0.jpg",
@@ -675,6 +677,17 @@ def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn, suf
         bright = seen[points[:, 1], points[:, 0]].mean(1)
         assert (np.delete(bright, 2) > 150).all() and coco.box_problem(faces.boxes[i], coco.hull_of(points[[0, 1, 3, 4]])) is None
         assert not np.delete(points, 2, 0).min() < faces.boxes[i][:2].min() - 1
+
+
+def test_a_png_may_say_at_its_end_how_it_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    draw(tmp_path / "a.png")
+    assert coco.header(tmp_path / "a.png") == ((WIDTH, HEIGHT), 0)
+    part, data = b"eXIf" + exif.tobytes()[6:], (tmp_path / "a.png").read_bytes()
+    chunk = (len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data[:-12] + chunk + data[-12:])
+    assert coco.header(tmp_path / "a.png") == ((WIDTH, HEIGHT), 6)
 
 
 @pytest.mark.parametrize("turn,size", [(2, (WIDTH, HEIGHT)), (3, (WIDTH, HEIGHT)), (4, (WIDTH, HEIGHT)), (6, (160, 160))])
@@ -905,6 +918,8 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
     (["train.json", "val.json"], "train.json", "val.json"),
     (["train.json", "val.json", "test.json", "other.json"], "train.json", "val.json"),
     (["train.json", "dogs_val.json", "captions.json"], "train.json", "dogs_val.json"),
+    (["train.json", "train_val.json"], "train.json", None), (["train.json", "test_predictions.json"], "train.json", None),
+    (["coco.json"], "coco.json", None), (["mine_train.json", "training_log.json", "val.json"], "mine_train.json", "val.json"),
     (["training.json", "validation.json"], "training.json", "validation.json"),
     (["train/annotations.json", "val/annotations.json"], "train/annotations.json", "val/annotations.json"),
     (["train.json"], "train.json", None), (["train.json", "test.json"], "train.json", "test.json"),

@@ -235,7 +235,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(capsys):
         raise PermissionError(errno.EACCES, "Permission denied", "/data/best_model.pth")
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; name another folder (--out, --work-dir, --cache); nothing older is lost\n"
+    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; mend its permissions, or name another; nothing older is lost\n"
 
 
 def test_a_tilde_is_the_home_folder_in_every_spelling(monkeypatch):

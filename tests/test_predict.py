@@ -905,6 +905,9 @@ def test_boxes_are_turned_with_the_pictures_that_exif_turns(tmp_path, landmarks,
         boxes_file(file, images, [(0, low), (1, stored)], landmarks)
         (one, two), _ = planned(*args)
         assert np.array_equal(one.boxes[0][1], low) and np.array_equal(two.boxes[0][1], stored)
+        boxes_file(file, images, [("0", stored), (1, stored)], landmarks)  # an id as a text, too
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"info": {"contributor": "Label Studio"}}))
+        assert [s.boxes[0][1].tolist() for s in planned(*args)[0]] == [stored, stored]  # it shows them upright
     boxes_file(file, images[1:], [(1, stored)], landmarks)
     (tmp_path / "train/0.jpg").unlink()
     capsys.readouterr()
@@ -917,11 +920,12 @@ def test_an_image_entry_for_every_face_is_one_picture(tmp_path, landmarks):
     Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
     images, faces = [{"id": i, "file_name": "a.png"} for i in (3, 4)], [(3, [5, 5, 20, 20]), (4, [30, 30, 20, 20])]
     file = boxes_file(tmp_path / "f.json", images, faces, landmarks)
-    for args in ((file, "--data-root", tmp_path), (tmp_path,)):
-        (source,), category = planned(*args, "--boxes", file)  # its annotations have no id: their number is it
-        assert source.image_id == 3 and category == {"id": 7, "name": "dog"}
-        assert [(own, box.tolist()) for own, box in source.boxes] == [
-            (i if landmarks else None, box) for i, (_, box) in enumerate(faces)]
+    (source,), category = planned(tmp_path, "--boxes", file)  # its annotations have no id: their number is it
+    assert source.image_id == 3 and category == {"id": 7, "name": "dog"}
+    assert [(own, box.tolist()) for own, box in source.boxes] == [
+        (i if landmarks else None, box) for i, (_, box) in enumerate(faces)]
+    with pytest.raises(UserError, match="same file_name"):  # whose of two ids would a found face have?
+        planned(file, "--data-root", tmp_path)
     boxes_file(file, [{**images[0], "width": 80, "height": 60}, {**images[1], "width": 40, "height": 30}], faces, landmarks)
     with pytest.raises(UserError, match="has two sizes of a.png; give every picture one entry"):
         planned(tmp_path, "--boxes", file)

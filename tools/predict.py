@@ -51,6 +51,7 @@ from tools.lib.coco import (
     place_pictures,
     read_coco,
     read_images,
+    shows_upright,
     stored_turns,
     turn_faces,
 )
@@ -93,6 +94,7 @@ class Listing:
     boxes: dict
     category: dict  # its id and name
     turned: bool = False  # whether read_coco has turned the boxes with the pictures that EXIF turns
+    upright: bool = False  # whether its program shows pictures upright
 
 
 def check_box(box: object, where: str) -> np.ndarray:
@@ -120,31 +122,37 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
         images = read_images(content["images"], path)
         names = [name.replace("\\", "/") for name, _, _ in images.values()]
         if root:
-            repeated = {name for name, count in Counter(names).items() if count > 1}
-            names = place_pictures(names, path, root, notes, repeated)
+            names = place_pictures(names, path, root, notes)
         names = dict(zip(images, map(normpath, names)))
+        written = {str(image_id): name for image_id, name in names.items()}
         for image_id, name in names.items():
             ids.setdefault(name, image_id)
-            if sizes.setdefault(name, images[image_id][1]) != images[image_id][1]:
+            size = images[image_id][1]
+            if 0 not in size and sizes.setdefault(name, size) != size:
                 raise UserError(f"{path}: has two sizes of {printable(name)}; give every picture one entry")
+        if root and len(ids) < len(images):
+            raise UserError(f"{path}: two of its images have the same file_name; give every picture one "
+                            "entry")
         for annotation in content.get("annotations", []) if with_boxes else ():
             where = f"{path}: annotation {printable(annotation.get('id'))}"
             own_id = annotation.get("id") if annotation.get("keypoints") else None
             box = check_box(annotation.get("bbox"), where)
-            boxes.setdefault(names[annotation["image_id"]], []).append((own_id, box))
+            name = names.get(annotation["image_id"]) or written[str(annotation["image_id"])]  # "1" for 1
+            boxes.setdefault(name, []).append((own_id, box))
         category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
         raise UserError(f"{path}: not a COCO file with images and bbox ({reason})") from None
     for note in notes.lines():
         print(note, file=sys.stderr)
-    return Listing(ids, sizes, boxes, {key: category.get(key, value) for key, value in FACE.items()})
+    return Listing(ids, sizes, boxes, {key: category.get(key, value) for key, value in FACE.items()},
+                   upright=shows_upright(content))
 
 
-def read_boxes(path: Path, root: Path, category: str | None = None) -> Listing:
+def read_boxes(path: Path, root: Path, category: str | None = None, above: bool = False) -> Listing:
     """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes.
 
-    Names may count from a folder above `root`: the one counts where most of them are pictures.
+    With `above` names may count from a folder above `root`: the one counts where most of them are pictures.
     """
     content = load_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
@@ -153,8 +161,9 @@ def read_boxes(path: Path, root: Path, category: str | None = None) -> Listing:
     if not any(isinstance(xyv, list) and any(xyv[2::3]) for xyv in landmarks):
         return read_listing(path)
     listing = read_listing(path, with_boxes=False)
-    above = root.parents[:-1][:max((name.count("/") for name in listing.ids), default=0)]
-    root = max((root, *above), key=lambda folder: sum(os.path.isfile(folder / name) for name in listing.ids))
+    levels = max((name.count("/") for name in listing.ids), default=0) if above else 0
+    root = max((root, *root.parents[:-1][:levels]),
+               key=lambda folder: sum(os.path.isfile(folder / name) for name in listing.ids))
     faces = read_coco(path, root, category)
     for note in faces.notes:
         print(note, file=sys.stderr)
@@ -263,13 +272,13 @@ def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
                             "give their folders in it, too")
 
 
-def turn_boxes(sources: list[Source], root: Path) -> None:
+def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
     """Turn boxes without landmarks with their pictures, where read_coco would turn faces (EXIF), in place."""
     rows, notes = [(source, box) for source in sources for _, box in source.boxes], Notes()
     files, sizes = [source.file for source, _ in rows], np.array([source.size for source, _ in rows])
     boxes, labelled = np.array([box for _, box in rows]), np.ones((len(rows), 2))
     corners = np.array([[box[:2], box[:2] + box[2:]] for box in boxes])
-    turns = stored_turns(files, sizes, corners, labelled, root, notes)
+    turns = stored_turns(files, sizes, corners, labelled, root, notes, upright)
     turn_faces(turns, sizes, boxes, corners, labelled)
     for (source, box), size, turned in zip(rows, sizes.tolist(), boxes):
         source.size, box[:] = tuple(size), turned
@@ -301,11 +310,11 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
             raise UserError(f"--boxes {args.boxes}: has boxes of pictures; give a video's face with --box")
         if not args.data_root and root == Path(root.anchor):
             raise UserError("--data-root: is needed with --boxes for pictures of unrelated folders")
-        listing = read_boxes(args.boxes, root, args.category)
+        listing = read_boxes(args.boxes, root, args.category, above=not args.data_root)
         category = listing.category
         take_boxes(sources, args.boxes, listing)
         if not listing.turned:
-            turn_boxes(sources, root)
+            turn_boxes(sources, root, listing.upright)
     if long := [s.file for s in sources if len(os.fsencode(s.target.name)) > 255]:
         raise UserError(f"{printable(long[0])}: its name is too long for the overlay's; rename it")
     targets = Counter(os.path.realpath(s.target) for s in sources)

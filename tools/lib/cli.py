@@ -82,8 +82,8 @@ def run_script(main: Callable):
     except OSError as e:
         if e.errno not in MENDABLE:
             raise
-        denied = e.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        advice = "name another folder (--out, --work-dir, --cache); " if denied else ""
+        advice = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
+                  errno.EACCES: "mend its permissions, or name another; "}.get(e.errno, "")
         print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}nothing older is lost",
               file=sys.stderr)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ wrong.
 import os
 import posixpath
 import re
+import struct
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -137,9 +138,7 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
                                               (entries, ids, image_ids, files, breeds))
     sizes, triples = sizes[inside], triples[inside]
     points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
-    # These show pictures upright; the first writes stored sizes.
-    upright = any(program in str(data.get("info")) for program in ("Label Studio", "tools/predict.py"))
-    turns = stored_turns(files, sizes, points, visible, root, notes, upright)
+    turns = stored_turns(files, sizes, points, visible, root, notes, shows_upright(data))
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
@@ -403,9 +402,9 @@ def plainly(name: str) -> str:
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
-def split_of(name: str) -> str | None:
-    """The split that the name of a file or folder tells last: train2017 is of train, images/valid of val."""
-    words = re.findall("[a-z]+", name.lower())
+def split_of(words: Iterable) -> str | None:
+    """The split that words of a name tell, the last first: train2017 is of train, images/valid of val."""
+    words = [word.lower().rstrip("0123456789") for word in words]
     return next((split[0] for word in words[::-1] for split in SPLITS if word in split), None)
 
 
@@ -413,14 +412,16 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
     """The folder, relative to the data root, that names of pictures count from. UserError if a name has two.
 
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
-    the pictures the one folder of the root that holds most. Of those that hold at least half as many the one
-    counts that is named as the file is (train2017 for train.json), or that alone holds all. A name has two
-    where two such folders hold its picture, or any two that of a name of several images (`repeated`).
+    the pictures the one folder of the root that holds most. Of those that hold as many the one counts that is
+    named as the file is (train2017 for train.json); where they are of another split, one of its own that
+    holds at least half as many. A name has two where two such folders hold its picture, or any two that of a
+    name of several images (`repeated`).
     """
     real = os.path.realpath(root)
 
-    def held(folder):
-        return sum(os.path.isfile(os.path.join(real, folder, name)) for name in names)
+    def held(folder, *others):
+        return sum(all(os.path.isfile(os.path.join(real, f, name)) for f in (folder, *others))
+                   for name in names)
 
     def refuse_two(names, folders, what, mend):
         for name in names:
@@ -438,19 +439,22 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
     own = {f: count for f, count in counts.items() if inner and Path(f).is_relative_to(inner[0])}
     counts = own if max(own.values(), default=0) * 2 >= len(names) else counts
-    fitting = [f for f, count in counts.items() if count > most and 2 * count >= max(counts.values())]
-    split, words = split_of(path.stem), re.split(r"[\W_]+", path.stem.lower())
-    meant = [f for f in fitting if split and split_of(f) == split or Path(f).name.lower() in words]
+    words = re.split(r"[\W_]+", path.stem.lower())
+    own, splits = split_of(words), {f: split_of(Path(f).parts) for f in counts}
+    near = [f for f, count in counts.items() if count > most and 2 * count >= max(counts.values())]
+    fitting = [f for f in near if counts[f] == max(counts.values())]
+    foreign = own and all(splits[f] not in (None, own) for f in fitting)
+    meant = [f for f in (near if foreign else fitting)
+             if own and splits[f] == own or Path(f).name.lower() in words]
     refuse_two(() if meant else repeated, counts, "{} stands for several images, and is",
                "write names with their folders, or name one by --data-root")
-    whole = [f for f in fitting if counts[f] == len(names)]
-    if not meant and len(whole) == 1 < len(fitting):
-        other = next(f for f in fitting if f != whole[0])
-        notes.said.append(f"the pictures are taken from {printable(whole[0])}, and not from "
-                          f"{printable(other)}, which holds some, too; else name it with --data-root")
-        return whole[0]
-    refuse_two(names, meant or fitting, "pictures ({}) are", "name the right one with --data-root")
-    return max(meant or fitting, key=counts.get, default=best)
+    fitting = meant or fitting
+    refuse_two(names, fitting, "pictures ({}) are", "name the right one with --data-root")
+    best = fitting[0] if fitting else best
+    for other in (f for f in near if f != best and splits[f] in (None, own) and held(f, best)):
+        notes.said.append(f"the pictures are taken from {printable(best)}, though {printable(other)} has "
+                          "some of these names, too; if that is wrong, name the right one with --data-root")
+    return best
 
 
 def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
@@ -512,14 +516,28 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     return [placed[name] for name in names]
 
 
-PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where a PNG may say how it is turned
+def shows_upright(data: dict) -> bool:
+    """Whether a COCO file is of a program that shows pictures upright; Label Studio writes stored sizes."""
+    return any(program in str(data.get("info")) for program in ("Label Studio", "tools/predict.py"))
+
+
+def may_be_turned(path: Path | str) -> bool:
+    """Whether a PNG has a part that can say how it is turned: Pillow would decode it whole to know."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(part := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", part)
+            if kind in (b"eXIf", b"zTXt", b"iTXt", b"tEXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def header(path: Path | str) -> tuple[tuple, int] | None:
     """A picture's stored size, and EXIF's 2 to 8 if that turns or mirrors it, or 0; None if unreadable."""
     try:
         with Image.open(str(path), formats=FORMATS) as image:
-            plain = image.format == "PNG" and not PNG_EXIF & image.info.keys()  # else Pillow decodes it whole
+            plain = image.format == "PNG" and not may_be_turned(path)
             turn = 1 if plain else image.getexif().get(0x112, 1)
             tags = getattr(image, "tag_v2", {})  # newer versions of Pillow open a TIFF with its turned size
             size = (int(tags.get(256, image.width)), int(tags.get(257, image.height)))
@@ -816,10 +834,12 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         short = min((p.stem for p in found), key=len, default="")
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
-    trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train, for_val))
+    trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")
-        return train, val or (vals[0] if train in files and len(vals) == 1 and train not in vals else None)
+        beside = [p for p in vals if re.search(r"(?<![a-z])(val|valid|validation|test)\d*$", p.stem.lower())
+                  and "train" not in p.stem.lower()]  # no report, and not train_val.json
+        return train, val or (beside[0] if train in files and len(beside) == 1 else None)
     if trains and (rest := [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)]):
         raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT a "
                         "subset and export again, or move the file away to do without it")
