@@ -378,7 +378,7 @@ class Run:
 
 
 def train_step(run: Run, batches, step: int):
-    """One optimizer step over its micro-batches: its loss and its faces. Never waits for the device."""
+    """One optimizer step over its micro-batches: its loss, its faces' indices. Never waits for the device."""
     config, device, total, indices = run.config, run.processes.device, 0, []
     for left in reversed(range(config.accumulate)):  # micro-batches after this one
         batch = next(batches)

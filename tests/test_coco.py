@@ -298,8 +298,8 @@ def test_a_landmark_that_nobody_labelled_is_named(tmp_path):
 
 def test_an_absolute_name_in_the_data_root_is_that_picture(read, tmp_path):
     for place in ("pic_0.jpg", "thumbs/pic_0.jpg"):
-        draw(tmp_path / "root" / place)
-    assert read(plain(1, name=f"{tmp_path}/root/pic_0.jpg"), root=tmp_path / "root").files == ["pic_0.jpg"]
+        draw(tmp_path / "own" / place)
+    assert read(plain(1, name=str(tmp_path / "own" / "pic_0.jpg")), root=tmp_path / "own").files == ["pic_0.jpg"]
 
 
 def test_what_trains_without_mirroring_says_so(tmp_path):

@@ -61,7 +61,7 @@ from tools.lib.find import MIN_SCORE, Predictor
 from tools.lib.pictures import format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
-from tools.lib.windows import whole_box
+from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
 OUT, RESULTS, TABLE = "predictions", "predictions.json", "predictions.csv"  # in --out, beside the overlays
@@ -427,9 +427,8 @@ class PictureQueue:
         if source.boxes is not None:
             if not source.boxes:
                 raise UserError(f"{source.place}: no box for it in {self.args.boxes}")
-            if 0 not in source.size and source.size != size:
-                raise UserError(f"{source.place}: is {size[0]} x {size[1]} pixels, the COCO file says "
-                                f"{source.size[0]} x {source.size[1]}; export the annotations again")
+            if 0 not in source.size:
+                check_size(source.place, size, source.size)
             boxes = np.stack([box for _, box in source.boxes])
             if not intersections(boxes, whole_box(size)[None]).all():
                 raise UserError(f"{source.place}: a box lies outside this picture of {size[0]} x {size[1]} "

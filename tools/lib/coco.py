@@ -834,6 +834,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         short = min((p.stem for p in found), key=len, default="")
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
+    # "training" alone is a file's whole name: training_log.json is none.
     trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")

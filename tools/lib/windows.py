@@ -157,12 +157,18 @@ def with_background(faces, folder: Path | None, say: Callable = print):
     return replace(faces, files=[*faces.files, *map(str, paths)], breeds=[*faces.breeds, *[""] * n], **joined)
 
 
+def check_size(path: Path, size: Iterable[int], described: Iterable[int]):
+    """Raises UserError where a picture's width and height are not those of the COCO file."""
+    if tuple(size) != tuple(described):
+        (w, h), (width, height) = size, described
+        raise UserError(f"{path}: is {w} x {h} pixels, the COCO file says {width} x {height}; "
+                        "export the annotations again")
+
+
 def read_described(path: Path, size: Iterable[int]) -> np.ndarray:
     """A picture that a COCO file describes, (H, W, 3) uint8 RGB. Raises UserError for one of another size."""
-    image, (width, height) = read_image(path), size
-    if image.shape[:2] != (height, width):
-        raise UserError(f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, the COCO file says "
-                        f"{width} x {height}; export the annotations again")
+    image = read_image(path)
+    check_size(path, image.shape[1::-1], size)
     return image
 
 
