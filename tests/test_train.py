@@ -335,6 +335,20 @@ def test_decay_is_of_no_bias_and_no_norm(backbone):
     assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
 
 
+def test_a_group_of_the_optimizer_may_scale_its_rate(flags, tmp_path, monkeypatch):
+    """As the README says of build_optimizer."""
+    build, seen = trainer.build_optimizer, []
+
+    def scaled(model, config):
+        seen.append(build(model, config))
+        seen[0].param_groups[1]["scale"] = 0.25
+        return seen[0]
+    monkeypatch.setattr(trainer, "build_optimizer", scaled)
+    trainer.main([*map(str, [*flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / "w"])])
+    plain, quarter = (group["lr"] for group in seen[0].param_groups)
+    assert quarter == plain / 4 > 0
+
+
 def test_the_average_follows_the_weights():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     average = deepcopy(model)
