@@ -179,9 +179,11 @@ def wait_for(process, text):
         time.sleep(0.01)
 
 
-def children(pid):
-    """The process ids of a process's children."""
-    return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+def workers_of(pid):
+    """The ids of the processes that work for a process: its children, or since Python 3.14 those of its fork server."""
+    below = [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+    ends = [end for p in below for end in (workers_of(p) or [p])]
+    return [p for p in ends if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def ended(process, code=2):

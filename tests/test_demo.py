@@ -154,8 +154,9 @@ def test_what_is_no_picture_is_refused_in_one_sentence(demo, tmp_path):
 
 def test_upload_is_bounded(demo, tmp_path):
     (tmp_path / "large.png").write_bytes(bytes(tool.MAX_BYTES + 1))
-    with pytest.raises(urllib.error.HTTPError, match="413"):
+    with pytest.raises(urllib.error.HTTPError, match="413") as e:
         demo.find(tmp_path / "large.png", "two", 0.5)
+    e.value.close()
 
 
 def test_a_visitor_chooses_among_the_models_only(demo, run):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import LIGHT, ROOT, assert_same_run, children, ended, wait_for
+from conftest import LIGHT, ROOT, assert_same_run, ended, wait_for, workers_of
 
 from tools.lib import files
 from tools.lib.batches import batches_of
@@ -104,16 +104,20 @@ def test_a_killed_worker_is_reported_as_that(start, flags, tmp_path):
     """And a machine with fewer cores than --num-workers starts no more workers than it has cores."""
     process = start("train_simple.py", *flags, *LIGHT, "--work-dir", tmp_path / "w", "--num-workers", 500, "--epochs", 500)
     wait_for(process, "epoch   1")
-    workers = children(process.pid)
+    workers = workers_of(process.pid)
     os.kill(workers[0], signal.SIGKILL)
     line = ended(process)
     assert len(workers) == len(os.sched_getaffinity(0)) and "data worker" in line and "--resume" in line
 
 
+class Unsendable:
+    def __getitems__(self, items):
+        return [threading.Lock()]
+
+
 def test_a_batch_that_cannot_be_handed_over_ends_the_run():
     """As where /dev/shm is full: the queue's thread would drop it, and the parent would wait for ever."""
-    dead = lambda items: [threading.Lock()]
-    batches = batches_of(SimpleNamespace(__getitems__=dead, __getitem__=dead), [[0]], 1, torch.device("cpu"))
+    batches = batches_of(Unsendable(), [[0]], 1, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="DataLoader worker .pid"):
         next(batches)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import children
+from conftest import workers_of
 from PIL import Image
 
 from tools import make_sample_dataset as tool
@@ -135,7 +135,7 @@ def test_drawing_that_is_stopped_says_one_word_and_leaves_nothing(start, tmp_pat
     while not [*tmp_path.glob(".dogs.*/train/images/*.png")]:
         assert process.is_alive(), process.err.read_text()
         time.sleep(0.01)
-    workers = children(process.pid)
+    workers = workers_of(process.pid)
     for pid in [*workers, process.pid] if number == signal.SIGINT else [process.pid]:
         os.kill(pid, number)
     process.join(60)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LIGHT, ROOT, SMALL, assert_same_run, children, ended, rows, wait_for, weights
+from conftest import LIGHT, ROOT, SMALL, assert_same_run, ended, rows, wait_for, weights, workers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -613,7 +613,7 @@ def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code, gro
     process = start("train_simple.py", *flags, *LIGHT, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
     wait_for(process, "epoch   1")
     time.sleep(0.2)
-    for pid in [*children(process.pid), process.pid] if group else [process.pid]:  # `timeout` and a terminal reach all of them
+    for pid in [*workers_of(process.pid), process.pid] if group else [process.pid]:  # `timeout` and a terminal reach all of them
         os.kill(pid, number)
     assert "stopped" in (line := ended(process, code)) and "--resume" in line
 
