@@ -23,7 +23,7 @@ import dataset as data
 import train_simple as trainer
 from tools import predict as tool
 from tools.lib import find, video
-from tools.lib.boxes import TIGHT, box_around, hull_boxes, lean, overlaps, room_of, upright
+from tools.lib.boxes import TIGHT, box_around, hull_boxes, intersections, lean, overlaps, room_of, upright
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
 from tools.lib.pictures import read_image
@@ -155,7 +155,7 @@ class Eye:
     def look(self, jobs, flip=True):
         boxes, true = np.reshape([box for _, box, *_ in jobs], (-1, 4)), hull_boxes(self.truth, find.MARGIN)
         distance = np.linalg.norm((boxes[:, None, :2] + boxes[:, None, 2:] / 2) - (true[:, :2] + true[:, 2:] / 2), axis=-1)
-        fit = np.diagonal(find.intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
+        fit = np.diagonal(intersections(boxes, true[distance.argmin(1)])) / boxes[:, 2:].prod(1)
         scores = np.clip(fit + 0.15, 0, 1)[:, None]
         return self.truth[distance.argmin(1)] + (1 - scores[..., None]) * 4, np.repeat(scores, self.truth.shape[1], 1)
 
@@ -200,7 +200,7 @@ def test_boxes_follow_from_landmarks_as_they_did_in_training(which, expected):
     for face, box in zip(shape, boxes):
         assert overlaps(box_around(face, box, TIGHT, room)[None], box[None])[0, 0] > 0.7
         turned, turn = upright((face - box[:2]) @ [[0, 1], [-1, 0]] + box[:2], [[0, 1]] * (len(which) > 1), box,
-                                    TIGHT, room)
+                               TIGHT, room)
         assert len(which) == 1 or abs(turn) == pytest.approx(90, abs=1) and turned[2] == pytest.approx(box[2], rel=0.2)
     hulls = hull_boxes(points, TIGHT)
     assert room_of(points, np.ones(points.shape[:2]), hulls) == []

@@ -838,7 +838,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")
-        beside = [p for p in vals if re.search(r"(?<![a-z])(val|valid|validation|test)\d*$", p.stem.lower())
+        beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
                   and "train" not in p.stem.lower()]  # no report, and not train_val.json
         return train, val or (beside[0] if train in files and len(beside) == 1 else None)
     if trains and (rest := [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)]):
