@@ -62,6 +62,7 @@ class Config(Augmentation):
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
     lr: float | None = setting(None, "learning rate (default 2e-3, --weights 1e-3, scratch 4e-3)", "(0, inf)")
+    backbone_lr_mult: float = setting(1.0, "the backbone's rate / --lr (a plain transformer: 0.1)", "(0, 1]")
     weight_decay: float = setting(0.1, "AdamW's, of all but vectors: biases, norms", "[0, 1)")
     beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", "[0, 1)")
     beta2: float = setting(0.99, "decay of Adam's running mean of their squares", "[0, 1)")
@@ -317,11 +318,7 @@ class Plan:
         self.batch_size = min(config.batch_size, faces - faces % parts)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
-
-    @property
-    def sizes(self):
-        """All sizes of crops in the run."""
-        return sorted({self.size(epoch) for epoch in range(self.config.epochs)})
+        self.sizes = sorted({self.size(epoch) for epoch in range(config.epochs)})  # of all crops in the run
 
     def validates(self, epoch: int) -> bool:
         """Whether an epoch ends with a validation; the last one does."""
@@ -348,11 +345,14 @@ class Plan:
 
 def build_optimizer(model: nn.Module, config: Config):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of all but vectors: biases, norms."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=config.lr,
-                             betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-                             fused=weights[0].device.type in ("cuda", "cpu"))
+    groups = {}
+    for name, p in model.named_parameters():
+        scale = config.backbone_lr_mult if name.startswith("backbone.") else 1.0
+        groups.setdefault((scale, p.ndim > 1), []).append(p)
+    groups = [{"params": members, "scale": scale, "weight_decay": config.weight_decay * matrices}
+              for (scale, matrices), members in sorted(groups.items(), reverse=True)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
+                             fused=p.device.type in ("cuda", "cpu"))
 
 
 class Run:

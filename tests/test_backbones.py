@@ -110,6 +110,16 @@ def test_a_backbones_file_fits_by_name_or_by_order(tmp_path):
         said.clear()
 
 
+def test_a_file_fits_by_name_where_timm_wraps_the_feature_maps(tmp_path):
+    """timm's maps of a Hiera are named model.x for its x; the order in a file, here reversed, says nothing."""
+    source = timm.create_model("sam2_hiera_tiny").state_dict()
+    for state in (dict(reversed(source.items())), {f"model.{k}": v for k, v in reversed(source.items())}):
+        torch.save(state, tmp_path / "file.pth")
+        model, said = LandmarkNet("sam2_hiera_tiny", 5), []
+        take_weights(model, tmp_path / "file.pth", "sam2_hiera_tiny", NAMES, said.append)
+        assert not same(model.backbone, {f"model.{k}": v for k, v in source.items()}) and not said
+
+
 def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
     model, source = LandmarkNet("resnet18", 5), timm.create_model("resnet18").state_dict()
     part = {k: v for k, v in source.items() if not k.startswith("layer4")}

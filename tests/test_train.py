@@ -335,18 +335,30 @@ def test_decay_is_of_no_bias_and_no_norm(backbone):
     assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
 
 
-def test_a_group_of_the_optimizer_may_scale_its_rate(flags, tmp_path, monkeypatch):
-    """As the README says of build_optimizer."""
+def test_a_backbone_may_learn_at_a_part_of_the_rate(flags, tmp_path, monkeypatch):
+    """--backbone-lr-mult: of the backbone alone, in every step; metrics.csv has the head's rate; a resumed run goes on."""
     build, seen = trainer.build_optimizer, []
 
-    def scaled(model, config):
-        seen.append(build(model, config))
-        seen[0].param_groups[1]["scale"] = 0.25
-        return seen[0]
-    monkeypatch.setattr(trainer, "build_optimizer", scaled)
-    trainer.main([*map(str, [*flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / "w"])])
-    plain, quarter = (group["lr"] for group in seen[0].param_groups)
-    assert quarter == plain / 4 > 0
+    def kept(model, config):
+        seen.append((model, build(model, config)))
+        return seen[-1][1]
+    monkeypatch.setattr(trainer, "build_optimizer", kept)
+    command = [*map(str, [*flags, *LIGHT, "--work-dir", tmp_path / "w", "--save-every", 1, "--epochs", 2])]
+    trainer.main([*command, "--backbone-lr-mult", "0.25"])
+    last = torch.load(tmp_path / "w/last.pth", weights_only=True)
+    trainer.main([*command, "--backbone-lr-mult", "0.25", "--resume"])
+    rates = [float(row["lr"]) for row in rows(tmp_path / "w")]
+    assert len(seen) == 2 and rates[-1] > 0
+    for model, optimizer in seen:
+        rate = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(rate) == len(list(model.parameters()))
+        for name, p in model.named_parameters():
+            assert rate[p] == pytest.approx((rates[-1] * (0.25 if name.startswith("backbone.") else 1), 0.1 * (p.ndim > 1)))
+    assert {group["scale"] for group in last["optimizer"]["param_groups"]} == {0.25, 1}
+    with pytest.raises(UserError, match="--backbone-lr-mult"):
+        trainer.main([*command, "--resume"])
+    plain = build(seen[0][0], config_of())  # weights, then vectors: the groups of runs before there was this setting
+    assert [(group["scale"], group["weight_decay"]) for group in plain.param_groups] == [(1, 0.1), (1, 0)]
 
 
 def test_the_average_follows_the_weights():

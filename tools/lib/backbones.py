@@ -54,7 +54,8 @@ def matched(own: dict, source: dict, what: str, say: Callable) -> dict:
     What is left over in `source` (a classifier) does not count; what `own` lacks then is a UserError.
     """
     own, source = without_counters(own), without_counters(source)
-    by_name = {k: source[k] for k in own if k in source and source[k].shape == own[k].shape}
+    named = source | {f"model.{k}": v for k, v in source.items()}  # timm wraps some feature maps, as `model`
+    by_name = {k: named[k] for k in own if k in named and named[k].shape == own[k].shape}
     by_order = dict(zip(own, source.values()))
     if len(by_name) < len(own) == len(by_order) and all(own[k].shape == v.shape for k, v in by_order.items()):
         say(f"{what}: names of another library; its {len(own)} tensors fit in their order")
