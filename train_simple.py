@@ -62,7 +62,7 @@ class Config(Augmentation):
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
     lr: float | None = setting(None, "learning rate (default 2e-3, --weights 1e-3, scratch 4e-3)", "(0, inf)")
-    backbone_lr_mult: float = setting(1.0, "the backbone's rate / --lr (a plain transformer: 0.1)", "(0, 1]")
+    backbone_lr_mult: float = setting(1.0, "the backbone's rate / --lr (sam2_hiera_tiny: 0.025)", "(0, 1]")
     weight_decay: float = setting(0.1, "AdamW's, of all but vectors: biases, norms", "[0, 1)")
     beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", "[0, 1)")
     beta2: float = setting(0.99, "decay of Adam's running mean of their squares", "[0, 1)")
