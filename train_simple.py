@@ -344,7 +344,7 @@ class Plan:
 
 
 def build_optimizer(model: nn.Module, config: Config):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) of all but vectors: biases, norms."""
+    """AdamW (Loshchilov & Hutter 2019): no decay of vectors (biases, norms); the backbone at its own rate."""
     groups = {}
     for name, p in model.named_parameters():
         scale = config.backbone_lr_mult if name.startswith("backbone.") else 1.0
@@ -352,7 +352,7 @@ def build_optimizer(model: nn.Module, config: Config):
     groups = [{"params": members, "scale": scale, "weight_decay": config.weight_decay * matrices}
               for (scale, matrices), members in sorted(groups.items(), reverse=True)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
-                             fused=p.device.type in ("cuda", "cpu"))
+                             fused=next(model.parameters()).device.type in ("cuda", "cpu"))
 
 
 class Run:
