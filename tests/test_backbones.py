@@ -52,8 +52,9 @@ def test_the_default_backbone_fits():
 
 
 @pytest.mark.parametrize("backbone,reason", [
-    ("resnet_18", "Unknown"), ("resnet18.no_such_tag", "tag"), ("vit_tiny_patch16_224", "fixed to 224"),
-    ("swin_tiny_patch4_window7_224", "fixed to 224"), ("inception_v3", "no maps"), ("", "Unknown")])
+    ("resnet_18", "no such model"), ("hf-hub:timm/resnet18.a1_in1k", "no such model"), ("local-dir:/tmp", "no such model"),
+    ("resnet18.no_such_tag", "tag"), ("vit_tiny_patch16_224", "fixed to 224"),
+    ("swin_tiny_patch4_window7_224", "fixed to 224"), ("inception_v3", "no maps"), ("", "no such model")])
 def test_what_cannot_serve_is_refused_in_one_line(refused, flags, tmp_path, backbone, reason):
     line = refused(*flags, "--work-dir", tmp_path / "w", "--backbone", backbone)
     assert line.startswith(f"error: --backbone {backbone}: ") and reason in line and "hrnet_w32" in line
@@ -217,7 +218,7 @@ def test_an_old_checkpoint_starts_a_run_but_resumes_none(old, refused, flags, tm
     lambda c: c["model"].pop("head.0.weight"), lambda c: c["scheme"].update(flip_pairs=[[0, 99]]),
     lambda c: c["args"].update(backbone="resnet18"), lambda c: c["args"].update(decode_power=0.0),
     lambda c: c["args"].update(backbone=7), lambda c: c["scheme"].pop("names"), lambda c: c.update(format=99),
-    lambda c: c.update(model=[1]), lambda c: c.pop("epoch"), lambda c: c.update(size="x")])
+    lambda c: c.update(model=[1]), lambda c: c.pop("epoch"), lambda c: c.update(size="x"), lambda c: c.update(size=0), lambda c: c.update(size=10**6)])
 def test_a_checkpoint_that_does_not_fit_together_is_refused_in_one_line(tmp_path, break_it):
     config = trainer.parse_args(["--backbone", "hrnet_w18_small", "--input-size", "64"])
     content = {"format": 2, "epoch": 1, "size": 64, "model": LandmarkNet("hrnet_w18_small", 5).state_dict(),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tools.lib import pictures
 from tools.lib.cli import UserError
+from tools.lib.coco import header
 from tools.lib.pictures import AVIF, GREY, format_of, read_image, read_picture, to_8_bits
 
 ISO = bytes.fromhex("00000018667479706865696300000000") + b"mif1heic" + bytes(2000)  # as every iPhone photo begins
@@ -93,6 +94,13 @@ def test_upright_by_exif_in_every_format(image, turn, tmp_path):
     for mode, values in (("L", image[..., 0]), ("I;16", image[..., 0] * np.uint16(257))):  # Pillow maps these into memory
         Image.fromarray(values).save(tmp_path / "grey.tif", exif=tagged())
         assert near(read_image(tmp_path / "grey.tif")[..., 0], pictures.TURNS[turn](image[..., 0])), mode
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("damaged", [b"", b"II", b"no TIFF header at all", b"II*\0\x08\0\0\0\xff\xff"])
+def test_damaged_exif_turns_nothing(image, name, damaged, tmp_path):
+    Image.fromarray(image).save(tmp_path / name, exif=b"Exif\0\0" + damaged, dpi=(72, 72), lossless=True, quality=95)
+    assert near(read_image(tmp_path / name), image, 0 if "jpg" not in name else 40) and header(tmp_path / name) == ((64, 48), 0)
 
 
 def test_a_large_picture_is_read_smaller(image, tmp_path, monkeypatch):

@@ -449,6 +449,9 @@ def test_a_run_that_goes_on_writes_over_no_other_files(refused, flags, tmp_path)
     before = (tmp_path / "ann/train.json").read_bytes()
     line = refused("--sample", "--device", "cpu", "--data-root", flags[1], "--ann-root", tmp_path / "ann", "--work-dir", tmp_path / "w")
     assert "holds a train.json that is not the sample's" in line and (tmp_path / "ann/train.json").read_bytes() == before
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/dog.jpg").touch()
+    assert "own holds other pictures; leave --sample out" in refused("--sample", "--data-root", tmp_path / "own", "--ann-root", tmp_path / "new", "--work-dir", tmp_path / "w")
     line = refused("--sample", "--device", "cpu", "--data-root", flags[1], "--work-dir", tmp_path / "w")
     assert "--data-root and --ann-root belong together" in line
 

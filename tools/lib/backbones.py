@@ -21,7 +21,9 @@ def feature_maps(backbone: str) -> nn.Module:
     # An HRNet's branches, before the classifier's part.
     hrnet = {"feature_location": ""} if backbone.startswith("hrnet") else {}
     try:
-        about = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+        if not timm.is_model(backbone):  # timm would also open hf-hub:... and local-dir:... of a checkpoint
+            raise ValueError("no such model")
+        about = timm.get_pretrained_cfg(backbone)
         if about and about.fixed_input_size:
             raise ValueError(f"its input is fixed to {about.input_size[-1]} pixels")
         model = timm.create_model(backbone, features_only=True, **hrnet).eval()

@@ -226,6 +226,8 @@ class TrainedModel:
             self.room = [float(v) for v in checkpoint.get("room", [])]  # older: like DogFLW's
             if len(self.room) not in (0, 2, 4) or not np.isfinite(self.room).all():
                 raise ValueError("room")
+            if not 64 <= self.size <= 1024 or self.size % 32:
+                raise ValueError("size")
             self.model = self.Network(self.config.backbone, len(self.scheme.names))
             self.model.load_state_dict(upgraded(checkpoint["model"]))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:

@@ -23,7 +23,7 @@ from PIL import Image
 from tools.lib.boxes import TIGHT, intersections, overlaps, room_of
 from tools.lib.cli import UserError, is_text, printable
 from tools.lib.files import load_json, picture_path
-from tools.lib.pictures import FORMATS, read_picture
+from tools.lib.pictures import FORMATS, orientation, read_picture
 
 MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
 # A box is wrong when its IoU with the landmarks' hull is below 0.3. Of 3,806 boxes in DogFLW's official
@@ -538,7 +538,7 @@ def header(path: Path | str) -> tuple[tuple, int] | None:
     try:
         with Image.open(str(path), formats=FORMATS) as image:
             plain = image.format == "PNG" and not may_be_turned(path)
-            turn = 1 if plain else image.getexif().get(0x112, 1)
+            turn = 1 if plain else orientation(image)
             tags = getattr(image, "tag_v2", {})  # newer versions of Pillow open a TIFF with its turned size
             size = (int(tags.get(256, image.width)), int(tags.get(257, image.height)))
             return size, turn if turn in range(2, 9) else 0

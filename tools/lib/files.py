@@ -217,6 +217,8 @@ def make_sample(data_root: Path, ann_root: Path):
         raise UserError("--sample: --data-root and --ann-root belong together; give both, or neither")
     if (ann_root / "train.json").exists() and not (ann_root / "val.json").exists():
         raise UserError(f"--ann-root {ann_root}: holds a train.json that is not the sample's; leave it out")
+    if not is_free(data_root) and not any(data_root.glob("train/images/s0[0-9]*_*.png")):
+        raise UserError(f"--sample: --data-root {data_root} holds other pictures; leave --sample out")
     with file_lock(ann_root.parent / ".sample.lock"):  # every process of a job comes here
         for made, command in ((data_root, ["make_sample_dataset.py", "--out", data_root]),
                               (ann_root / "val.json", convert)):

@@ -142,7 +142,7 @@ def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int
             image.draft(None, (own[0] // step, own[1] // step))
         image.load()
         own = own or image.size
-        turn = image.getexif().get(0x112, 1)  # now: a TIFF turns itself while it loads, and drops the tag
+        turn = orientation(image)  # now: a TIFF turns itself while it loads, and drops the tag
         if image.mode[0] in "IF":
             image = Image.fromarray(to_8_bits(np.asarray(image)))
         elif colours_of_16_bits:
@@ -158,6 +158,14 @@ def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int
             image = ground
         pixels = np.ascontiguousarray(TURNS.get(turn, TURNS[1])(np.asarray(image)))
         return pixels, own[::-1] if turn in (5, 6, 7, 8) else own
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's tag of that name, 1 to 8 as a rule; 1 where there is none, or EXIF is damaged."""
+    try:
+        return image.getexif().get(0x112, 1)
+    except Exception:  # Pillow's parsers raise nearly anything; the pixels may be well
+        return 1
 
 
 # The EXIF tag Orientation -> what brings the rows and columns upright.
