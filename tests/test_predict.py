@@ -383,6 +383,38 @@ def test_suppression_keeps_the_best_of_nested_boxes():
     assert find.suppress(boxes, np.array([0.8, 0.7, 0.9, 0.1])).tolist() == [2, 3]
 
 
+def test_a_videos_files_hold_what_each_frame_shows_and_its_overlay_is_steadied(run, tmp_path, monkeypatch):
+    told, drawn = [], []
+
+    class Blinking:
+        face, locator, scheme = SimpleNamespace(whole=False, room=[]), None, trainer.Trained(run.work_dir / "best_model.pth").scheme
+
+        def __call__(self, image, boxes=None, min_score=0.5):
+            return [self.one(box) for box in ([] if boxes is None else boxes)]
+
+        def follow(self, image, faces):
+            return [self.one(face["box"]) for face in faces]
+
+        def one(self, box):
+            points = np.random.default_rng(0).uniform(20, 100, (46, 2))
+            points[20:24, 1] += 8 * (len(told) == 4)  # the lids, in one frame
+            told.append(points)
+            return {"box": box, "points": points, "scores": np.ones(46), "score": 1.0}
+
+        def many(self, images, boxes, min_score):  # of the pictures, of which there are none
+            return []
+    monkeypatch.setattr(tool, "load_predictor", lambda *_: Blinking())
+    real = tool.draw_landmarks
+    monkeypatch.setattr(tool, "draw_landmarks", lambda image, points, *a, **k: drawn.append(points) or real(image, points, *a, **k))
+    write_video(tmp_path / "clip.mp4", [np.zeros((128, 128, 3), np.uint8)] * 8)
+    predict(tmp_path / "clip.mp4", "--box", 10, 10, 100, 100, "--out", tmp_path / "out")
+    results, rows = read(tmp_path / "out")
+    assert np.abs([points(r) for r in results] - np.array(told)).max() < 0.001
+    name = Blinking.scheme.names[20]
+    assert float(rows[4][f"{name}_y"]) - float(rows[3][f"{name}_y"]) == pytest.approx(8, abs=0.01)
+    assert 2 < drawn[4][20, 1] - drawn[3][20, 1] < 7.5
+
+
 def test_filter_steadies_a_still_face_and_does_not_lag():
     rng, rate, size = np.random.default_rng(0), 30, 200.0
     still = np.full((46, 2), 100.0)
@@ -658,6 +690,27 @@ def test_a_stopped_video_is_kept_up_to_there(run, picture, tmp_path, monkeypatch
     assert cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_pictures_are_kept_up_to_where_a_signal_ends_them(run, picture, tmp_path, monkeypatch, number):
+    (tmp_path / "photos").mkdir()
+    for name in "abc":
+        Image.fromarray(picture[0]).save(tmp_path / f"photos/{name}.png")
+    real = tool.PictureQueue.add
+
+    def add(self, source):
+        if source.file == "c.png":
+            os.kill(os.getpid(), number)
+        real(self, source)
+    monkeypatch.setattr(tool.PictureQueue, "add", add)
+    monkeypatch.chdir(tmp_path / "photos")
+    with pytest.raises(KeyboardInterrupt):  # without a face: what is there must say that it is of this tool
+        predict(run.work_dir / "best_model.pth", ".", "--min-score", 1, "--batch-size", 1)
+    assert read(tmp_path / "photos/predictions") == ([], []) and (tmp_path / "photos/predictions/b.png").exists()
+    monkeypatch.setattr(tool.PictureQueue, "add", real)
+    predict(run.work_dir / "best_model.pth", ".", "--min-score", 1)
+    assert sorted(p.name for p in (tmp_path / "photos/predictions_2").iterdir()) == ["a.png", "b.png", "c.png", "predictions.csv", "predictions.json"]
+
+
 def test_the_newest_frame_of_a_camera_comes_next(monkeypatch):
     class Camera:
         number = 0
@@ -729,7 +782,17 @@ def test_a_second_run_takes_another_folder_and_a_lacking_locator_is_said(run, pi
     assert "-> predictions;" in said.out and "locator" not in said.err
 
 
+def test_pictures_of_a_coco_file_are_those_of_the_fetched_dogflw(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path))
+    version = tmp_path / "datasets/georgemartvel/dogflw/versions/1"
+    version.parent.mkdir(parents=True)
+    version.symlink_to(run.data_root)
+    sources, root, _ = tool.plan(tool.parse_args([str(run.ann_root / "val.json"), "--out", str(tmp_path / "out")]))
+    assert root == version and len(sources) == 12 and all(s.place.is_file() and s.image_id for s in sources)
+
+
 def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "none"))
     checkpoint, photo = run.work_dir / "best_model.pth", tmp_path / "dog.png"
     Image.fromarray(picture[0]).save(photo)
     coco = tmp_path / "climbing.json"
@@ -749,7 +812,7 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         "an INPUT is empty": (checkpoint, "", *out),
         "no pictures": (checkpoint, tmp_path / "full", *out),
         "height above 0": (checkpoint, photo, "--box", 0, 0, 0, 5, *out),
-        "needs --data-root": (checkpoint, coco, *out),
+        "--data-root: no such folder; name the one of the pictures": (checkpoint, coco, *out),
         "leaves the data root": (checkpoint, coco, "--data-root", tmp_path / "full", *out),
         "was trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
         "give a video's face": (checkpoint, video, "--boxes", run.ann_root / "val.json", *out),

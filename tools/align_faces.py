@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--predictions", type=Path, metavar="FILE", help="predictions.json of predict.py")
     add_checkpoint(parser, "what made the predictions; it names the landmarks", positional=False)
     add("--category", metavar="NAME", help="of --ann, where it has several with different landmarks")
-    add("--data-root", type=Path, required=True, metavar="DIR", help="folder that file names are relative to")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the pictures (default: kagglehub's DogFLW)")
     add("--out", type=Path, metavar="DIR", help="(default: aligned, then aligned_2, ...)")
     add("--size", type=int, default=224, metavar="S", help="pixels of the square pictures (default: 224)")
     add("--margin", type=float, default=0.6, metavar="F",
@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--checkpoint goes with --predictions, and --category with --ann")
     if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
         raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
-    data_root(args.data_root)
+    args.data_root = data_root(args.data_root)
     if args.out and args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
     args.out = output_folder(args.out, "aligned", args.force)

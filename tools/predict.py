@@ -4,7 +4,7 @@
     uv run python tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/mine/best_model.pth
     uv run python tools/predict.py face.jpg --box 120 80 200 210
     uv run python tools/predict.py val.json --data-root DogFLW --boxes val.json
-    uv run python tools/predict.py 0                                      # camera 0 until Ctrl-C; or rtsp://...
+    uv run python tools/predict.py 0                                      # camera 0 until Ctrl-C, or rtsp://...
     uv run python tools/predict.py photos/ --coco mine.json               # correct it, then train on it
 
 INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
@@ -31,6 +31,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -228,15 +229,18 @@ def expand(text: str, out: Path) -> list[Source]:
     return [Source(f, "video" if kind == "video" else "picture") for f, kind in kinds.items() if kind]
 
 
+def is_listing(text: str) -> bool:
+    """Whether an INPUT is a COCO file."""
+    return Path(text).suffix.lower() == ".json" and Path(text).is_file()
+
+
 def list_inputs(inputs: list[str], data_root: Path | None, out: Path) -> tuple[list[Source], dict]:
     """The Sources that the command line names, without repeats, and the category of a COCO file in it."""
     sources, ids, category = {}, {}, FACE
     for text in inputs:
         path = Path(text)
-        if path.suffix.lower() != ".json" or not path.is_file():
+        if not is_listing(text):
             found = expand(text, out)
-        elif not data_root:
-            raise UserError(f"{path}: a COCO file needs --data-root, the folder its names are relative to")
         else:
             listing = read_listing(path, data_root, with_boxes=False)
             known = set(ids.values())
@@ -335,20 +339,22 @@ class Results:
     """Faces as they are found, and the files of all of them."""
 
     def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
-        self.scheme, self.category, self.rows, self.images = scheme, category, [], []
+        self.scheme, self.category, self.rows, self.images, self.begun = scheme, category, [], [], False
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
     def add(self, source: Source, faces: list[dict], size: tuple[int, int] | None = None,
             frame: int | None = None, seconds: float | None = None) -> None:
         """Keep the faces of a picture of `size` (width, height), or of a frame of a video."""
+        self.begun = True
         image_id = next(self.new_ids) if source.image_id is None else source.image_id
         if size:
             width, height = map(int, size)
             self.images.append({"id": image_id, "file_name": source.file, "width": width, "height": height})
         given = [annotation for annotation, _ in source.boxes] if source.boxes and frame is None else []
         for n, (face, annotation) in enumerate(itertools.zip_longest(faces, given[:len(faces)])):
-            keypoints = np.column_stack([face["points"], face["scores"]]).round(3).ravel().tolist()
+            points = face.get("raw", face["points"])  # a video's overlay is steadied, its numbers are not
+            keypoints = np.column_stack([points, face["scores"]]).round(3).ravel().tolist()
             known = {} if annotation is None else {"annotation_id": annotation}
             self.rows.append({
                 "image_id": image_id, "file_name": source.file, "category_id": self.category["id"],
@@ -518,7 +524,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("input", nargs="+", metavar="INPUT",
         help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
     add_checkpoint(parser, "best_model.pth of a run, which may also stand before INPUT", positional=False)
-    add("--data-root", type=Path, metavar="DIR", help="folder that a COCO file's names are relative to")
+    add("--data-root", type=Path, metavar="DIR",
+        help="folder of a COCO file's names (default: kagglehub's DogFLW)")
     add("--category", metavar="NAME", help="the faces' category, if several of --boxes have landmarks")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")
@@ -546,8 +553,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
     args.out = output_folder(args.out, OUT, args.force)
-    if args.data_root:
-        data_root(args.data_root)
+    if args.data_root or any(map(is_listing, args.input)):
+        args.data_root = data_root(args.data_root)
     if args.coco and args.coco.exists() and not args.force:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.coco.is_dir():
@@ -562,6 +569,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    with contextlib.suppress(ValueError):  # not in a thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
     sources, root, category = plan(args)
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
     if predictor.face.whole and (args.box or args.boxes):
@@ -578,7 +587,7 @@ def main(argv: list[str] | None = None) -> None:
         with enough_memory():
             failed = predict_all(sources, predictor, results, args)
     finally:  # a run that is stopped keeps what it has
-        if results.rows or failed < len(sources):
+        if results.begun:  # also without a face, so that another run knows these overlays
             results.write(args.out, args.coco)
     done = len(sources) - failed
     if done or results.rows:

@@ -199,7 +199,10 @@ class Tracker:
         self.count, self.frames, self.seconds = 0, 0, 0.0
 
     def __call__(self, frame: np.ndarray, seconds: float) -> list[dict]:
-        """The faces of the next RGB frame (H, W, 3), at its time in seconds; "id" is a face's number."""
+        """The faces of the next RGB frame (H, W, 3), at its time in seconds.
+
+        "id" is a face's number. "points" are steadied, to look at; "raw" are the frame's own, to measure.
+        """
         step, given, self.given = max(seconds - self.seconds, 1e-3), self.given, None
         tracks = self.predictor.follow(frame, self.tracks)
         tracks = [{**t, **f} for t, f in zip(self.tracks, tracks, strict=True)]
@@ -225,7 +228,8 @@ class Tracker:
             return
         if "id" not in track:
             track["id"], track["filter"], self.count = self.count, OneEuroFilter(), self.count + 1
-        track["points"] = track["filter"](track["points"], tight[2:].max(), step)
+        track["raw"] = track["points"]
+        track["points"] = track["filter"](track["raw"], tight[2:].max(), step)
         track["box"] = box_around(track["points"], track["box"], TIGHT, room)
         self.tracks.append(track)
 
