@@ -1,4 +1,5 @@
 """The contracts of the design: which file imports which, what a setting is, the edge of every script."""
+import argparse
 import ast
 import errno
 import io
@@ -16,6 +17,7 @@ import train_simple as trainer
 from tools.lib import runtime
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import (
+    Parser,
     Progress,
     UserError,
     as_plain,
@@ -245,6 +247,18 @@ def test_a_tilde_is_the_home_folder_in_every_spelling(monkeypatch):
     config = trainer.parse_args(["--data-root=~/DogFLW", "--ann-root", "~/own", "--work-dir", "a~b"])
     assert config.data_root == Path("/home/me/DogFLW") and config.ann_root == Path("/home/me/own")
     assert config.work_dir == Path("a~b")
+
+
+def test_a_comment_that_the_shell_hands_over_is_none_of_the_command():
+    """macOS' shell and cmd.exe do, where a command is pasted with what is behind it."""
+    words = "--epochs 5 # resumed --epochs 7 in a run".split()
+    assert trainer.parse_args(words).epochs == 5 and Parser().parse_args(["#", "-x"]) == argparse.Namespace()
+
+
+@pytest.mark.parametrize("file", ["README.md", "data/README.md", "tools/README.md", "work_dirs/README.md", "work_dirs/pretrained/README.md"])
+def test_comments_behind_commands_have_no_meaning_to_a_shell(file):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+    assert blocks and not [line for line in "".join(blocks).splitlines() if re.search(r"\s#.*[][;&|<>()?*'\"$`!{}]", line)]
 
 
 def test_memory_that_does_not_hold_a_batch_is_named():

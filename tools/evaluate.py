@@ -1,9 +1,9 @@
 """Score a model, or the results of any other program, on the faces of a COCO file.
 
-    python tools/evaluate.py --ann val.json --data-root DogFLW                 # the bundled model
-    python tools/evaluate.py --checkpoint work_dirs/hrnet_w32/best_model.pth   # on its run's val.json
-    python tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
-    python tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
+    uv run python tools/evaluate.py --ann val.json --data-root DogFLW                 # the bundled model
+    uv run python tools/evaluate.py --checkpoint work_dirs/hrnet_w32/best_model.pth   # its val.json
+    uv run python tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
+    uv run python tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
 
 Writes report.html (one page, everything inside), report.json, report.csv and the pictures into --out: by
 region, kind of ear, pose, landmark, breed and face, with the worst faces, and how far the scores can be
@@ -369,14 +369,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_checkpoint(parser)
     add("--ann", type=Path, metavar="FILE",
         help="COCO keypoint file (default: val.json of the run; the bundled model needs one)")
-    add("--data-root", type=Path, metavar="DIR", help="folder its names are relative to (default: the run's)")
+    add("--data-root", type=Path, metavar="DIR",
+        help="folder of its names (default: the run's, else kagglehub's DogFLW)")
     add("--category", metavar="NAME",
         help="which one, where the file has categories with different landmarks")
     add("--out", type=Path, metavar="DIR",
         help="folder for the report (default: evaluation, beside --checkpoint or --results; of the "
              "bundled model, here)")
     add("--results", type=Path, metavar="FILE",
-        help="score these COCO keypoint results instead; --checkpoint then only lends its defaults")
+        help="score these COCO keypoint results; --checkpoint lends its defaults, with --match its errors")
     add("--match", action="store_true", help="the results are of a program that found the faces itself")
     add("--padding", type=float,
         help="of --results without --checkpoint: the side that nme divides by / the box's longer one "
@@ -421,6 +422,8 @@ def main(argv: list[str] | None = None) -> None:
             faces, points, scores, source, finding = by_results(args, trained, faces, processes)
         else:
             points, scores, source = by_checkpoint(args, trained, faces, ann, processes)
+    if not processes.first:
+        return
     report, errors = score(points, faces, padding, scores, radius)
     report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
               "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}

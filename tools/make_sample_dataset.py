@@ -1,6 +1,6 @@
 """Draw a small dog-face data set in DogFLW's own layout, defects included.
 
-    python tools/make_sample_dataset.py --out data/sample/dogflw
+    uv run python tools/make_sample_dataset.py --out data/sample/dogflw
 
 Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two
 bent ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so

@@ -1,6 +1,6 @@
 """Look at a COCO keypoint file: the first thing to do when something is odd.
 
-    python tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
+    uv run python tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
 
 Says what was repaired or left out in reading, and writes into --out
     raw.jpg           whole pictures with their boxes (green) and landmarks, left filled, right rings

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import re
@@ -55,8 +56,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args: list | None = None, namespace=None):
-        """argparse's own, where ~ is the home folder also in `--out=~/found`, which a shell leaves alone."""
-        args = sys.argv[1:] if args is None else map(str, args)
+        """argparse's own, on what is before a #: macOS' shell, and cmd.exe, hand over a pasted comment.
+
+        And ~ is the home folder also in `--out=~/found`, which shells leave alone.
+        """
+        args = map(str, sys.argv[1:] if args is None else args)
+        args = itertools.takewhile(lambda text: text != "#", args)
         parts = (re.fullmatch(r"(--[\w-]+=)?(.*)", text, re.DOTALL).groups("") for text in args)
         return super().parse_known_args([flag + os.path.expanduser(path) for flag, path in parts], namespace)
 
