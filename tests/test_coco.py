@@ -1015,7 +1015,8 @@ def test_the_way_from_labelme(read, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("animals", [0, 2])
 @pytest.mark.parametrize("columns", [1, 3])
-def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, columns):
+@pytest.mark.parametrize("arena", [False, True])
+def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, columns, arena):
     parts, lead = ["nose", "left_ear", "right_ear"], [""] * (columns - 1)
     folder, who = tmp_path / "labeled-data/clip", [f"dog{i}" for i in range(animals)] or [""]
     rows = [["scorer", *lead, *["me"] * 6 * len(who)], ["individuals", *lead, *[w for w in who for _ in range(6)]],
@@ -1025,7 +1026,10 @@ def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, c
         place = ["labeled-data", "clip", f"img{i}.png"]
         values = [str(v) for g in range(len(who)) for j in range(3) for v in (40 + 9 * j + 50 * g, 50 + 20 * j % 30)]
         values[2:4] = ["", ""] if i == 1 else values[2:4]
-        rows.append([*(place if columns == 3 else ["\\".join(place)]), *values])
+        rows.append([*(place if columns == 3 else ["\\".join(place)]), *values, *["5", "9"] * (arena and animals > 0)])
+    if arena and animals:  # unique body parts, which DeepLabCut gives to "single"
+        for row, text in zip(rows, (["me"] * 2, ["single"] * 2, ["corner"] * 2, ["x", "y"])):
+            row += text
     (folder / "CollectedData_me.csv").write_text("\n".join(",".join(row) for row in rows if animals or row[0] != "individuals"))
     faces = read(snippet("DeepLabCut", [tmp_path], monkeypatch, capsys), "mine.json")
     assert faces.names == parts and faces.flip_pairs == [[1, 2]] and len(faces.files) == 3 * len(who)

@@ -415,9 +415,42 @@ def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tm
     checkpoint["metrics"]["chosen_on"] = "\x1b[2J\x07"
     checkpoint["scheme"]["regions"]["\x1b[31m"] = [0]
     torch.save(checkpoint, tmp_path / "evil.pth")
-    tool.main([str(tmp_path / "evil.pth"), "--device", "cpu"])
+    content = json.loads((run.ann_root / "val.json").read_text())
+    del content["categories"][0]["regions"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    tool.main([str(tmp_path / "evil.pth"), "--device", "cpu", "--ann", str(tmp_path / "val.json")])
     text = capsys.readouterr().out
     assert "?[2J" in text and "?[31m" in text and text.replace("\n", "").isprintable()
+
+
+def test_interocular_and_regions_are_the_files_where_it_names_them(run, tmp_path, capsys):
+    content, out = json.loads((run.ann_root / "val.json").read_text()), ["--out", str(tmp_path / "out"), "--force", "--device", "cpu"]
+    seen = {}
+    for name, change in {"same": {}, "inner": {"interocular": [16, 17], "regions": {"nose": [25]}}, "none": {"interocular": [], "regions": {}}}.items():
+        content["categories"][0].update(change)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{name}.json"), *out])
+        seen[name], said = json.loads((tmp_path / "out/report.json").read_text()), capsys.readouterr().out
+        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod)" in said
+    assert seen["inner"]["metrics"]["nme_iod"] > 1.2 * seen["same"]["metrics"]["nme_iod"]  # the inner corners are closer together
+    assert [*seen["inner"]["region"]] == ["nose"] and seen["none"]["metrics"] == seen["same"]["metrics"] == {
+        **seen["inner"]["metrics"], **{n: v for n, v in seen["same"]["metrics"].items() if n not in ("nme", "nme_box")}}
+
+
+def test_what_is_found_in_pictures_without_a_face_counts(run, tmp_path):
+    content = json.loads((run.ann_root / "val.json").read_text())
+    lone = content["annotations"][0]
+    lone["keypoints"] = [0] * len(lone["keypoints"])  # a face that nobody labelled is one
+    content["annotations"] = [a for a in content["annotations"] if a is lone or a["image_id"] not in (content["images"][1]["id"], lone["image_id"])]
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces = data.load_coco(tmp_path / "ann.json", run.data_root)
+    here = [*faces.image_ids.tolist(), content["images"][1]["id"], content["images"][1]["id"], lone["image_id"], "elsewhere"]
+    points = [*faces.points, *[faces.points[0]] * 4]
+    (tmp_path / "theirs.json").write_text(json.dumps([{"image_id": i, "score": 1, "keypoints": np.column_stack(
+        [p, np.ones(46)]).ravel().tolist()} for i, p in zip(here, points)]))
+    tool.main(["--results", str(tmp_path / "theirs.json"), "--match", "--ann", str(tmp_path / "ann.json"), "--data-root", str(run.data_root)])
+    finding = json.loads((tmp_path / "evaluation/report.json").read_text())["finding"]
+    assert finding == {"faces": 10, "found": 10, "share": 1.0, "others": 2}
 
 
 def test_own_results_score_the_same(run, report, tmp_path, capsys):

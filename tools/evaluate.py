@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
@@ -30,7 +31,7 @@ from dataset import DogFLWDataset, Faces
 from tools.lib.boxes import box_around, overlaps
 from tools.lib.checkpoints import SEEN
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
-from tools.lib.coco import MAX_NUMBER, find_annotations
+from tools.lib.coco import MAX_NUMBER, find_annotations, identity, open_coco
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, check_free, data_root, load_json
 from tools.lib.find import or_bundled
@@ -144,7 +145,8 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
 
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
-        return {"labelled": int(((faces.visible > 0) & some)[rows].sum()),
+        labelled = ((faces.visible > 0) & some)[rows]
+        return {"faces": int(labelled.any(1).sum()), "labelled": int(labelled.sum()),
                 **{name: nan_mean(METRICS[name](points, faces, padding, some)[rows]) for name in errors}}
 
     names, breeds = faces.scheme.names, np.array(faces.breeds)
@@ -212,9 +214,17 @@ def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: t
     return [(certainty, i) for i in candidates]
 
 
-def read_results(path: Path, faces: Faces, match: bool = False) -> tuple[dict[int, np.ndarray], int]:
+def faceless(ann: Path) -> set:
+    """The ids of a COCO file's pictures without an annotation: what is found in them is no face."""
+    content = open_coco(ann)
+    taken = {str(identity(annotation.get("image_id"))) for annotation in content["annotations"]}
+    return {i for image in content["images"] if str(i := identity(image.get("id"))) not in taken}
+
+
+def read_results(path: Path, faces: Faces, match: bool = False,
+                 empty: Collection = ()) -> tuple[dict[int, np.ndarray], int]:
     """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file, and the number of results of its
-    pictures that are of no face. Raises UserError.
+    pictures, and of the `empty` ones, that are of no face. Raises UserError.
 
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
     best.
@@ -232,7 +242,7 @@ def read_results(path: Path, faces: Faces, match: bool = False) -> tuple[dict[in
         where = f"{path}: result {number}"
         fits = faces_of_result(where, triples[:, :2], certainty, picture, faces, candidates, match)
         found += [(fit, -number, i, triples) for fit, i in fits]
-        elsewhere += not candidates
+        elsewhere += not candidates and image not in empty
     best, used = {}, set()
     for _, number, i, triples in sorted(found, key=lambda row: row[:2], reverse=True):
         if i not in best and number not in used:
@@ -311,8 +321,11 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
     if trained and faces.scheme.names != trained.scheme.names:
         raise UserError(f"{ann}: its {len(faces.scheme.names)} landmarks are not the "
                         f"{len(trained.scheme.names)} of {args.checkpoint}")
-    if trained:  # partners and regions as trained: a file of another program may name none
-        faces = replace(faces, scheme=trained.scheme)
+    if trained:  # partners as trained; the rest too, where the file says nothing of it
+        said = {n: said for n in ("regions", "interocular") if (said := getattr(faces.scheme, n))}
+        if differ := [n for n in said if said[n] != getattr(trained.scheme, n)]:
+            print(f"{ann}: its {' and '.join(differ)} count, which {args.checkpoint} has otherwise")
+        faces = replace(faces, scheme=replace(trained.scheme, **said))
     return faces.whole_pictures() if trained and trained.whole else faces, ann
 
 
@@ -338,17 +351,19 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
     return points, scores, source
 
 
-def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces,
+def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, ann: Path,
                processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
-    (found, others), total, finding = read_results(args.results, faces, args.match), len(faces), {}
+    empty, total, finding = faceless(ann) if args.match else (), len(faces), {}
+    found, others = read_results(args.results, faces, args.match, empty)
     index = sorted(found)
     faces, triples = faces.take(index), np.stack([found[i] for i in index])
     points, scores, source = triples[..., :2], triples[..., 2], f"results of {args.results}"
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
         source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) and {others} "
-                   "others in their pictures; the errors are of these faces")
+                   f"others in their pictures and in {len(empty)} without a face; the errors are of the "
+                   "faces found")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
         ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))
@@ -419,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
         if trained:
             padding, radius = trained.config.padding, trained.config.score_radius
         if args.results:
-            faces, points, scores, source, finding = by_results(args, trained, faces, processes)
+            faces, points, scores, source, finding = by_results(args, trained, faces, ann, processes)
         else:
             points, scores, source = by_checkpoint(args, trained, faces, ann, processes)
     if not processes.first:

@@ -98,11 +98,11 @@ def draw_mean_face(figure, values: np.ndarray, faces, main: str):
 def as_table(report: dict) -> bytes:
     """report.csv: one row for all faces, every region, kind of ear, pose, landmark, breed and face."""
     total = sum(row["labelled"] for row in report["face"])
-    rows = [{"group": "all", "name": "all", "labelled": total, **report["metrics"]}]
+    rows = [{"group": "all", "name": "all", "faces": report["faces"], "labelled": total, **report["metrics"]}]
     for group in GROUPS:
         rows += [{"group": group, "name": name, **row} for name, row in report[group].items()]
     rows += [{"group": "face", "name": row["file"], **row} for row in report["face"]]
-    return as_csv(["group", "name", "labelled", *report["errors"], "along", "across", "id"], rows)
+    return as_csv(["group", "name", "faces", "labelled", *report["metrics"], "along", "across", "id"], rows)
 
 
 def html_table(title: str, rows: list[dict]) -> str:
@@ -139,7 +139,7 @@ def as_html(report: dict, pictures: dict[str, bytes]) -> bytes:
 def print_report(report: dict):
     """The report in the terminal: all faces, regions, kinds of ear, poses, scores."""
     main, metrics = report["main"], report["metrics"]
-    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()))
+    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main})")
     if report["faces_by_main"] < report["faces"]:
         print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an "
               "interocular landmark, or have both in one place")
