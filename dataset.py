@@ -138,7 +138,7 @@ class Augmentation:
 
     def draw(self, rng, can_mirror):
         """Draw a crop's geometry (crop_matrix's arguments) and colour matrix (3, 4)."""
-        # rotation, scale, shift (2), contrast, saturation, gain (3), brightness, a locator's place (2)
+        # rotation, scale, shift (2), contrast, saturation, gain (3), brightness; a locator's way aside (2)
         u = rng.uniform(-1, 1, 12)
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
@@ -152,10 +152,10 @@ class Augmentation:
 
     def paint(self, crop, rng):
         """Change the pixels of a crop (S, S, 3) uint8 in place at random: a flat rectangle hides a part."""
-        half, middle = rng.uniform(0.05, 0.2, 2) * (rng.random() < self.occlusion), rng.uniform(0, 1, 2)
-        left, top = ((middle - half).clip(0) * len(crop)).astype(int)
-        right, bottom = ((middle + half) * len(crop)).astype(int)
-        crop[top:bottom, left:right] = rng.integers(0, 256, 3)  # empty without occlusion
+        half = rng.uniform(0.05, 0.2, 2) * (rng.random() < self.occlusion)  # 0: an empty rectangle
+        middle = rng.uniform(0, 1, 2)
+        (x0, y0), (x1, y1) = (np.stack([middle - half, middle + half]).clip(0) * len(crop)).astype(int)
+        crop[y0:y1, x0:x1] = rng.integers(0, 256, 3)
 
 
 def default_sigma(input_size: int) -> float:
@@ -261,7 +261,7 @@ def encode_heatmaps(points, size, sigma):
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 
-def decode_heatmaps(heatmaps, power=1.5, radius=0.05):
+def decode_heatmaps(heatmaps, power, radius):
     """Non-negative maps of any height (B, K, H, H) -> points (B, K, 2) in crop pixels, scores (B, K).
 
     The point is the centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2) of the map to

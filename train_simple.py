@@ -6,6 +6,9 @@
     uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 4e-3    # faster, on four GPUs
 
 A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on with it.
+
+TinyViT, 20 epochs on 3,238 faces of DogFLW's train split: nme_iod 0.0736 and 0.0742 (two seeds) on 401 others
+of it, in 53 and 87 minutes on 2 CPU cores. The commands are in README.md.
 """
 import copy
 import math
@@ -23,7 +26,7 @@ import dataset as data
 from dataset import PADDING, ROOT, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
 from tools.lib import runtime
 from tools.lib.backbones import feature_maps, normalization, take_imagenet, take_weights
-from tools.lib.batches import EpochBatches, batches_of
+from tools.lib.batches import EpochBatches, batches_of, faces_a_step
 from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations, notes_of
@@ -87,14 +90,11 @@ class Config(Augmentation):
 
 
 def parse_args(argv=None) -> Config:
-    """Read and check the command line: a Config. Raises UserError, one for all values out of range."""
+    """Read and check the command line: a Config. Raises UserError naming all values that cannot be."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
-    if (config.empty or config.background) and (config.crop == "face" or not config.empty * config.kl_weight):
-        raise UserError("--empty, --background: are for a locator; they need --crop image, and --empty and "
-                        "--kl-weight above 0")
-    if config.graphs and (config.compile or config.accumulate > 1):
-        raise UserError("--graphs: not together with --compile or --accumulate; leave one of them out")
     config.work_dir = config.work_dir or ROOT / "work_dirs" / ("sample" if config.sample else config.backbone)
+    if problems := runtime.contradictions(config):
+        raise UserError("; ".join(problems))
     # A checkpoint stores where its data is; absolute, so that the tools find it from any folder.
     config.ann_root = config.ann_root.absolute()
     config.data_root = config.data_root and config.data_root.absolute()
@@ -197,7 +197,7 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     losses = config.mse_weight * mse / (math.pi * sigma**2)
     if config.crps_weight:
         below = torch.stack([plain, heatmaps.sum(3)], 2).cumsum(3)
-        steps = (offsets + 1).clamp(0, 1)  # between two cells, both share it
+        steps = (offsets + 1).clamp(0, 1)  # the truth's own sum; two cells share a point between them
         losses = losses + config.crps_weight * (below - steps).square().sum((2, 3)) / size
     if config.kl_weight:
         losses = losses + config.kl_weight * divergence(heatmaps, offsets, sigma)
@@ -224,21 +224,21 @@ def eye_distance(faces, _):
     return np.where(faces.visible[:, [i, j]].all(1) & (length > 0), length, np.nan)
 
 
-def nme(points, faces: Faces, padding: float, some=True, *, length):
-    """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or length.
+def nme(points, faces: Faces, padding: float, some=True, *, normalizer):
+    """Normalised mean error of every face: (N,) float64, NaN where it has no labelled landmark or normalizer.
 
-    points (N, K, 2) in picture pixels; length(faces, padding) -> (N,) pixels. The mean is over a face's
+    points (N, K, 2) in picture pixels; normalizer(faces, padding) -> (N,) pixels. The mean is over a face's
     labelled landmarks, or those in the mask `some` (N, K); landmarks that the crop cut off count.
     """
     errors = np.linalg.norm(points - faces.points, axis=2)
     labelled = (faces.visible > 0) & some
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / length(faces, padding)
+        return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / normalizer(faces, padding)
 
 
 # Reported: name -> function(points, faces, padding, some), as nme is. The first chooses; the least is best.
-LENGTHS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
-METRICS = {name: partial(nme, length=length) for name, length in LENGTHS.items()}
+NORMALIZERS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
+METRICS = {name: partial(nme, normalizer=normalizer) for name, normalizer in NORMALIZERS.items()}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
 
@@ -277,7 +277,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
 
     float64 numpy. Of several processes each predicts its share, and all get the whole, exactly.
     """
-    model.eval()
+    model.train().eval()  # timm's attention keeps what it made of older weights until train()
     device, scheme, n = processes.device, dataset.faces.scheme, len(dataset)
     flip_index = torch.tensor(scheme.flip_index, device=device) if flip and scheme.flip_pairs else None
     table = np.zeros((n, len(scheme.names), 4))  # x, y, score, loss; 0 for other processes' faces
@@ -311,11 +311,7 @@ class Plan:
     """Crop size, sigma and learning rate over a run. Raises UserError where a batch's parts stay empty."""
 
     def __init__(self, config: Config, faces: int, world: int = 1):
-        self.config, self.faces, parts = config, faces, config.accumulate * world
-        if config.batch_size % parts or parts > faces:
-            raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
-                            f"(--accumulate x processes), and of {faces} faces each part needs one")
-        self.batch_size = min(config.batch_size, faces - faces % parts)
+        self.config, self.faces, self.batch_size = config, faces, faces_a_step(config, faces, world)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
         self.sizes = sorted({self.size(epoch) for epoch in range(config.epochs)})  # of all crops in the run
@@ -395,7 +391,7 @@ def train_step(run: Run, batches, step: int):
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
     for group in run.optimizer.param_groups:
-        group["lr"] = run.plan.lr(step) * group.get("scale", 1)
+        group["lr"] = run.plan.lr(step) * group.get("scale", 1)  # an older last.pth has no scale
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -463,7 +459,7 @@ def test_once(run: Run, datasets: dict, chosen_on: str):
     if datasets:
         run.ema.load_state_dict(chosen["model"])
         dataset = datasets[chosen["size"]]
-        metrics = validate(run, dataset)[2]
+        *_, metrics = validate(run, dataset)
         say(f"on {len(dataset)} faces that chose nothing: {as_text(metrics, METRICS)}")
         if run.processes.first:
             result = as_json({"faces": len(dataset), "chosen_on": chosen_on, **metrics})
@@ -482,7 +478,7 @@ def train(config: Config, processes):
     saver = Saver(config, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     cut = partial(DogFLWDataset, padding=config.padding, seed=config.seed, cache=config.cache)
-    train_set = cut(faces, config.input_size, augment=config)
+    train_set = cut(faces, config.input_size, augment=config)  # a Config is an Augmentation
     select_sets, test_sets = ({size: cut(some, size) for size in plan.sizes if some}
                               for some in (select, test))
     sampler = EpochBatches(len(faces), plan, done, processes.rank, processes.world)

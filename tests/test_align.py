@@ -45,6 +45,11 @@ def test_faces_are_upright_and_of_one_size(run, aligned):
         assert np.abs(landmarks[seen] - data.apply_matrix(matrix, faces.points[n])[seen]).max() < 0.01
         middle = [np.nanmean(landmarks[i], axis=0) for i in (left, right, nose)]
         assert np.abs(np.mean(middle, 0) - np.mean(report["template"], 0)).max() < 1e-2
+        # The least squares' angle and length: around the middle no turn and no scale brings the parts nearer.
+        ours, wanted = (np.array(three) - np.mean(three, 0) for three in (middle, report["template"]))
+        assert abs((ours[:, 0] * wanted[:, 1] - ours[:, 1] * wanted[:, 0]).sum()) < 1e-3 * (wanted**2).sum()
+        assert (ours * wanted).sum() == pytest.approx((ours**2).sum(), rel=1e-3)
+        assert face["residual"] >= 0
         assert read_image(out / face["picture"]).shape == (96, 96, 3)
     assert len({face["picture"] for face in report["faces"]}) == len(report["faces"])
 

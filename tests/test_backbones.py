@@ -10,6 +10,7 @@ import train_simple as trainer
 from tools.lib.backbones import take_imagenet, take_weights
 from tools.lib.checkpoints import save_checkpoint, upgraded
 from tools.lib.cli import UserError, as_plain
+from tools.lib.runtime import Processes
 from train_simple import LandmarkNet
 
 NAMES = [f"p{i}" for i in range(5)]
@@ -41,9 +42,26 @@ def test_a_head_sees_the_whole_backbone(backbone):
     (heatmaps * torch.randn_like(heatmaps)).sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()]
     assert not without, without
-    images.grad = None
-    model.eval()(images)[0, 0, 4, 4].backward()
+    images.grad, logits = None, []
+    model.head.register_forward_hook(lambda *passed: logits.append(passed[2]))  # a softmax would couple all cells
+    model.eval()(images)
+    logits[0][0, 0, 4, 4].backward()
     assert images.grad[0, :, 60:, 40:].abs().max() > 0
+
+
+def test_what_is_predicted_is_of_the_weights_of_now(sample):
+    """timm's attention keeps a table that it made of its weights, older versions until `train()` is called."""
+    faces = data.load_coco(sample.ann_root / "val.json", sample.data_root).take([0, 1])
+    model, fresh = (LandmarkNet("tiny_vit_5m_224", len(faces.scheme.names)) for _ in range(2))
+
+    def points(model):
+        return trainer.predict(model, data.DogFLWDataset(faces, 64), trainer.Config(), Processes("cpu"))[0]
+    before = points(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(5 * torch.randn_like(p) * ("attention_biases" in name))
+    fresh.load_state_dict(model.state_dict())
+    assert (points(model) == points(fresh)).all() and (points(model) != before).any()
 
 
 def test_the_default_backbone_fits():

@@ -156,7 +156,7 @@ def walked():
         runtime.FiniteWatch(CPU, ["a", "b"], "epoch 1", Path("last.pth")).add(loss, faces)
     run.ema.eval()
     with Walk() as prediction:
-        data.decode_heatmaps(trainer.predict_heatmaps(run.ema, batch["image"], torch.tensor(SCHEME.flip_index)))
+        data.decode_heatmaps(trainer.predict_heatmaps(run.ema, batch["image"], torch.tensor(SCHEME.flip_index)), 1.5, 0.05)
     return step, prediction
 
 
@@ -337,8 +337,12 @@ def test_whether_an_nvidia_gpu_is_here(monkeypatch, tmp_path):
         assert not runtime.nvidia_gpu_here()
 
 
-@pytest.mark.parametrize("capability, amp", [((9, 0), torch.bfloat16), ((8, 6), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), None)])
-def test_precision_by_the_gpu(monkeypatch, capability, amp):
+@pytest.mark.parametrize("name, capability, amp", [
+    ("NVIDIA H100 80GB HBM3", (9, 0), torch.bfloat16), ("NVIDIA GeForce RTX 3060", (8, 6), torch.bfloat16), ("Tesla T4", (7, 5), torch.float16),
+    ("Tesla V100-SXM2-16GB", (7, 0), torch.float16), ("NVIDIA GeForce RTX 2080 Ti", (7, 5), torch.float16), ("Quadro RTX 4000", (7, 5), torch.float16),
+    ("NVIDIA GeForce GTX 1660 Ti", (7, 5), None), ("NVIDIA T1000", (7, 5), None), ("NVIDIA GeForce MX450", (7, 5), None), ("Tesla P100", (6, 0), None)])
+def test_precision_by_the_gpu(monkeypatch, name, capability, amp):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert runtime.choose_amp(CUDA) is amp and runtime.choose_amp(CUDA, wanted=False) is None
 

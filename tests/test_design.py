@@ -14,12 +14,13 @@ import torch
 from conftest import ROOT
 
 import train_simple as trainer
-from tools.lib import runtime
+from tools.lib import cli, runtime
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import (
     Parser,
     Progress,
     UserError,
+    as_argument,
     as_plain,
     changed_settings,
     flag_of,
@@ -183,8 +184,8 @@ def test_defaults_that_depend_on_others():
 
 
 def test_switches_may_have_a_value_as_cloud_jobs_pass_them():
-    config = trainer.parse_args(["--freeze", "True", "--tensorboard", "false", "--pretrained", "False", "--amp", "true", "--epochs", "3"])
-    assert config.freeze and not config.tensorboard and not config.pretrained and config.amp and config.epochs == 3
+    config = trainer.parse_args(["--compile", "True", "--tensorboard", "false", "--pretrained", "False", "--amp", "true", "--epochs", "3"])
+    assert config.compile and not config.tensorboard and not config.pretrained and config.amp and config.epochs == 3
     with pytest.raises(UserError, match="unrecognized"):
         trainer.parse_args(["--freeze", "perhaps"])
 
@@ -259,6 +260,14 @@ def test_a_comment_that_the_shell_hands_over_is_none_of_the_command():
 def test_comments_behind_commands_have_no_meaning_to_a_shell(file):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
     assert blocks and not [line for line in "".join(blocks).splitlines() if re.search(r"\s#.*[][;&|<>()?*'\"$`!{}]", line)]
+
+
+def test_a_printed_command_is_what_the_systems_shells_take(monkeypatch):
+    assert as_argument(Path("my photos")) == "'my photos'" and as_argument(0.1) == "0.1"
+    with monkeypatch.context() as windows:
+        windows.setattr(cli.os, "name", "nt")
+        quoted = [as_argument(text) for text in (r"C:\Users\me\photos", r"C:\my photos")]
+    assert quoted == [r"C:\Users\me\photos", r'"C:\my photos"']
 
 
 def test_memory_that_does_not_hold_a_batch_is_named():

@@ -54,7 +54,7 @@ def test_any_batch_through_a_backbone_of_attention_windows(run, crops, tmp_path)
     for n in (1, 3):
         points, _ = session.run(None, {"image": crops[:n].numpy()})
         heatmaps = trainer.predict_heatmaps(trained.model, crops[:n])
-        expected, _ = data.decode_heatmaps(heatmaps, trained.config.decode_power)
+        expected, _ = data.decode_heatmaps(heatmaps, trained.config.decode_power, 0.05)
         assert np.abs(points - expected.numpy()).max() < 0.05
 
 

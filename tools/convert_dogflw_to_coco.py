@@ -11,7 +11,6 @@ says so. What cannot be mended is listed, and nothing is written unless --skip-b
 import json
 import math
 import os
-import shlex
 import struct
 from collections import Counter
 from itertools import pairwise
@@ -21,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.cli import Parser, UserError, as_argument, run_script
 from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box
 from tools.lib.files import atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import FORMATS
@@ -323,7 +322,7 @@ def convert(root: Path, out: Path, skip_bad: bool) -> None:
         print(f"left out: {lines}")
     hints = (("--data-root", root, root != find_dogflw()), ("--ann-root", out, out != OUT),
              ("--holdout", 0.1, flat))
-    if needed := [f" {flag} {shlex.quote(str(value))}" for flag, value, needs in hints if needs]:
+    if needed := [f" {flag} {as_argument(value)}" for flag, value, needs in hints if needs]:
         print(f"train with: python train_simple.py{''.join(needed)}")
 
 

@@ -39,7 +39,7 @@ from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
 from tools.lib.runtime import Processes, enough_memory
-from train_simple import LENGTHS, METRICS, Config, Trained, crop_side, nan_mean, predict
+from train_simple import METRICS, NORMALIZERS, Config, Trained, crop_side, nan_mean, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
 RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
@@ -141,7 +141,7 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
     main = "nme_iod" if "nme_iod" in errors else "nme_box"
-    length = LENGTHS[main](faces, padding)
+    length = NORMALIZERS[main](faces, padding)
 
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""

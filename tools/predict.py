@@ -30,7 +30,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 from collections import Counter
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 from dataset import Scheme
 from tools.lib.boxes import intersections
-from tools.lib.cli import Parser, UserError, add_checkpoint, check_name, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, as_argument, check_name, printable, run_script
 from tools.lib.coco import (
     MAX_NUMBER,
     Notes,
@@ -595,8 +594,8 @@ def main(argv: list[str] | None = None) -> None:
               f"{printable(root)}")
     if args.coco and done:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: python "
-                        f"train_simple.py --ann-root {shlex.quote(str(args.coco))} --data-root "
-                        f"{shlex.quote(str(root))} --holdout 0.1"))
+                        f"train_simple.py --ann-root {as_argument(args.coco)} --data-root "
+                        f"{as_argument(root)} --holdout 0.1 (with few pictures as data/README.md says)"))
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
                         "are named above")

@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from tools.lib.cli import UserError
 from tools.lib.runtime import quiet_worker
+
+
+def faces_a_step(config, faces: int, world: int) -> int:
+    """The faces of an optimizer step, in equal parts for processes and micro-batches. Raises UserError."""
+    parts = config.accumulate * world
+    if config.batch_size % parts or parts > faces:
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
+                        f"(--accumulate x processes), and of {faces} faces each part needs one")
+    return min(config.batch_size, faces - faces % parts)
 
 
 class EpochBatches:

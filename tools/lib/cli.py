@@ -8,6 +8,8 @@ import itertools
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 import types
@@ -36,6 +38,11 @@ def printable(text: object) -> str:
 def is_text(text: str) -> bool:
     """Whether a text is one line of text, with spaces of any kind: macOS' screenshots have U+202F."""
     return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+
+
+def as_argument(value: object) -> str:
+    """A value as this system's shells take it in a command line."""
+    return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
 def check_name(path: Path | str):

@@ -623,7 +623,7 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     if never := list(compress(train.scheme.names, ~train.visible.any(0))):
         named = ", ".join(map(printable, never))[:80]
         notes.append(f"{paths[0]}: labelled in no face: {named}; what a model says of it means nothing")
-    if not train.scheme.flip_pairs and not any("mirroring" in note for note in notes):
+    if not train.scheme.flip_pairs and not any("trains without mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val:
         ours, theirs = asdict(train.scheme), asdict(val.scheme)

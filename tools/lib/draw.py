@@ -180,12 +180,15 @@ class Log:
         row, folder = self.rows[-1], self.config.work_dir
         if self.quiet:
             return
-        atomic_write(folder / "metrics.csv", [as_csv(self.columns, self.rows)])
         sheet = face_sheet(dataset, points) if best else None
-        if best:
-            atomic_write(folder / "val_predictions.jpg", [encode_picture(sheet, ".jpg")])
-        if row["epoch"] % self.config.save_every == 0 or row["epoch"] == self.config.epochs:
-            self.curves()
+        try:
+            atomic_write(folder / "metrics.csv", [as_csv(self.columns, self.rows)])
+            if best:
+                atomic_write(folder / "val_predictions.jpg", [encode_picture(sheet, ".jpg")])
+            if row["epoch"] % self.config.save_every == 0 or row["epoch"] == self.config.epochs:
+                self.curves()
+        except PermissionError as e:  # of a table that is open, on Windows; the checkpoints are written
+            print(f"{e.filename}: is open in another program; written after a later epoch, or by --resume")
         scores = "" if points is None else f"  val {as_text(row, self.metrics)}" + "  best" * best
         print(f"epoch {row['epoch']:3d}/{self.config.epochs}  {row['size']} px  {row['seconds']:6.1f} s  "
               f"{row['images_per_s']:6.0f} images/s  train loss {row['train_loss']:.2e}{scores}", flush=True)

@@ -5,6 +5,7 @@ import gc
 import multiprocessing.queues
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import cv2
 import numpy as np
 import timm
 import torch
@@ -91,8 +93,10 @@ def choose_amp(device: torch.device, wanted: bool = True) -> torch.dtype | None:
     if not wanted or device.type == "mps":
         return None
     if device.type == "cuda":
-        generation = torch.cuda.get_device_capability(device)[0]
-        return torch.bfloat16 if generation >= 8 else torch.float16 if generation == 7 else None
+        generation, name = torch.cuda.get_device_capability(device)[0], torch.cuda.get_device_name(device)
+        # GTX 16.., T1000, MX450 and the like: no tensor cores, and NaN in half precision (pytorch #77955)
+        half = generation == 7 and not re.search(r"GTX 16|\b(T|MX)[1-9]\d{2,3}\b", name)
+        return torch.bfloat16 if generation >= 8 else torch.float16 if half else None
     computes = (getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("amx_tile", "avx512_bf16"))
     return torch.bfloat16 if any(ask and ask() for ask in computes) else None  # else float32 is faster
 
@@ -109,6 +113,7 @@ def precision_name(amp: torch.dtype | None) -> str:
 
 def prepare(device: torch.device):
     """Settings of the process that make steps on this device fast."""
+    cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
     if device.type == "cpu" and sys.platform == "linux":
         # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages
         # again costs a third of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
@@ -202,17 +207,23 @@ class Processes:
 
 # ---------------------------------------------------------------- fewer launches
 
-def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
-    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes.
-
-    Raises UserError where --freeze would keep random weights, and where no loss has a weight.
-    """
+def contradictions(config) -> list[str]:
+    """What a run's settings ask for that cannot be together: one text each."""
     losses = {flag_of(name): value for name, value in vars(config).items() if name.endswith("_weight")}
-    if not any(losses.values()):
-        raise UserError(f"{', '.join(losses)}: all are 0; nothing would be learnt")
     resumed = config.resume and (config.work_dir / "last.pth").exists()
-    if config.freeze and not (config.weights or config.pretrained or resumed):
-        raise UserError("--freeze: would keep random weights; give --weights FILE")
+    locator = config.crop == "image" and config.empty and config.kl_weight
+    return [text for wrong, text in (
+        ((config.empty or config.background) and not locator,
+         "--empty, --background: need --crop image, and --empty and --kl-weight above 0"),
+        (config.graphs and (config.compile or config.accumulate > 1),
+         "--graphs: not together with --compile or --accumulate; leave one of them out"),
+        (not any(losses.values()), f"{', '.join(losses)}: all are 0; nothing would be learnt"),
+        (config.freeze and not (config.weights or config.pretrained or resumed),
+         "--freeze: would keep random weights; give --weights FILE")) if wrong]
+
+
+def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
+    """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes."""
     if config.graphs:
         faces = plan.batch_size // processes.world
         model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
@@ -352,6 +363,7 @@ def quiet_worker(_: int):
     # Where that thread finds no room in /dev/shm it would drop the batch, and the parent would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)
 
 
 # ---------------------------------------------------------------- weights over time
@@ -395,7 +407,7 @@ class FiniteWatch:
             named = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             earlier = f"; earlier epochs are in {self.last}" if self.last.exists() else ""
             raise UserError(f"{self.title}: the loss or its gradient is not finite at or before the batch of "
-                            f"{named}; look at these faces, or lower --lr{earlier}")
+                            f"{named}; look at these faces, lower --lr, or try --no-amp{earlier}")
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,6 @@ from tools.lib.files import RecordFile, in_threads
 from tools.lib.pictures import GREY, format_of, read_image
 
 DECODING = 2  # raise it when kept pixels change: caches of before are then not read
-cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
 
 
 def whole_box(size: tuple | np.ndarray) -> np.ndarray:
