@@ -45,6 +45,12 @@ def test_any_batch_of_real_crops_equals_pytorch(run, exported, crops):
         assert scores.shape == (n, 46) and np.abs(scores - expected[1].numpy()).max() < 1e-3
 
 
+def test_a_cast_is_the_only_use_of_the_bytes(exported):
+    """TensorRT refuses every other node that takes or gives uint8."""
+    nodes = onnx.load(exported[0] / "dog.onnx").graph.node
+    assert [node.op_type for node in nodes if "image" in node.input] == ["Cast"]
+
+
 def test_any_batch_through_a_backbone_of_attention_windows(run, crops, tmp_path):
     """Its blocks ask for the batch's size, which the trace must not have fixed before."""
     trained = trainer.Trained(run.work_dir / "best_model.pth")
@@ -97,7 +103,9 @@ def test_safetensors_folder_loads_back(run, exported):
 def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, absent):
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     trained.scheme, trained.config = replace(trained.scheme, **changes), replace(trained.config, **known)
+    trained.whole = not changes
     tool.write_safetensors(trained, tmp_path)
+    assert ("longer side of the\nwhole picture." in (tmp_path / "README.md").read_text()) == (not changes)
     card = (tmp_path / "README.md").read_text()
     assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
 

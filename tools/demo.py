@@ -6,9 +6,8 @@
 It needs gradio, which uv run has (with pip: pip install gradio). The page works offline, and answers this
 machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a
 visitor can name no other file. Moving the threshold does not run the network again. A photo and what was made
-of it are deleted after an hour, and when the page ends. As a Hugging Face Space, app.py is
-
-    from tools.demo import main; main()
+of it are deleted after an hour, and when the page ends. tools/README.md says how it becomes a Hugging Face
+Space.
 """
 import atexit
 import contextlib

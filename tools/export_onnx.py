@@ -53,6 +53,7 @@ class Exported(nn.Module):
         self.register_buffer("colour", torch.eye(3, 4)[None])
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = image.float()  # the first node: TensorRT lets uint8 into nothing but a cast
         # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up.
         colour = self.colour.expand(image.shape[0], 3, 4)
         image = normalize(image, self.model.mean, self.model.std, colour)
@@ -167,7 +168,7 @@ tags: [animal, face, landmarks, keypoint-detection, timm]
 # Facial landmarks, {backbone}
 
 {k} landmarks of a face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the
-face's box. {backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
+{box}. {backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
 
 {metrics}
 
@@ -180,7 +181,8 @@ face's box. {backbone} (timm) with heatmaps at half the resolution, trained for 
 `model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the
 repository of the trainer, start from these weights with
 
-    python train_simple.py --backbone {backbone} --input-size {size} --weights model.safetensors
+    python train_simple.py --backbone {backbone} --input-size {size} --padding {padding} \\
+        --crop {crop} --weights model.safetensors
 
 or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by config.json's mean and std:
 
@@ -214,6 +216,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if k != "train_loss")
     card = CARD.format(
         backbone=settings.backbone, k=len(scheme.names), size=trained.size, padding=settings.padding,
+        crop=settings.crop, box="whole picture" if trained.whole else "face's box",
         epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n{listed}", licence=identifier,
         terms=terms, metrics=f"| on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
