@@ -568,6 +568,48 @@ def test_subsets_are_told_by_their_names(read, tmp_path):
         assert faces.files == [f"images/{subset}/pic_{i}.jpg" for i in range(3)]
 
 
+@pytest.mark.parametrize("file,folder", [("Train_2", "Train_2"), ("train-hard", "train-hard"), ("Val_night", "Val_night"), ("test_1", "test_1"),
+                                         ("clip-1", "clip-1"), ("My Subset", "My Subset"), ("Train", "Train")])
+def test_a_subset_of_any_name_is_told_by_the_end_of_the_files(read, tmp_path, file, folder):
+    for other in {"Train", "Validation", "Test", "clip-2", "1", folder}:
+        for i in range(3):
+            draw(tmp_path / "root/images" / other / f"pic_{i}.jpg")
+    faces = read(plain(3), f"root/annotations/person_keypoints_{file}.json", tmp_path / "root")
+    assert faces.files == [f"images/{folder}/pic_{i}.jpg" for i in range(3)]
+
+
+@pytest.mark.parametrize("gone", [None, 0])
+def test_the_pictures_around_the_file_come_before_others(read, tmp_path, gone):
+    """Supervisely: train/annotations/instances.json beside train/images, and frames of equal names under val."""
+    for split in ("train", "val"):
+        for i in range(4):
+            draw(tmp_path / split / f"images/pic_{i}.jpg")
+    if gone is not None:
+        (tmp_path / f"train/images/pic_{gone}.jpg").unlink()
+    for split in ("train", "val"):
+        faces = read(plain(4), f"{split}/annotations/instances.json")
+        assert faces.files == [f"{split}/images/pic_{i}.jpg" for i in range(4)] and faces.notes == []
+
+
+def test_pictures_of_another_split_are_said(read, tmp_path):
+    for i in range(3):
+        draw(tmp_path / f"root/images/Train/pic_{i}.jpg")
+    faces = read(plain(3), "root/annotations/person_keypoints_Test.json", tmp_path / "root")
+    assert faces.files[0] == "images/Train/pic_0.jpg" and "person_keypoints_Test.json is of another split" in faces.notes[0]
+    assert read(plain(3), "root/annotations/person_keypoints_Train.json", tmp_path / "root").notes == []
+
+
+@pytest.mark.parametrize("grouped", [range(6), range(3), ()])
+def test_names_of_a_skeleton_under_another_category_are_its_own(read, grouped):
+    """CVAT: a skeleton grouped with a rectangle has the rectangle's category; Dataloop: its label's."""
+    data = plain(names=["left_eye", "right_eye", "nose", "left_ear", "right_ear"])
+    data["categories"].append({"id": 2, "name": "face_box", "keypoints": [], "skeleton": []})
+    for i in grouped:
+        data["annotations"][i]["category_id"] = 2
+    faces = read(data)
+    assert faces.names == data["categories"][0]["keypoints"] and faces.flip_pairs == [[0, 1], [3, 4]] and len(faces.files) == 6
+
+
 @pytest.mark.parametrize("train,val", [("train2017", "val2017"), ("images/train", "images/valid"), ("train/images", "val/images"),
                                        ("images/Train", "images/Validation")])
 def test_split_folders_are_told_by_the_files_names(read, tmp_path, train, val):
@@ -971,11 +1013,15 @@ def test_an_export_that_is_not_clear_is_refused(tmp_path):
 
 
 def test_tasks_of_no_subset_are_not_left_out(tmp_path):
-    """CVAT writes a project's tasks without a subset to default.json, beside Train and Validation."""
-    for subset in ("Train", "Validation", "default"):
+    """CVAT writes a project's tasks without a subset to default.json, and others under any name."""
+    for subset in ("Train", "Validation"):
         (tmp_path / f"person_keypoints_{subset}.json").write_text("{}")
-    with pytest.raises(UserError, match="person_keypoints_default.json: is of no split, beside person_keypoints_Train.json"):
-        find_annotations(tmp_path)
+    for subset in ("default", "Batch3", "Train_2"):
+        (more := tmp_path / f"person_keypoints_{subset}.json").write_text("{}")
+        with pytest.raises(UserError, match=f"person_keypoints_{subset}.json: is of no split, beside person_keypoints_Train.json"):
+            find_annotations(tmp_path)
+        more.unlink()
+    assert find_annotations(tmp_path)[1].name == "person_keypoints_Validation.json"
 
 
 @pytest.mark.parametrize("begin", [b"PK\3\4", b"\x1f\x8b"])

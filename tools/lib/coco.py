@@ -159,7 +159,8 @@ def open_coco(path: Path) -> dict:
             raise UserError(f"{path}: not a COCO file but {program}")
     for name in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(name), list):
-            raise UserError(f"{path}: not a COCO file ({name} must be a list)")
+            raise UserError(f"{path}: not a COCO file ({name} must be a list); export COCO keypoints, or "
+                            "convert it (data/README.md)")
         if not data[name]:
             raise UserError(f"{path}: no {name} in it; export or convert the data again")
         data[name] = [entry if isinstance(entry, dict) else {} for entry in data[name]]
@@ -185,6 +186,7 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         if isinstance(landmarks, list) and any(v not in (0, -1) for v in landmarks[2::3]):
             lengths[str(annotation["category_id"])][len(landmarks) // 3] += 1
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
+    lend_names(categories, number)
     for key in lengths:
         names = categories.get(key, {}).get("keypoints") or []
         if wanted is not None and str(wanted) not in (key, str(categories.get(key, {}).get("name"))):
@@ -202,13 +204,27 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
                             "the same in all, give it a name")
         return chosen, k
     if not lengths:
-        raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0)")
+        raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0); export "
+                        "the landmarks, too, not boxes alone, and which of them are labelled")
     named = [printable(categories[key].get("name")) for key in lengths]
     found = ", ".join(f"{name} ({k})" for name, k in zip(named, number.values(), strict=True))[:200]
     if wanted is not None:
         raise UserError(f"--category {wanted}: {path} has no landmarks of it, but of {found}")
     raise UserError(f"{path}: its categories have different landmarks: {found}; "
                     f"choose one with --category {named[0]!r}")
+
+
+def lend_names(categories: dict, number: dict):
+    """Give categories whose annotations have `number` landmarks, but no names, those of the one that fits.
+
+    CVAT writes a skeleton that is grouped with a rectangle under the rectangle's category, Dataloop under its
+    label's. In place.
+    """
+    for key in number.keys() & categories.keys():
+        named = [c for c in categories.values() if isinstance(c.get("keypoints"), list)
+                 and len(c["keypoints"]) == number[key] > 1]
+        if not categories[key].get("keypoints") and len({str(c["keypoints"]) for c in named}) == 1:
+            categories[key] = named[0] | {n: categories[key].get(n) for n in ("id", "name")}
 
 
 # ---------------------------------------------------------------- the scheme
@@ -408,14 +424,20 @@ def split_of(words: Iterable) -> str | None:
     return next((split[0] for word in words[::-1] for split in SPLITS if word in split), None)
 
 
+def ends_in(stem: str, name: str) -> bool:
+    """Whether a file's stem ends in a folder's name, as x_Train_2 in train_2."""
+    return bool(re.search(rf"(^|[\W_]){re.escape(name)}$", stem, re.IGNORECASE))
+
+
 def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: Notes) -> str:
     """The folder, relative to the data root, that names of pictures count from. UserError if a name has two.
 
     It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
-    the pictures the one folder of the root that holds most. Of those that hold as many the one counts that is
-    named as the file is (train2017 for train.json); where they are of another split, one of its own that
-    holds at least half as many. A name has two where two such folders hold its picture, or any two that of a
-    name of several images (`repeated`).
+    the pictures the one folder of the root that holds most, sought first where the file is, then around it.
+    Of those that hold as many the one counts that is named as the file is (Train_2 for x_Train_2.json, else
+    train2017 for train.json); where they are of another split, one of its own that holds at least half as
+    many. A name has two where two such folders hold its picture, or any two that of a name of several images
+    (`repeated`).
     """
     real = os.path.realpath(root)
 
@@ -437,20 +459,29 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
     missing = [*islice((n for n in names if not os.path.isfile(os.path.join(real, best, n))), 20)]
     below = (Path(os.path.relpath(folder, real)).as_posix() for folder, _, _ in os.walk(real))
     counts = {f: held(f) for f in below if any(os.path.isfile(os.path.join(real, f, n)) for n in missing)}
-    own = {f: count for f, count in counts.items() if inner and Path(f).is_relative_to(inner[0])}
-    counts = own if max(own.values(), default=0) * 2 >= len(names) else counts
+    for around in [Path(inner[0]), *Path(inner[0]).parents] if inner else ():
+        own = {f: count for f, count in counts.items() if Path(f).is_relative_to(around)}
+        if max(own.values(), default=0) * 2 >= len(names):
+            counts = own
+            break
     words = re.split(r"[\W_]+", path.stem.lower())
     own, splits = split_of(words), {f: split_of(Path(f).parts) for f in counts}
     near = [f for f, count in counts.items() if count > most and 2 * count >= max(counts.values())]
     fitting = [f for f in near if counts[f] == max(counts.values())]
     foreign = own and all(splits[f] not in (None, own) for f in fitting)
-    meant = [f for f in (near if foreign else fitting)
-             if own and splits[f] == own or Path(f).name.lower() in words]
+    known = near if foreign else fitting
+    meant = [f for f in known if own and splits[f] == own or Path(f).name.lower() in words]
+    ends = [f for f in known if ends_in(path.stem, Path(f).name)]
+    longest = max((len(Path(f).name) for f in ends), default=0)
+    meant = [f for f in ends if len(Path(f).name) == longest] or meant
     refuse_two(() if meant else repeated, counts, "{} stands for several images, and is",
                "write names with their folders, or name one by --data-root")
     fitting = meant or fitting
     refuse_two(names, fitting, "pictures ({}) are", "name the right one with --data-root")
     best = fitting[0] if fitting else best
+    if own and splits.get(best) not in (None, own) and "train" in (own, splits[best]):
+        notes.said.append(f"the pictures are taken from {printable(best)}, though {printable(path.name)} is "
+                          "of another split; if that is wrong, name the right folder with --data-root")
     for other in (f for f in near if f != best and splits[f] in (None, own) and held(f, best)):
         notes.said.append(f"the pictures are taken from {printable(best)}, though {printable(other)} has "
                           "some of these names, too; if that is wrong, name the right one with --data-root")
@@ -841,9 +872,13 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
                   and "train" not in p.stem.lower()]  # no report, and not train_val.json
         return train, val or (beside[0] if train in files and len(beside) == 1 else None)
-    if trains and (rest := [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)]):
-        raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT a "
-                        "subset and export again, or move the file away to do without it")
+    ends = "|".join(word for split in SPLITS for word in split)
+    rest = [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem) or re.match("person_key", p.stem)
+            and not re.search(rf"(?i)(?<![a-z])({ends})\d*$", p.stem)]
+    if trains and rest:
+        raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT the "
+                        "subset Train, Validation or Test and export again, or move the file away to do "
+                        "without it")
     if len(trains) == 1 and len(vals) <= 1:
         return trains[0], vals[0] if vals and vals != trains else None  # not train_val.json
     if len(files) == 1:
