@@ -217,6 +217,29 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
         assert (tmp_path / "a" / ".lock").exists()
 
 
+def test_writers_of_a_cache_whom_no_lock_parts_each_write_it_whole(tmp_path, monkeypatch):
+    """Two machines on a disk whose locks end at the machine."""
+    monkeypatch.setattr(files, "file_lock", lambda _: nullcontext())
+    monkeypatch.setenv("RANK", "0")
+
+    def make(first):
+        for i in range(3):
+            if i == 1 and first:
+                monkeypatch.setenv("RANK", "1")
+                files.RecordFile(tmp_path / "c.bin", [5] * 3, lambda: make(False))
+            yield np.full(5, i, np.uint8)
+    cache = files.RecordFile(tmp_path / "c.bin", [5] * 3, lambda: make(True))
+    assert [cache[i].tolist() for i in range(3)] == [[i] * 5 for i in range(3)] and [p.name for p in tmp_path.iterdir()] == ["c.bin"]
+
+
+def test_what_compile_cannot_do_is_one_line(monkeypatch):
+    dynamo = SimpleNamespace(exc=SimpleNamespace(BackendCompilerFailed=KeyError, ShortenTraceback=LookupError))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", dynamo)
+    assert reason_of(IndexError("no Triton here")) == "--compile: this machine cannot (no Triton here); leave it out"
+    del dynamo.exc.ShortenTraceback  # as in older versions
+    assert reason_of(IndexError("another")) is None and "--compile" in reason_of(KeyError("x"))
+
+
 def test_a_cache_in_a_runs_folder_leaves_the_runs_lock(tmp_path):
     """A process's locks on a file end when it closes any handle of that file."""
     other = f"import fcntl; fcntl.lockf(open({str(tmp_path / '.lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"

@@ -754,6 +754,30 @@ def test_resuming_a_folder_that_lacks_a_part_loses_nothing(run, refused, flags, 
     assert {p.name: p.read_bytes() for p in work_dir.iterdir()} == before
 
 
+def test_a_first_epoch_whose_last_file_a_kill_cut_is_made_again(refused, flags, tmp_path):
+    options = [*map(str, [*flags, *LIGHT, "--epochs", 2, "--save-every", 1, "--val-every", 2, "--work-dir", tmp_path / "w"])]
+    trainer.main(options)
+    for file in ("last.pth", "best_model.pth", "epoch_2.pth"):
+        (tmp_path / "w" / file).unlink()
+    assert "is missing, but not epoch_1.pth" in refused(*options, "--resume", "--lr", 1)
+    trainer.main([*options, "--resume"])
+    assert (tmp_path / "w/best_model.pth").exists() and len(rows(tmp_path / "w")) == 2
+
+
+def test_a_run_that_began_where_nothing_is_fused_goes_on_fused(flags, tmp_path):
+    """As a Mac's did: GradScaler on another machine would meet an optimizer that knows no scale."""
+    options = [*map(str, [*flags, *LIGHT, "--epochs", 2, "--work-dir", tmp_path / "w"])]
+    trainer.main(options)
+    last = torch.load(tmp_path / "w/last.pth", weights_only=True)
+    for group in last["optimizer"]["param_groups"]:
+        group["fused"] = False
+    torch.save(last, tmp_path / "w/last.pth")
+    config = trainer.parse_args([*options, "--resume"])
+    faces, chooser, *_ = trainer.load_sets(config, runtime.Processes("cpu"))
+    resumed = checkpoints.load_resumable(tmp_path / "w/last.pth", config, faces, chooser)
+    assert all(group["fused"] for group in resumed["optimizer"]["param_groups"])
+
+
 def test_resuming_where_nothing_is_says_so(flags, tmp_path, capsys):
     trainer.main([*map(str, flags), "--epochs", "1", "--work-dir", str(tmp_path / "w"), "--resume"])
     assert "last.pth, so this is a new run" in capsys.readouterr().out

@@ -146,11 +146,12 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     if not config.resume:
         return None
     if not path.exists():
-        left = load_checkpoint(best) if best.exists() else None
+        first = [p for p in (best, path.with_name("epoch_1.pth")) if p.exists()]  # before the first last.pth
+        left = load_checkpoint(first[0]) if first else None
         if left and (left["epoch"] > 1 or changed_settings(config, left["args"])):
-            raise UserError(f"--resume {path}: is missing, but not best_model.pth beside it; {from_best}")
+            raise UserError(f"--resume {path}: is missing, but not {first[0].name} beside it; {from_best}")
         others = [path.with_name(f"{name}.json") for name in ("train", "val", "test")]
-        others += [] if left else path.parent.glob("epoch_*.pth")
+        others += {*path.parent.glob("epoch_*.pth")} - {*first}
         if there := [file.name for file in others if file.exists()]:
             raise UserError(f"--resume {path}: is missing, but {there[0]} is there; name another --work-dir")
         print(f"--resume: no {path}, so this is a new run", flush=True)
@@ -180,6 +181,8 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     if resumed["best"] < math.inf and not best.exists():
         raise UserError(f"--resume {path}: best_model.pth is missing beside it; put it back, or start from "
                         f"last.pth with --weights {path} and another --work-dir")
+    for group in resumed["optimizer"]["param_groups"]:
+        group["fused"] = group.get("fused") or not torch.backends.mps.is_available()  # False on older Macs
     return resumed
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -20,12 +21,15 @@ import numpy as np
 from tools.lib.cli import Progress, UserError, is_text
 
 
-def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview]):
-    """Write pieces of bytes to a file, which appears under `path` whole or not at all."""
+def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: str = ""):
+    """Write pieces of bytes to a file, which appears under `path` whole or not at all.
+
+    writer: a name for this one, where several may write the file at once.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
-    temporary = path.with_name(f".{path.name[-50:]}.tmp")  # shorter than any name may be
+    temporary = path.with_name(f".{path.name[-50:]}{writer}.tmp")  # shorter than any name may be
     try:
         with open(temporary, "wb") as f:
             f.writelines(parts)
@@ -131,7 +135,9 @@ class RecordFile:
         if not self._is_whole():
             with file_lock(self.path.with_name(".cache.lock")):  # not a run's .lock, should it be that folder
                 if not self._is_whole():
-                    atomic_write(self.path, (record.tobytes() for record in make()))
+                    # Locks of some shared disks end at the machine; some have none.
+                    writer = f".{platform.node()[:50]}.{os.environ.get('RANK', 0)}"
+                    atomic_write(self.path, (record.tobytes() for record in make()), writer)
 
     def _is_whole(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.offsets[-1]

@@ -137,6 +137,7 @@ class Processes:
     def __init__(self, device_name: str = "auto", training: bool = True):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(device_name, training)
+        self.predict_batch = 16  # faces that are validated together
         prepare(self.device)
         if self.world > 1:
             cuda = self.device.type == "cuda"
@@ -157,11 +158,6 @@ class Processes:
     def first(self) -> bool:
         """Whether this process writes the files and speaks."""
         return self.rank == 0
-
-    @property
-    def predict_batch(self) -> int:
-        """Faces that validation looks at together: on a GPU the launches of a small batch would limit."""
-        return 64 if self.device.type == "cuda" else 16
 
     def say(self, *text):
         """Print, in the first process alone."""
@@ -229,6 +225,9 @@ def for_training(model: nn.Module, config, plan, processes: Processes, amp: torc
         model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
     elif config.compile:
         model = torch.compile(model, dynamic=False)
+    if processes.device.type == "cuda":
+        # Launches of a small batch would limit. Twice a step's faces need no more memory: no gradients.
+        processes.predict_batch = min(64, 2 * plan.batch_size // (processes.world * config.accumulate))
     return processes.wrap(model)
 
 
@@ -322,12 +321,15 @@ def explained_ends(last: Path) -> Iterator[None]:
 def reason_of(error: Exception) -> str | None:
     """What an error means to the user, or None: PyTorch has no types for most of these."""
     text, dynamo = str(error), sys.modules.get("torch._dynamo")
-    if dynamo and isinstance(error, dynamo.exc.BackendCompilerFailed):
+    # Newer versions have a wider type, of a missing Triton too.
+    failed = dynamo and getattr(dynamo.exc, "ShortenTraceback", dynamo.exc.BackendCompilerFailed)
+    if failed and isinstance(error, failed):
         return f"--compile: this machine cannot ({single_line(text)}); leave it out"
     if "more than 1 value per channel" in text:
         return ("this backbone needs two faces in every part of a batch; raise --batch-size, or lower "
                 "--accumulate")
-    if "DataLoader worker (pid" in text:  # not an error inside one, which keeps its traceback
+    # Not an error inside a worker, which keeps its traceback.
+    if "DataLoader worker (pid" in text or "Pin memory thread" in text:
         return ("a data worker was ended from outside (memory? then lower --num-workers; in a container, "
                 "raise --shm-size)")
     if is_out_of_memory(error):
