@@ -416,6 +416,20 @@ def test_a_videos_files_hold_what_each_frame_shows_and_its_overlay_is_steadied(r
     assert 2 < drawn[4][20, 1] - drawn[3][20, 1] < 7.5
 
 
+def test_what_a_mac_writes_itself_is_h264(tmp_path, monkeypatch):
+    real, asked = cv2.VideoWriter, []
+
+    def opened(path, fourcc, *options):  # this OpenCV has no avc1
+        asked.append(fourcc)
+        return real(path, cv2.VideoWriter_fourcc(*"mp4v"), *options)
+    monkeypatch.setattr(video, "has_h264", lambda: False)
+    monkeypatch.setattr(cv2, "VideoWriter", opened)
+    monkeypatch.setattr(video.sys, "platform", "darwin")
+    with video.VideoWriter(tmp_path / "a.mp4", 25, (64, 48)) as writer:
+        writer.write(np.zeros((48, 64, 3), np.uint8), 0)
+        assert writer.finish() == f"without sound; for it {video.INSTALL}" and asked == [cv2.VideoWriter_fourcc(*"avc1")]
+
+
 def test_filter_steadies_a_still_face_and_does_not_lag():
     rng, rate, size = np.random.default_rng(0), 30, 200.0
     still = np.full((46, 2), 100.0)

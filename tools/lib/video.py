@@ -265,9 +265,9 @@ def has_h264() -> bool:
 class VideoWriter:
     """Writes frames to an mp4 that appears under `target` whole or not at all: `finish` makes it appear.
 
-    H.264, which browsers play, where ffmpeg is installed; else MPEG-4 part 2 by OpenCV. The rate is constant:
-    frames are repeated to last as long as their times say. A context manager; leaving it without `finish`
-    leaves nothing behind.
+    H.264, which browsers play, where ffmpeg is installed, or the system's own can be had by OpenCV; else
+    MPEG-4 part 2. The rate is constant: frames are repeated to last as long as their times say. A context
+    manager; leaving it without `finish` leaves nothing behind.
     """
 
     def __init__(self, target: Path | str, rate: float, size: tuple[int, int]):
@@ -292,6 +292,7 @@ class VideoWriter:
                 fourcc = cv2.VideoWriter_fourcc(*codec)
                 self.writer = cv2.VideoWriter(str(self.temporary), fourcc, round(rate, 2), size)
                 if self.writer.isOpened():
+                    self.codec = codec
                     break
             else:
                 raise UserError(f"{target}: OpenCV cannot write an mp4 of {size[0]} x {size[1]} here; "
@@ -357,7 +358,8 @@ class VideoWriter:
             # OpenCV itself says nothing.
             if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.count:
                 raise UserError(f"{self.target}: could not be written whole; is the disk full?")
-            word = f"without sound, and as MPEG-4 part 2, which browsers do not play; for H.264 {INSTALL}"
+            word = f"without sound; for it {INSTALL}" if self.codec == "avc1" else (
+                f"without sound, and as MPEG-4 part 2, which browsers do not play; for H.264 {INSTALL}")
         put_in_place(self.temporary, self.target)
         return word
 
