@@ -19,7 +19,6 @@ from tools.lib.coco import originals, read_coco
 from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - read_image is imported from here
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
-ROOT = Path(__file__).resolve().parent
 SIZE, PADDING = 256, 1.25  # the crop in pixels; its side / the longer side of the face's box
 STRIDE = 2  # input pixels a heatmap cell; LandmarkNet is built for this one
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dataset as data
-from dataset import PADDING, ROOT, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
+from dataset import PADDING, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
 from tools.lib import runtime
 from tools.lib.backbones import feature_maps, normalization, take_imagenet, take_weights
 from tools.lib.batches import EpochBatches, batches_of, faces_a_step
@@ -31,7 +31,7 @@ from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_res
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations, notes_of
 from tools.lib.draw import Log
-from tools.lib.files import as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
+from tools.lib.files import ROOT, as_json, atomic_write, data_root, make_sample, one_ahead, run_directory
 from tools.lib.find import predictor_of
 from tools.lib.windows import apply_matrix, invert_matrix, with_background
 

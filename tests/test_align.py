@@ -49,7 +49,8 @@ def test_faces_are_upright_and_of_one_size(run, aligned):
         ours, wanted = (np.array(three) - np.mean(three, 0) for three in (middle, report["template"]))
         assert abs((ours[:, 0] * wanted[:, 1] - ours[:, 1] * wanted[:, 0]).sum()) < 1e-3 * (wanted**2).sum()
         assert (ours * wanted).sum() == pytest.approx((ours**2).sum(), rel=1e-3)
-        assert face["residual"] >= 0
+        eyes = np.linalg.norm(wanted[0] - wanted[1])
+        assert face["residual"] == pytest.approx(np.linalg.norm(ours - wanted, axis=1).mean() / eyes, abs=1e-3)
         assert read_image(out / face["picture"]).shape == (96, 96, 3)
     assert len({face["picture"] for face in report["faces"]}) == len(report["faces"])
 

@@ -22,11 +22,11 @@ from PIL import Image, UnidentifiedImageError
 
 from tools.lib.cli import Parser, UserError, as_argument, run_script
 from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box
-from tools.lib.files import atomic_write, data_root, find_dogflw, load_json
+from tools.lib.files import ROOT, atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import FORMATS
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
-OUT = Path(__file__).resolve().parent.parent / "data/dogflw/annotations"
+OUT = ROOT / "data/dogflw/annotations"
 SUFFIXES = {"images": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "labels": (".json",)}
 MAX_LABEL_BYTES, LISTED = 10_000_000, 20
 SPLITS = {"train": "train.json", "test": "val.json"}

@@ -27,9 +27,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset import ROOT, Scheme
+from dataset import Scheme
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import draw_landmarks, encode_picture, region_colours
+from tools.lib.files import ROOT
 from tools.lib.find import FAINT, MIN_SCORE
 from tools.lib.pictures import read_picture
 from train_simple import load_predictor

@@ -26,9 +26,8 @@ import numpy as np
 from tools.lib.boxes import overlaps
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import encode_picture
-from tools.lib.files import check_free
+from tools.lib.files import ROOT, check_free
 
-ROOT = Path(__file__).resolve().parent.parent
 Rng = np.random.Generator
 SS = 2  # supersampling: a picture is drawn at twice its size
 

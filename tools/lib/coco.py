@@ -872,9 +872,8 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
                   and "train" not in p.stem.lower()]  # no report, and not train_val.json
         return train, val or (beside[0] if train in files and len(beside) == 1 else None)
-    ends = "|".join(word for split in SPLITS for word in split)
-    rest = [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem) or re.match("person_key", p.stem)
-            and not re.search(rf"(?i)(?<![a-z])({ends})\d*$", p.stem)]
+    rest = [p for p in files if re.search("(?i)(?<![a-z])default$", p.stem)
+            or p.stem.startswith("person_keypoints_") and not split_of(re.split(r"[\W_]+", p.stem)[-1:])]
     if trains and rest:
         raise UserError(f"{rest[0]}: is of no split, beside {trains[0].name}; give every task of CVAT the "
                         "subset Train, Validation or Test and export again, or move the file away to do "

@@ -20,6 +20,8 @@ import numpy as np
 
 from tools.lib.cli import Progress, UserError, is_text
 
+ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
+
 
 def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: str = ""):
     """Write pieces of bytes to a file, which appears under `path` whole or not at all.
@@ -216,9 +218,9 @@ def find_dogflw(*folders) -> Path | None:
 
 def make_sample(data_root: Path, ann_root: Path):
     """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
-    tools = Path(__file__).resolve().parent.parent
+    tools = ROOT / "tools"
     convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
-    ours = [path.is_relative_to(tools.parent / "data/sample") for path in (data_root, ann_root)]
+    ours = [path.is_relative_to(ROOT / "data/sample") for path in (data_root, ann_root)]
     if ours[0] != ours[1]:
         raise UserError("--sample: --data-root and --ann-root belong together; give both, or neither")
     if (ann_root / "train.json").exists() and not (ann_root / "val.json").exists():

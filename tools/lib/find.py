@@ -9,10 +9,11 @@ import numpy as np
 
 from tools.lib.boxes import TIGHT, box_around, intersections, overlaps, upright
 from tools.lib.cli import UserError
+from tools.lib.files import ROOT
 from tools.lib.runtime import choose_device
 from tools.lib.windows import whole_box
 
-BUNDLED = Path(__file__).resolve().parents[2] / "work_dirs/pretrained/best_model.pth"  # the bundled model
+BUNDLED = ROOT / "work_dirs/pretrained/best_model.pth"  # the bundled model
 
 # Of a face's score, below. From 0.5 to 0.63 it makes no difference on 170 held-out faces: 166 are found, and
 # one finding lies beside them.
