@@ -36,7 +36,8 @@ from tools.lib.find import predictor_of
 from tools.lib.windows import apply_matrix, invert_matrix, with_background
 
 SAMPLE = {"data_root": ROOT / "data/sample/dogflw", "ann_root": ROOT / "data/sample/annotations",
-          "epochs": 5, "backbone": "hrnet_w18_small", "pretrained": False, "input_size": 128}
+          "work_dir": ROOT / "work_dirs/sample", "backbone": "hrnet_w18_small", "pretrained": False,
+          "epochs": 5, "input_size": 128}
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Config(Augmentation):
 def parse_args(argv=None) -> Config:
     """Read and check the command line: a Config. Raises UserError naming all values that cannot be."""
     config = parse_settings(Config, __doc__, argv, {"sample": SAMPLE})
-    config.work_dir = config.work_dir or ROOT / "work_dirs" / ("sample" if config.sample else config.backbone)
+    config.work_dir = config.work_dir or ROOT / "work_dirs" / config.backbone
     if problems := runtime.contradictions(config):
         raise UserError("; ".join(problems))
     # A checkpoint stores where its data is; absolute, so that the tools find it from any folder.
@@ -198,9 +199,9 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     if config.crps_weight:
         below = torch.stack([plain, heatmaps.sum(3)], 2).cumsum(3)
         steps = (offsets + 1).clamp(0, 1)  # the truth's own sum; two cells share a point between them
-        losses = losses + config.crps_weight * (below - steps).square().sum((2, 3)) / size
+        losses += config.crps_weight * (below - steps).square().sum((2, 3)) / size
     if config.kl_weight:
-        losses = losses + config.kl_weight * divergence(heatmaps, offsets, sigma)
+        losses += config.kl_weight * divergence(heatmaps, offsets, sigma)
     flatness = config.kl_weight * (square * size**2).log()  # Rényi's divergence of order 2 from a flat map
     return torch.where(visibility < 0, flatness, losses * visibility)
 
@@ -314,7 +315,7 @@ class Plan:
         self.config, self.faces, self.batch_size = config, faces, faces_a_step(config, faces, world)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
-        self.sizes = sorted({self.size(epoch) for epoch in range(config.epochs)})  # of all crops in the run
+        self.sizes = sorted({self.size(0), config.input_size})  # of all crops in the run
 
     def validates(self, epoch: int) -> bool:
         """Whether an epoch ends with a validation; the last one does."""
@@ -389,7 +390,7 @@ def train_step(run: Run, batches, step: int):
             # Over all maps, labelled or not: so micro-batches and GPUs add up to the whole batch's gradient.
             loss = heatmap_losses(heatmaps, points, visible, sigma, config).mean() / config.accumulate
             run.scaler.scale(loss).backward()
-        total = total + loss.detach()
+        total += loss.detach()
     for group in run.optimizer.param_groups:
         group["lr"] = run.plan.lr(step) * group.get("scale", 1)  # an older last.pth has no scale
     run.scaler.step(run.optimizer)
@@ -409,11 +410,11 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
     with Progress(steps, title, quiet=not run.processes.first) as progress:
         for step in range(steps):
             loss, indices = train_step(run, batches, epoch * steps + step)
-            total = total + loss
+            total += loss
             watch.add(loss, indices)
             if step % 50 == 49 or step == steps - 1:  # rarely: reading the loss waits for the device
                 watch.check(run.scaler, run.model if step == steps - 1 else None)
-                progress.show(loss=f"{float(total) / (step + 1):.2e}")
+                progress.show(loss=float(total) / (step + 1))
             progress.update(step + 1)
     run.progress["epoch"] += 1
     run.processes.average_buffers(run.ema, run.model)
@@ -440,13 +441,13 @@ def load_sets(config: Config, processes):
         processes.say(note)
     if config.crop == "image":
         train, val = train.whole_pictures(), val and val.whole_pictures()
-    if not config.holdout and not val:
-        raise UserError(f"--ann-root {config.ann_root}: no val.json to choose on; take --holdout 0.1")
     if not config.holdout:
+        if not val:
+            raise UserError(f"--ann-root {config.ann_root}: no val.json to choose on; take --holdout 0.1")
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
     if not held or not rest:
-        raise UserError(f"--holdout {config.holdout}: leaves {len(rest)} and {len(held)} faces; try another "
+        raise UserError(f"--holdout {config.holdout}: leaves one side without a face; try another "
                         "or add pictures: the faces of one stay together")
     return rest, held, val, "held out of train"
 
@@ -481,11 +482,11 @@ def train(config: Config, processes):
     train_set = cut(faces, config.input_size, augment=config)  # a Config is an Augmentation
     select_sets, test_sets = ({size: cut(some, size) for size in plan.sizes if some}
                               for some in (select, test))
-    sampler = EpochBatches(len(faces), plan, done, processes.rank, processes.world)
+    sampler = EpochBatches(plan, done, processes.rank, processes.world)
     batches = batches_of(train_set, sampler, config.num_workers, processes.device)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "
-                  f"{config.backbone} on {processes.world} x {processes.device}; {done} epochs done")
+                  f"{config.backbone} on {processes}; {done} epochs done")
     for epoch in range(done, config.epochs):
         begin, size, points = time.perf_counter(), plan.size(epoch), None
         torch.manual_seed(config.seed + epoch)  # a backbone's dropout is the same after --resume

@@ -307,7 +307,7 @@ def test_small_crops_and_validations_over_the_epochs():
 def test_processes_share_the_batch_exactly():
     def batches(*args, faces=37, first=1, world=1):
         plan = Plan(config_of("--epochs", 3, "--input-size", 160, "--progressive", 0.7, *args), faces, world)
-        parts = [list(EpochBatches(faces, plan, first, r, world)) for r in range(world)]
+        parts = [list(EpochBatches(plan, first, r, world)) for r in range(world)]
         return [sorted(sum((part[i] for part in parts), [])) for i in range(len(parts[0]))]
     whole = batches("--batch-size", 8)
     assert len(whole) == 8 and all(len(b) == 8 for b in whole)

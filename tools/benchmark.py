@@ -68,7 +68,7 @@ def print_rate(what: str, faces: int, seconds: float, more: str = "") -> None:
 
 def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> float:
     """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
-    sampler = EpochBatches(len(bench.dataset), bench.plan(len(bench.dataset)))
+    sampler = EpochBatches(bench.plan(len(bench.dataset)))
     batches = batches_of(bench.dataset, sampler, workers, torch.device("cpu"))
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
         next(batches)
@@ -216,7 +216,7 @@ def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
         used = used.take(range(min(len(used), bench.run.plan.batch_size * max(2, int(10 / bare)))))
     dataset, waits = dataset_of(used, bench.config, augment=bench.config), []
     bench.run.plan = plan = bench.plan(len(used))
-    sampler = EpochBatches(len(used), plan, bench.run.progress["epoch"])
+    sampler = EpochBatches(plan, bench.run.progress["epoch"])
     batches = timed(batches_of(dataset, sampler, workers, bench.device), waits)
     for _ in range(2):  # the second has its workers started
         waits.clear()

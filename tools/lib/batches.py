@@ -23,17 +23,17 @@ class EpochBatches:
     """Micro-batches of (epoch, index, crop size) from epoch `first` on, for one DataLoader and one pass.
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a
-    pure function of (seed, epoch); a last, smaller batch is dropped. plan: batch_size, steps, size(epoch) and
-    config.
+    pure function of (seed, epoch); a last, smaller batch is dropped. plan: faces, batch_size, steps,
+    size(epoch) and config.
     """
 
-    def __init__(self, faces: int, plan, first: int = 0, rank: int = 0, world: int = 1):
-        self.faces, self.plan, self.first, self.rank, self.world = faces, plan, first, rank, world
+    def __init__(self, plan, first: int = 0, rank: int = 0, world: int = 1):
+        self.plan, self.first, self.rank, self.world = plan, first, rank, world
 
     def __iter__(self) -> Iterator[list[tuple]]:
         config, n = self.plan.config, self.plan.batch_size
         for epoch in range(self.first, config.epochs):
-            order = np.random.default_rng((config.seed, epoch)).permutation(self.faces)
+            order = np.random.default_rng((config.seed, epoch)).permutation(self.plan.faces)
             for step in range(self.plan.steps):
                 mine = order[step * n:(step + 1) * n][self.rank::self.world]
                 for micro in np.array_split(mine, config.accumulate):

@@ -154,6 +154,9 @@ class Processes:
             gc.collect()
             dist.destroy_process_group()
 
+    def __str__(self) -> str:
+        return f"{self.world} x {self.device}"
+
     @property
     def first(self) -> bool:
         """Whether this process writes the files and speaks."""
