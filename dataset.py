@@ -121,10 +121,13 @@ def cut_crop(image, box, size, padding, rotation=0.0):
 
 @dataclass
 class Augmentation:
-    """Ranges of the training augmentation; all 0 is the validation crop."""
+    """Ranges of the training augmentation, each a flag: setting(default, help, what is allowed). 0 is off.
+
+    All 0 is the validation crop. A locator (--crop image) finds faces in whole pictures; `empty` is its own.
+    """
     flip: float = setting(0.5, "chance of mirroring, partners swapped", "[0, 1]", group="augmentation")
     rotation: float = setting(20.0, "degrees, uniform in +-", "[0, 180]")
-    scale: float = setting(0.2, "size, log-uniform in 1 / (1 + X) .. 1 + X", "[0, 3]")
+    scale: float = setting(0.2, "the crop's side, log-uniform in 1 / (1 + X) .. 1 + X", "[0, 3]")
     shift: float = setting(0.05, "of the crop's side, uniform in +-", "[0, 1]")
     colour: float = setting(0.25, "strength of contrast, brightness, saturation and channel gain", "[0, 1]")
     occlusion: float = setting(0.2, "chance of one flat rectangle over the crop", "[0, 1]")
@@ -132,15 +135,16 @@ class Augmentation:
 
     @property
     def reach(self):
-        """How much wider than the plain crop augmented ones can reach, corners of rotated ones left out."""
+        """Side of what crops can show of the picture / the plain crop's; rotated corners are left out."""
         return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
         """Draw a crop's geometry (crop_matrix's arguments) and colour matrix (3, 4)."""
-        # rotation, scale, shift (2), contrast, saturation, gain (3), brightness; a locator's way aside (2)
+        # rotation, scale, shift (2), contrast, saturation, gain (3), brightness; a locator's shift (2): so
+        # far that a larger crop still holds the plain one, and a smaller one stays inside it
         u = rng.uniform(-1, 1, 12)
         scale = (1 + self.scale) ** u[1]
-        shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:]
+        shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:12]
         geometry = {"rotation": self.rotation * u[0], "scale": scale, "shift": shift,
                     "mirror": can_mirror and rng.random() < self.flip}
         contrast, saturation = np.exp(self.colour * u[4]), np.exp(2 * self.colour * u[5])
@@ -212,10 +216,10 @@ class DogFLWDataset(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, epoch, i))
             place = partial(self.place, size=size, rng=rng)
             if self.augment.empty:
-                drawn = scene(crops[row], i, place, self.windows, self.augment.empty, rng)
+                drawn = scene(crops[row], i, place, self.windows, self.augment.empty, rng)  # a locator's
             else:
                 drawn = place(i)
-                warp(*self.windows[i], drawn[0], size, out=crops[row])
+                warp(*self.windows[i], drawn[0], size, out=crops[row])  # of the picture's part and its matrix
             matrices[row], points[row], labelled, colour[row] = drawn
             self.augment.paint(crops[row], rng)
             # What the crop cut off cannot be learnt from a heatmap; validation scores it. -1 is `scene`'s.
@@ -241,7 +245,7 @@ def normalize(images, mean, std, colour=None):
 
 
 def cell_offsets(points, size):
-    """From every point (B, K, 2) in crop pixels to `size` columns and rows, in cells: (B, K, 2, size)."""
+    """How far `size` columns and rows lie from points (B, K, 2) in crop pixels: (B, K, 2, size) cells."""
     places = (points + 0.5) / STRIDE - 0.5  # in cells
     return torch.arange(size, device=points.device, dtype=points.dtype) - places.unsqueeze(-1)
 
@@ -265,8 +269,8 @@ def decode_heatmaps(heatmaps, power, radius):
 
     The point is the centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2) of the map to
     the `power`: at 1, thin tails over the whole crop would draw it to the middle. The score is the share of
-    the map's mass that is within `radius` of the point, as a fraction of the crop, in x and in y: the map's
-    own probability of that error.
+    the map's mass within `radius` (a fraction of the crop) of the point, in x and in y: the probability, by
+    the map itself, that the error is no larger.
     """
     size, relative = heatmaps.shape[-1], heatmaps / heatmaps.amax((2, 3), keepdim=True).clamp(min=1e-30)
     sharp = relative * relative.pow(power - 1)  # at power 1.5 a square root, faster than pow(1.5)

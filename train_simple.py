@@ -7,8 +7,8 @@
 
 A run leaves args.json, metrics.csv, checkpoints and pictures in work_dirs/RUN. `--resume` goes on with it.
 
-TinyViT, 20 epochs on 3,238 faces of DogFLW's train split: nme_iod 0.0736 and 0.0742 (two seeds) on 401 others
-of it, in 53 and 87 minutes on 2 CPU cores. The commands are in README.md.
+TinyViT, 20 epochs on 3,238 faces of DogFLW's train split: error / eye distance (nme_iod) on 401 others of it
+0.0736 and 0.0742 (two seeds), in 53 minutes on 2 CPU cores, and 87 on slower ones. Commands: README.md.
 """
 import copy
 import math
@@ -46,7 +46,7 @@ class Config(Augmentation):
     data_root: Path | None = setting(None, "pictures (default: kagglehub's cache)", group="data", free=True)
     ann_root: Path = setting(ROOT / "data/dogflw/annotations", "an export, or its train.json", free=True)
     category: str | None = setting(None, "the category to train on, if several have different landmarks")
-    sample: bool = setting(False, "train on drawn faces, with settings for a CPU (made when missing)")
+    sample: bool = setting(False, "train on drawn faces (made when missing), with settings for a CPU")
     holdout: float = setting(0.0, "fraction of train, by breed and picture, that chooses the checkpoint; "
                              "val.json, where there is one, is then scored once, at the end", "[0, 0.9]")
     crop: str = setting("face", "train on faces, or on whole pictures (a locator)", choices=["face", "image"])
@@ -56,12 +56,12 @@ class Config(Augmentation):
     backbone: str = setting("hrnet_w32", "any timm model with feature maps", group="model")
     pretrained: bool = setting(True, "start from timm's ImageNet weights", free=True)
     weights: Path | None = setting(None, "start from a file: of a backbone, or a checkpoint", free=True)
-    freeze: bool = setting(False, "keep the backbone's weights (not its statistics), with --weights")
+    freeze: bool = setting(False, "keep the backbone's weights; its batch norm's statistics still change")
     input_size: int = setting(SIZE, "crop in pixels; heatmaps are half of it", "[64, 1024]", multiple=32)
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the targets, at the end, in cells (1.5 at 256 px)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score: the chance that x and y err by at most X crops", "(0, 1]")
+    score_radius: float = setting(0.05, "a score: the chance that x and y err by <= X of a crop", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
@@ -76,8 +76,8 @@ class Config(Augmentation):
     kl_weight: float = setting(0.3, "weight of the Kullback-Leibler divergence from the target", "[0, inf)")
     sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
-    progressive: float = setting(0.3, "first epochs' share, on crops half as wide, 128 at least", "[0, 0.9]")
-    seed: int = setting(0, "random seed of order, augmentation and new weights", "[0, 9e18]")
+    progressive: float = setting(0.3, "share of epochs, at first, on crops half as wide, >= 128", "[0, 0.9]")
+    seed: int = setting(0, "seed of order, augmentation and new weights, not of --holdout", "[0, 9e18]")
     work_dir: Path | None = setting(None, "of the run (default: work_dirs/BACKBONE)", group="run", free=True)
     resume: bool = setting(False, "go on from last.pth in the work dir", free=True)
     val_every: int | None = setting(None, "epochs between validations (default: --epochs / 100, >= 2)",
@@ -113,8 +113,8 @@ class LandmarkNet(nn.Module):
     Every heatmap is a softmax over its cells: float32, a probability for each place, summing to 1. Each level
     of the backbone gets `width` channels by a 1 x 1 convolution. The coarse ones are enlarged to stride 4 and
     added; their sum joins the finest at stride 2: a feature pyramid (Lin et al. 2017) without its cascade.
-    timm's first level of an HRNet is the *stem*, which has seen 7 x 7 pixels: a head on it alone would learn
-    nothing. Raises UserError without levels.
+    timm's first level of an HRNet is the *stem*: a head on it alone would see 7 x 7 pixels, and learn
+    nothing. Raises UserError where timm has no such levels.
     """
 
     def __init__(self, backbone: str, num_landmarks: int, width: int = 64):
@@ -124,14 +124,14 @@ class LandmarkNet(nn.Module):
         self.laterals = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
             for channels, stride in zip(info.channels(), info.reduction()) if stride > 1)
-        self.head = nn.Sequential(
+        self.head = nn.Sequential(  # take_weights knows it by its last layer
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
             nn.Conv2d(width, num_landmarks, 1, bias=False))  # a softmax over cells would cancel a bias
         for name, value in zip(("mean", "std"), normalization(backbone)):
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, images):
-        features = self.backbone(images)[-len(self.laterals):]
+        features = self.backbone(images)[-len(self.laterals):]  # without VGG's of stride 1
         levels = [lateral(x) for lateral, x in zip(self.laterals, features)]
         half = [side // data.STRIDE for side in images.shape[-2:]]
         fine = levels.pop(0) if levels[0].shape[-1] >= half[1] else 0  # 0: no level of stride 2
@@ -187,19 +187,19 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     CRPS: the continuous ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery
     2007, "Strictly proper scoring rules", eq. 20). It knows how far away a wrong map is.
     """
-    size, height = heatmaps.shape[-1], 2 * math.pi * sigma**2
+    size, mass = heatmaps.shape[-1], 2 * math.pi * sigma**2  # the target's sum; the map's is 1
     offsets = data.cell_offsets(points, size)  # (B, K, 2, H)
     x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map
-    # |height * map - target|^2 = height^2 |map|^2 - 2 height <map, target> + |target|^2: fewer passes
-    weighted, plain = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, H): columns
+    # |mass * map - target|^2 = mass^2 |map|^2 - 2 mass <map, target> + |target|^2: fewer passes
+    weighted, columns = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, H)
     inner = (weighted * x).sum(2)
     square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()
-    mse = height**2 * square - 2 * height * inner + x.square().sum(2) * y.square().sum(2)
+    mse = mass**2 * square - 2 * mass * inner + x.square().sum(2) * y.square().sum(2)
     losses = config.mse_weight * mse / (math.pi * sigma**2)
     if config.crps_weight:
-        below = torch.stack([plain, heatmaps.sum(3)], 2).cumsum(3)
-        steps = (offsets + 1).clamp(0, 1)  # the truth's own sum; two cells share a point between them
-        losses += config.crps_weight * (below - steps).square().sum((2, 3)) / size
+        below = torch.stack([columns, heatmaps.sum(3)], 2).cumsum(3)
+        truth = (offsets + 1).clamp(0, 1)  # of a point that the two cells beside it share
+        losses += config.crps_weight * (below - truth).square().sum((2, 3)) / size
     if config.kl_weight:
         losses += config.kl_weight * divergence(heatmaps, offsets, sigma)
     flatness = config.kl_weight * (square * size**2).log()  # Rényi's divergence of order 2 from a flat map
@@ -237,8 +237,8 @@ def nme(points, faces: Faces, padding: float, some=True, *, normalizer):
         return np.where(labelled, errors, 0).sum(1) / labelled.sum(1) / normalizer(faces, padding)
 
 
-# Reported: name -> function(points, faces, padding, some), as nme is. The first chooses; the least is best.
 NORMALIZERS = {"nme": crop_side, "nme_iod": eye_distance, "nme_box": box_diagonal}
+# Reported: name -> function(points, faces, padding, some), as nme is. The first chooses; the least is best.
 METRICS = {name: partial(nme, normalizer=normalizer) for name, normalizer in NORMALIZERS.items()}
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
@@ -266,7 +266,7 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
 
 
 def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
-    """uint8 crops (B, S, S, 3), matrices picture -> crop (B, 2, 3) -> heatmaps, points (B, K, 2), scores."""
+    """uint8 crops (B, S, S, 3), their matrices -> heatmaps, points (B, K, 2) in the pictures, scores."""
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
     points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
         heatmaps, config.decode_power, config.score_radius))
@@ -278,7 +278,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
 
     float64 numpy. Of several processes each predicts its share, and all get the whole, exactly.
     """
-    model.train().eval()  # timm's attention keeps what it made of older weights until train()
+    model.train().eval()  # TinyViT's attention keeps eval mode's table of biases until train()
     device, scheme, n = processes.device, dataset.faces.scheme, len(dataset)
     flip_index = torch.tensor(scheme.flip_index, device=device) if flip and scheme.flip_pairs else None
     table = np.zeros((n, len(scheme.names), 4))  # x, y, score, loss; 0 for other processes' faces
@@ -309,20 +309,20 @@ def load_predictor(checkpoint=None, locator=None, device="auto", batch_size=32):
 # ---------------------------------------------------------------- the loop
 
 class Plan:
-    """Crop size, sigma and learning rate over a run. Raises UserError where a batch's parts stay empty."""
+    """Crop size, sigma and learning rate over a run. Raises UserError for a batch that cannot be split."""
 
     def __init__(self, config: Config, faces: int, world: int = 1):
         self.config, self.faces, self.batch_size = config, faces, faces_a_step(config, faces, world)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
-        self.sizes = sorted({self.size(0), config.input_size})  # of all crops in the run
+        self.sizes = sorted(set(map(self.size, range(config.epochs))))  # of all crops in the run
 
     def validates(self, epoch: int) -> bool:
         """Whether an epoch ends with a validation; the last one does."""
         return (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
 
     def size(self, epoch: int) -> int:
-        """Side of the crops, first half, in steps of 32 (Tan & Le 2021, "EfficientNetV2", section 4)."""
+        """Side of the crops: at first the half, to 32 (Tan & Le 2021, "EfficientNetV2", section 4)."""
         full = self.config.input_size
         small = min(full, max(128, full // 64 * 32))
         return small if epoch < int(self.config.progressive * self.config.epochs) else full
@@ -347,7 +347,7 @@ def build_optimizer(model: nn.Module, config: Config):
         scale = config.backbone_lr_mult if name.startswith("backbone.") else 1.0
         groups.setdefault((scale, p.ndim > 1), []).append(p)
     groups = [{"params": members, "scale": scale, "weight_decay": config.weight_decay * matrices}
-              for (scale, matrices), members in sorted(groups.items(), reverse=True)]
+              for (scale, matrices), members in sorted(groups.items(), reverse=True)]  # first: --lr's
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
                              fused=next(model.parameters()).device.type in ("cuda", "cpu"))
 
@@ -402,7 +402,7 @@ def train_step(run: Run, batches, step: int):
 
 
 def train_one_epoch(run: Run, batches, files: list) -> float:
-    """The steps of the next epoch: the mean loss. Raises UserError naming the faces that spoilt it."""
+    """Train for one more epoch; returns the mean loss. Raises UserError naming the faces that spoilt it."""
     run.wrapped.train()
     steps, epoch, total = run.plan.steps, run.progress["epoch"], 0
     title = f"epoch {epoch + 1}/{run.config.epochs}"
@@ -432,7 +432,7 @@ def validate(run: Run, dataset: DogFLWDataset):
 # ---------------------------------------------------------------- a run, top to bottom
 
 def load_sets(config: Config, processes):
-    """Faces to train on, to choose on, to score once (or None); the second's name, for prints. UserError."""
+    """Faces to train on, to choose on, to score once (or None); the second's name. Raises UserError."""
     if config.sample:
         make_sample(config.data_root, config.ann_root)
     root, paths = data_root(config.data_root), find_annotations(config.ann_root)

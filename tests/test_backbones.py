@@ -170,6 +170,25 @@ def test_a_checkpoint_of_other_landmarks_gives_all_but_the_last_layer(run, tmp_p
         take_weights(LandmarkNet("resnet18", 7), run.work_dir / "best_model.pth", "resnet18", names[:7], print)
 
 
+def test_an_edited_head_starts_fresh_where_it_differs(run):
+    """README: "the head: LandmarkNet". Any module may stand there, and a file's head is told from other landmarks."""
+    class Head(torch.nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.wide, self.last = torch.nn.Conv2d(64, 80, 1), torch.nn.Conv2d(80, k, 1, bias=False)
+
+        def forward(self, x):
+            return self.last(self.wide(x))
+    path, said = run.work_dir / "best_model.pth", []
+    scheme = trainer.Trained(path).scheme
+    model = LandmarkNet("hrnet_w18_small", len(scheme.names))
+    model.head = Head(len(scheme.names))
+    take_weights(model, path, "hrnet_w18_small", scheme.names, said.append)
+    assert said == [f"--weights {path}: its head is another one; 3 tensors start fresh (head.wide.weight, ...)"]
+    stored = load_checkpoint(path)["model"]
+    assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items() if not k.startswith("head."))
+
+
 def test_imagenet_weights_are_taken_whole_or_refused(monkeypatch):
     source, create = timm.create_model("hrnet_w18_small"), timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: source if pretrained else create(name, **o))

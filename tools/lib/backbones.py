@@ -110,8 +110,12 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     own = model.state_dict()
     matched({k: v for k, v in own.items() if k.startswith("backbone.")}, state, f"--weights {path}", say)
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    last = f"head.{len(model.head) - 1}.weight"  # the one layer that knows which landmarks there are
-    if last not in fits or ours and stored["scheme"].get("names", names) != names:
+    last = list(own)[-1]  # the one layer that knows which landmarks there are
+    if ours and stored["scheme"].get("names", names) != names:
         fits.pop(last, None)
+    fresh = [k for k in without_counters(own) if k not in fits]
+    if fresh == [last]:
         say(f"--weights {path}: made for other landmarks; the last layer starts fresh, all else is taken")
+    elif fresh:
+        say(f"--weights {path}: its head is another one; {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
     model.load_state_dict(fits, strict=False)
