@@ -178,10 +178,13 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
                                     bbox=[45, 45, 30, 30]), "1 landmarks without a place", 6),
     "-1, -1, -1 for not labelled (DeepLabCut's SuperAnimal)": (
         annotation(keypoints=[-1.0, -1.0, -1.0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]),
-        "1 landmarks without a place (NaN, -1, 0)", 6),
+        "1 landmarks without a place (NaN, -1, 0, far away)", 6),
     **{f"{x}, {y}, 2 for not labelled": (
         annotation(keypoints=[x, y, 2, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 45, 30, 30]),
-        "1 landmarks without a place (NaN, -1, 0)", 6) for x, y in ((0, 0), (-1, -1))},
+        "1 landmarks without a place (NaN, -1, 0, far away)", 6) for x, y in ((0, 0), (-1, -1), (-999, -999), (9000, 50))},
+    "visible beside the picture": (annotation(keypoints=[200, 60, 2, 50, 50, 2, 70, 60, 2, 60, 70, 2, 165, 125, 2], bbox=[45, 40, 160, 40]),
+                                   "1 landmarks marked as visible, but outside of their picture", 6),
+    "hidden beside the picture": (annotation(keypoints=[200, 60, 1, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[45, 40, 160, 40]), None, 6),
     "image_id as a text": (each(lambda a: a.update(image_id=str(a["image_id"]))), None, 6),
     "box reaching to 0, 0 (Supervisely)": (
         annotation(keypoints=[0, 0, 0, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 70, 2], bbox=[0, 0, 70, 70]),
@@ -195,6 +198,10 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "null everywhere": (annotation(keypoints=[None] * 15), "1 with no landmark labelled", 5),
     "triples in lists": (each(lambda a: a.update(keypoints=np.reshape(a["keypoints"], (-1, 3)).tolist())), None, 6),
     "confidences": (v_of([0.9, 0.2, 1, 0, 0.55]), "1 faces' v as confidences", 6),
+    "v of 2 beside confidences (COCO-WholeBody)": (v_of([2, 0.37, None, 0, None]), "1 faces' v as confidences", 6),
+    "an image once more for another annotation": (lambda d: d["images"].append(dict(d["images"][0])), None, 6),
+    "a category once more": (categories({}, {}), None, 6),
+    "ids null": (each(lambda a: a.update(id=None)), None, 6),
     "sizes are floats": (images(width=160.0, height=120.0), None, 6),
     "sizes are texts": (images(width="160", height="120"), None, 6),
     "no box": (lambda d: d["annotations"][1].pop("bbox"), "landmarks: 1 missing, flat or malformed (annotation 2)", 6),
@@ -313,6 +320,18 @@ def test_what_trains_without_mirroring_says_so(tmp_path):
             "train.json: has no flip_pairs, so it trains without mirroring"] * said
 
 
+def test_pairs_in_another_order_are_the_same(tmp_path):
+    sets = []
+    for pairs in ([[0, 4], [1, 3]], [[3, 1], [0, 4]], [[0, 3], [1, 4]]):
+        data = plain(2, name=f"{{}}{len(sets)}.jpg")
+        data["categories"][0]["flip_pairs"] = pairs
+        (tmp_path / "a.json").write_text(json.dumps(data))
+        sets.append(load_coco(tmp_path / "a.json", tmp_path))
+    assert coco.notes_of(*sets[:2], (Path("a"), Path("b"))) == []
+    with pytest.raises(UserError, match="b: its category differs from that of a in flip_pairs"):
+        coco.notes_of(*sets[1:], (Path("a"), Path("b")))
+
+
 def test_categories_without_names_are_said_to_be_the_same(read):
     data = two(same=True)
     for category in data["categories"]:
@@ -405,13 +424,15 @@ def test_right_boxes_are_never_taken_for_corners(seed, n, wide, cut):
 
 def test_sizes_that_the_file_lacks_come_from_the_pictures(read, tmp_path):
     data = plain()
-    for image, change in zip(data["images"], ({"width": None}, {"width": 0, "height": 0}, {"height": ""}, {}, {}, {})):
+    for image, change in zip(data["images"], ({"width": None}, {"width": 0, "height": 0}, {"height": ""}, {}, {"width": -1, "height": -1}, {})):
         image.update(change)
         draw(tmp_path / image["file_name"])
     del data["images"][3]["width"]
     faces = read(data)
     assert (faces.sizes == (WIDTH, HEIGHT)).all()
-    assert faces.notes == ["read otherwise: 4 sizes from the pictures themselves (pic_0.jpg)"]
+    assert faces.notes == ["read otherwise: 5 sizes from the pictures themselves (pic_0.jpg)"]
+    data["images"] = {str(image["id"]): image["file_name"] for image in data["images"]}  # Animal Pose's
+    assert read(data).files == faces.files
     (tmp_path / "pic_1.jpg").write_bytes(b"no picture")
     refused(read, data, "pic_1.jpg", "cannot be read as a picture")
     (tmp_path / "pic_1.jpg").unlink()
@@ -621,11 +642,11 @@ def test_split_folders_are_told_by_the_files_names(read, tmp_path, train, val):
 
 
 @pytest.mark.parametrize("written,there", [("A B.JPG", "a b.jpg"), ("a%20b.jpg", "a b.jpg"), ("Bjo\u0308rn.jpg", "Bj\u00f6rn.jpg"),
-                                           ("Dogs/a.jpg", "dogs/a.jpg")])
+                                           ("Dogs/a.jpg", "dogs/a.jpg"), ("pics/a.jpg", "a.jpg")])
 def test_names_may_be_spelt_otherwise(read, tmp_path, written, there):
     draw(tmp_path / "root" / there)
     faces = read(plain(1, name=written), root=tmp_path / "root")
-    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures, or lack their folder ({written})"]
+    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures, lack their folder or have one more ({written})"]
     draw(tmp_path / "root" / there.upper())  # two of them: neither is meant for certain
     if written != there.upper():
         assert read(plain(1, name=written), root=tmp_path / "root").files == [written]
@@ -779,6 +800,24 @@ def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
     for image in data["images"]:  # a file that knows how pictures are seen needs nothing
         image.update(width=WIDTH, height=HEIGHT)
     assert read(data).notes == faces.notes[:-1]
+
+
+@pytest.mark.parametrize("x,turned", [(HEIGHT + 15.0, False), (None, None), (30.0, True)])
+def test_landmarks_tell_where_the_file_gives_no_sizes(read, tmp_path, x, turned):
+    """A picture of HEIGHT x WIDTH that is seen as WIDTH x HEIGHT; the landmarks fit only one of both, or both."""
+    data, exif = plain(3), Image.Exif()
+    exif[0x112] = 6
+    for image in data["images"]:
+        draw(tmp_path / image["file_name"], (HEIGHT, WIDTH), exif=exif)
+        del image["width"], image["height"]
+    for a in data["annotations"]:
+        places = (x or 30, 50), (60, 30), (60, 70), (40, 70), (50, WIDTH - 8 if turned else 50)
+        a.update(keypoints=[v for place in places for v in (*place, 2)], bbox=None)
+    faces = read(data)
+    assert (faces.sizes == (WIDTH, HEIGHT)).all()
+    assert (faces.points[0, 1].tolist() == [60, 30]) == (not turned)
+    assert any("nothing tells whether pic_0.jpg" in note for note in faces.notes) == (turned is None)
+    assert any("turned with them" in note for note in faces.notes) == bool(turned)
 
 
 # ---------------------------------------------------------------- strata

@@ -36,8 +36,8 @@ def printable(text: object) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether a text is one line of text, with spaces of any kind: macOS' screenshots have U+202F."""
-    return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+    """Whether a text is one line of text, with joiners and any spaces: macOS' screenshots have U+202F."""
+    return all(c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d" for c in text)
 
 
 def as_argument(value: object) -> str:

@@ -54,14 +54,17 @@ KINDS = {
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
-    "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0) as not labelled"),
+    "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
     "outside": ("read otherwise", "names that lead out of the data root by how they end"),
-    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures, or lack their folder"),
+    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures, lack their folder or have "
+              "one more"),
     "sizes": ("read otherwise", "sizes from the pictures themselves"),
     "turned": ("read otherwise", "faces of pictures that EXIF turns, turned with them"),
     "upright": ("read otherwise", "sizes of pictures that EXIF turns; the landmarks are upright already"),
+    "beyond": ("look at them with tools/visualize_dataset.py", "landmarks marked as visible, but outside of "
+               "their picture; were the pictures resized, and not the labels?"),
 }
 
 
@@ -123,7 +126,7 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     names, sizes, breeds = zip(*(images[key] for key in image_ids), strict=True)
     counts = Counter(name for name, _, _ in images.values())
     files = place_pictures(names, path, root, notes, {name for name in counts if counts[name] > 1})
-    sizes = read_sizes(files, sizes, root, notes)
+    sizes, read = read_sizes(files, sizes, root, notes)
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
@@ -136,11 +139,19 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
         raise notes.nothing_left(path)
     entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
                                               (entries, ids, image_ids, files, breeds))
-    sizes, triples = sizes[inside], triples[inside]
+    sizes, triples, limits = sizes[inside], triples[inside], limits[inside]
+    lost = (triples[..., 2] > 0) & (abs(triples[..., :2] - limits / 2) > 1.5 * limits).any(2)
+    for i in np.flatnonzero(lost.any(1)):  # a picture's side away from it: -999 of a program, or a typo
+        notes.add("nowhere", f"annotation {ids[i]}", int(lost[i].sum()))
+    triples[lost] = 0
     points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
-    turns = stored_turns(files, sizes, points, visible, root, notes, shows_upright(data))
+    turns = stored_turns(files, sizes, points, visible, root, notes, shows_upright(data), read)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
+    slack = sizes[:, None] / 20
+    beyond = (visible == 2) & ((points < -slack) | (points > sizes[:, None] + slack)).any(2)
+    for i in np.flatnonzero(beyond.any(1)):
+        notes.add("beyond", f"annotation {ids[i]}", int(beyond[i].sum()))
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
                      ids=np.array(ids, object), image_ids=np.array(image_ids, object),
@@ -157,6 +168,8 @@ def open_coco(path: Path) -> dict:
     for mark, program in FOREIGN:
         if isinstance(first, dict) and mark <= first.keys() and "images" not in first:
             raise UserError(f"{path}: not a COCO file but {program}")
+    if isinstance(data, dict) and isinstance(data.get("images"), dict):  # Animal Pose's {"1": "a.jpg"}
+        data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
     for name in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(name), list):
             raise UserError(f"{path}: not a COCO file ({name} must be a list); export COCO keypoints, or "
@@ -174,7 +187,7 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
     `wanted`. An annotation without category_id gets the id of the one category with landmarks.
     """
     categories, lengths = {str(identity(c.get("id"))): c for c in data["categories"]}, defaultdict(Counter)
-    if len(categories) < len(data["categories"]):
+    if any(categories[str(identity(c.get("id")))] != c for c in data["categories"]):
         raise UserError(f"{path}: two of its categories have the same id; give each its own")
     named = [key for key, c in categories.items() if c.get("keypoints")] or [*categories]
     for annotation in data["annotations"]:
@@ -392,7 +405,8 @@ def side_of(value) -> int:
 
 def read_images(entries: list, path: Path) -> dict:
     """{id: (name, (width, height), breed)} of all images; a side that is not known is 0. Raises UserError."""
-    images, twice = {}, len({str(image.get("file_name")) for image in entries}) < len(entries)
+    images, given = {}, {}
+    written, ids = ({str(image.get(field)) for image in entries} for field in ("file_name", "id"))
     for number, image in enumerate(entries):
         name, key = image.get("file_name"), identity(image.get("id"))
         sides = image.get("width"), image.get("height")
@@ -401,13 +415,15 @@ def read_images(entries: list, path: Path) -> dict:
             raise UserError(f"{where} has no file_name")
         if key is None:
             raise UserError(f"{where} has no id that is a number or a text")
-        if key in images:
+        if given.setdefault(key, image) != image:
             raise UserError(f"{where} has the id of another; give each its own")
+        if sides == (-1, -1):
+            sides = 0, 0  # VIA's, not known
         try:
             size = side_of(sides[0]), side_of(sides[1])
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{where}: width and height cannot be {printable(sides)[:60]}") from None
-        if twice and str(image.get("path")).endswith(f"/{name}"):
+        if len(written) < len(ids) and str(image.get("path")).endswith(f"/{name}"):
             name = image["path"]  # COCO Annotator's, with the folders
         images[key] = name, size, "" if image.get("breed") is None else printable(image["breed"])
     return images
@@ -497,11 +513,12 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     machine's or a server's, is the picture that shares the longest end with it. Pictures that are nowhere
     keep their name.
     """
-    placed, outside, known = {}, {}, defaultdict(list)
+    placed, outside, known, base = {}, {}, defaultdict(list), Path(os.path.abspath(root))
     for name in dict.fromkeys(names):
         plain = posixpath.normpath(name.replace("\\", "/"))  # labels/../a.jpg is a.jpg
-        if Path(plain).is_relative_to(Path(root).absolute()):
-            plain = Path(plain).relative_to(Path(root).absolute()).as_posix()
+        whole = Path(os.path.abspath(base / plain))
+        if whole.is_relative_to(base):
+            plain = whole.relative_to(base).as_posix()  # as ../images/a.jpg may be, too
         inner = plain if os.path.isfile(os.path.join(root, plain)) else name
         try:
             there = os.path.isfile(picture_path(root, inner, f"{path}: "))
@@ -524,7 +541,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
         place = plainly(placed[name])
         end = "/" + place.removeprefix(plainly(f"{folder}/"))
         same = [p for p in known[posixpath.basename(place)]
-                if plainly(p) == place or lone and f"/{plainly(p)}".endswith(end)]
+                if plainly(p) == place or lone and (
+                    f"/{plainly(p)}".endswith(end) or end.endswith(f"/{plainly(p)}"))]
         if len(same) == 1 and owners.setdefault(same[0], name) == name:
             notes.add("spelt", name)
             placed[name] = same[0]
@@ -577,10 +595,11 @@ def header(path: Path | str) -> tuple[tuple, int] | None:
         return None
 
 
-def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> np.ndarray:
-    """The pictures' sizes (N, 2); what the file does not give (0) is read from the picture as it is seen.
+def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.ndarray, set]:
+    """The pictures' sizes (N, 2), and names of those whose size the file does not give (0).
 
-    Raises UserError for a picture that is needed for that and cannot be read.
+    Such a size is read from the picture as it is seen. Raises UserError
+    for a picture that cannot be.
     """
     read = {}
     for name, size in zip(files, sizes, strict=True):
@@ -589,33 +608,39 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> np.ndarra
             size, turn = header(path) or (read_picture(path)[1], 0)
             read[name] = size[::-1] if turn > 4 else size
             notes.add("sizes", name)
-    return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)])
+    return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)]), {*read}
 
 
 def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
-                 notes: Notes, upright: bool = False) -> dict[int, int]:
+                 notes: Notes, upright: bool = False, read: Iterable = ()) -> dict[int, int]:
     """{face: EXIF's 2 to 8} of faces whose landmarks lie on the picture as stored, and not as it is seen.
 
     An oblong picture that EXIF turns by a quarter (5 to 8) tells, where the file gives its size as stored.
     Then its program did not know EXIF, and all pictures that EXIF turns are meant, square and upside down
     ones too. But if of those oblong ones more landmarks lie outside as stored than as seen, or none does and
     the program is known for it (`upright`), it showed pictures upright: only the sizes are wrong; they are
-    corrected in place.
+    corrected in place. `read` names pictures whose size the file did not give: there only the landmarks tell.
     """
+    def outside(faces, step):
+        return sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in faces)
     headers = {name: header(os.path.join(root, name)) or ((), 0) for name in set(files)}
+    unknown = [i for i, name in enumerate(files) if name in read and headers[name][1] > 4]
+    if (gap := outside(unknown, 1) - outside(unknown, -1)) > 0:
+        for i in unknown:
+            sizes[i] = sizes[i][::-1]  # as stored
     turns = {i: headers[name][1] for i, name in enumerate(files)
              if headers[name][1] and tuple(sizes[i]) == headers[name][0]}
     oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
-    stored, seen = (sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in oblong)
-                    for step in (1, -1))
+    stored, seen = outside(oblong, 1), outside(oblong, -1)
     if not oblong or stored > seen or upright and stored == seen:
         for i in oblong:
             notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
         # A size as the picture is seen tells of a program that knows EXIF.
-        known = [(size, *headers[name]) for name, size in zip(files, sizes)]
+        known = [(size, *headers[name]) for name, size in zip(files, sizes) if name not in read]
         upright |= any(turn > 4 and tuple(size[::-1]) == raw != tuple(size) for size, raw, turn in known)
-        undecided, meant = () if oblong or upright else tuple(turns), {}
+        undecided = () if oblong or upright else (*turns, *(() if gap else unknown))
+        meant = {}
     else:
         for i in turns:
             notes.add("turned", files[i])
@@ -657,7 +682,8 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     if not train.scheme.flip_pairs and not any("trains without mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val:
-        ours, theirs = asdict(train.scheme), asdict(val.scheme)
+        ours, theirs = ({**asdict(faces.scheme), "flip_pairs": {*map(frozenset, faces.scheme.flip_pairs)}}
+                        for faces in (train, val))
         if differ := [name for name in ours if ours[name] != theirs[name] and name != "skeleton"]:
             raise UserError(f"{paths[1]}: its category differs from that of {paths[0]} in "
                             f"{', '.join(differ)}; make them the same")
@@ -692,7 +718,8 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
     """The N faces with a labelled landmark: annotations, ids, image ids, (N, K, 3). Raises UserError."""
     rows, ids, written = [], set(), {str(key): key for key in images}
     for number, entry in enumerate(entries):
-        key, picture = identity(entry.get("id", number)), identity(entry.get("image_id"))
+        key = identity(number if entry.get("id") is None else entry["id"])
+        picture = identity(entry.get("image_id"))
         where = f"{path}: annotation {printable(key)}"
         if key is None:
             raise UserError(f"{where} has an id that is neither number nor text")
@@ -727,7 +754,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         notes.add("nowhere", example, int(lost.sum()))
     v[nowhere] = 0
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
-        if not (v.min() >= 0 and v.max() <= 1):  # NaN is not either
+        if not ((v >= 0) & (v <= 1) | (v == 2)).all():  # COCO-WholeBody has both; NaN is neither
             raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1")
         notes.add("confidences", example)
         v[v > 0] = 2

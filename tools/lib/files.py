@@ -109,7 +109,8 @@ def load_json(path: Path | str):
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a JSON file in it") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not a JSON file ({str(e)[:80]})") from None
+        mend = "save it as UTF-8" if isinstance(e, UnicodeError) else "export or download it again"
+        raise UserError(f"{path}: not a JSON file ({str(e)[:80]}); {mend}") from None
 
 
 def picture_path(root: Path | str, name: str, where: str = "") -> Path:
@@ -118,10 +119,12 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.
-    if (Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name)
-            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
+    if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative "
-                        "to it, links stay in it")
+                        "to it")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{where}file_name {name!r} is a link that leaves the data root {root}; copy what it "
+                        "leads to, or name the folder that holds the real files")
     return path
 
 
