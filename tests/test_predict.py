@@ -267,7 +267,8 @@ def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
 @pytest.mark.parametrize("image,boxes,word", [
     (np.zeros((9, 9), np.uint8), None, "uint8, RGB, not uint8 (9, 9)"), (np.zeros((9, 9, 4), np.uint8), None, "(9, 9, 4)"),
     (np.zeros((9, 9, 3)), None, "not float64"), ("a.jpg", None, "not str"),
-    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive")])
+    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive"),
+    (np.zeros((9, 9, 3), np.uint8), [[2, 2, 5, 5], [50, 50, 5, 5]], "lies outside the picture of 9 x 9"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 1e9, 1e9]], "positive")])
 def test_what_is_no_picture_and_no_box_is_refused(image, boxes, word):
     with pytest.raises(UserError, match=re.escape(word)):
         find.Predictor(Eye(np.zeros((1, 4, 2))))(image, boxes)
@@ -516,6 +517,18 @@ def test_frames_last_as_long_as_their_times_say(tmp_path, writer):
         out.write(frames[0], 0.0)
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
+def test_raw_streams_and_fast_cameras_are_videos(tmp_path):
+    for name, frames, rate in (("a.h264", 25, None), ("a.y4m", 25, 25), ("a.mjpeg", 25, 25), ("fast.mp4", 60, 1000)):
+        source = f"testsrc=size=64x48:rate={rate or 25}:duration={frames / (rate or 25)}"
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-pix_fmt", "yuvj420p" if "mjpeg" in name else "yuv420p",
+                        "-fps_mode", "passthrough", tmp_path / name], check=True)
+        (found,) = tool.expand(str(tmp_path / name), tmp_path / "out")
+        seen = video.Video(tmp_path / name)
+        assert found.kind == "video" and len(list(seen.frames(threading.Event()))) == frames, name
+        assert rate is None or seen.rate == pytest.approx(rate, rel=0.02), name
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
@@ -1039,6 +1052,47 @@ def test_folders_in_a_folder(tmp_path, capsys):
         tool.expand(f"{tmp_path}/in/notes*", tmp_path / "in")
 
 
+def test_a_glob_leaves_out_what_was_made_before(tmp_path, capsys):
+    for name in ("a.png", "found/a.png", "found/sub/c.png", "sub/c.png", "sub/aligned/c_0.png", "out/a.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / "in" / name)
+    for name in ("found/predictions.json", "sub/aligned/transforms.json", "out/predictions.json", "notes.txt"):
+        (tmp_path / "in" / name).touch()
+    for text in ("in/**", "i*/**/*.png", "in/*"):
+        sources = tool.expand(str(tmp_path / text), tmp_path / "in/out")
+        assert [s.place.relative_to(tmp_path / "in").as_posix() for s in sources] == ["a.png", "sub/c.png"]
+        said = capsys.readouterr().err.splitlines()
+        assert sum("in/found: is left out: predictions of before" in line for line in said) == 1
+        assert sum("in/sub/aligned: is left out: aligned faces of before" in line for line in said) == 1
+        assert [line for line in said if "no pictures" in line] == [f"{tmp_path / text}: 1 files in it are no pictures or videos "
+                                                                    "(1 .txt)"] * ("png" not in text)
+    named = tool.expand(str(tmp_path / "in/found/*.png"), tmp_path / "in/out")  # what is named is meant
+    assert [s.place.name for s in named] == ["a.png"]
+
+
+def test_boxes_names_may_be_spelt_otherwise(tmp_path):
+    """As those of an INPUT and of the trainer: case, %20, an accent of two characters, a place on this machine."""
+    there = ["IMG_1.JPG", "a b.jpg", "e\u0301.jpg", "plain.jpg"]
+    for name in there:
+        Image.new("RGB", (80, 60)).save(tmp_path / name, format="JPEG")
+    names = ["img_1.jpg", "a%20b.jpg", "\u00e9.jpg", str(tmp_path / "plain.jpg")]
+    file = boxes_file(tmp_path / "f.json", [{"id": i, "file_name": n} for i, n in enumerate(names)], [(i, [5, 5, 20, 20 + i]) for i in range(4)],
+                      landmarks=False)
+    sources, _ = planned(*(tmp_path / name for name in there), "--boxes", file)
+    assert [source.boxes[0][1][3] for source in sources] == [20, 21, 22, 23]
+
+
+def test_boxes_that_may_be_corners_are_said_once(tmp_path, capfd):
+    for name in "ab":
+        Image.new("RGB", (320, 320)).save(tmp_path / f"{name}.png")
+    for box, said in (([150, 100, 310, 250], 1), ([150, 100, 160, 150], 0), ([200, 200, 90, 230], 0), ([20, 30, 310, 330], 0)):
+        file = boxes_file(tmp_path / "f.json", [{"id": n, "file_name": f"{n}.png"} for n in "ab"], [(n, box) for n in "ab"], landmarks=False)
+        planned(tmp_path, "--boxes", file)
+        assert capfd.readouterr().err.count("if it is x1, y1, x2, y2") == said
+    with pytest.raises(UserError, match="above 0, in pixels"):
+        planned(tmp_path / "a.png", "--box", 0, 0, 0.94, 0.53)
+
+
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
     def walk(folder, onerror):
         onerror(PermissionError(13, "Permission denied", f"{folder}/secret"))
@@ -1088,6 +1142,21 @@ def test_the_checkpoint_may_come_first_or_by_its_flag():
                          "name what it is to look at": ["two.pth"], "arguments are required": []}.items():
         with pytest.raises(UserError, match=wanted):
             tool.parse_args(argv)
+
+
+def test_a_name_may_begin_with_a_dash_or_be_an_address_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-hund.jpg", "-a b.jpg", ".jpg"):
+        Image.new("RGB", (80, 60)).save(name, format="JPEG")
+    assert tool.parse_args(["-hund.jpg", "-a b.jpg", "--min-score", "0"]).input == ["./-hund.jpg", "./-a b.jpg"]
+    (source,) = tool.expand(f"file://{tmp_path}/-a%20b.jpg", tmp_path / "out")
+    assert (source.kind, source.place) == ("picture", tmp_path / "-a b.jpg")
+    (source,), _ = planned(".jpg")
+    assert source.target.name == ".jpg.png"
+    with pytest.raises(UserError, match="http://host/a.PNG: is a picture on a server; download it"):
+        tool.expand("http://host/a.PNG", tmp_path / "out")
+    with pytest.raises(FileExistsError):  # told before all is predicted
+        tool.parse_args(["a.jpg", "--coco", ".jpg/mine.json"])
 
 
 def test_cameras_and_streams_by_their_names(tmp_path, monkeypatch):

@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         for file, group in tqdm(by_file.items(), unit="file", disable=None):
             try:
                 path = picture_path(args.data_root, file)
+                if len(os.fsencode(path.stem)) > 240:
+                    raise UserError(f"{file}: its name is too long for the aligned face's; rename it")
                 image = read_described(path, sizes[file]) if sizes else read_image(path)
             except UserError as e:
                 unread.append(file)

@@ -32,10 +32,12 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from posixpath import normpath
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 from tqdm import tqdm
@@ -49,6 +51,7 @@ from tools.lib.coco import (
     choose_categories,
     open_coco,
     place_pictures,
+    plainly,
     read_coco,
     read_images,
     shows_upright,
@@ -58,13 +61,15 @@ from tools.lib.coco import (
 from tools.lib.draw import draw_landmarks, encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor
-from tools.lib.pictures import format_of, read_picture
+from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
 from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
 OUT, RESULTS, TABLE = "predictions", "predictions.json", "predictions.csv"  # in --out, beside the overlays
+# What these tools have made is in a folder with such a file.
+MADE = {RESULTS: "predictions of before", "transforms.json": "aligned faces of before"}
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -103,8 +108,9 @@ def check_box(box: object, where: str) -> np.ndarray:
         box = np.array(box, dtype=float).reshape(4)
     except (TypeError, ValueError):
         raise UserError(f"{where}: its bbox must be four numbers: x, y, width, height") from None
-    if not (np.isfinite(box).all() and np.abs(box).max() < MAX_NUMBER and box[2:].min() > 0):
-        raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height above 0")
+    if not (np.abs(box).max() < MAX_NUMBER and box[2:].min() > 0 and box[2:].max() >= 2):  # nor NaN
+        raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height "
+                        "above 0, in pixels")
     return box
 
 
@@ -178,6 +184,27 @@ def read_boxes(path: Path, root: Path, category: str | None = None, above: bool 
     return listing
 
 
+def made_before(folder: Path) -> str | None:
+    """What a folder holds that these tools have made, or None."""
+    return next((what for name, what in MADE.items() if os.access(folder / name, os.F_OK)), None)
+
+
+def matches_of(text: str, out: Path) -> list[Path]:
+    """What a glob matches, without folders of what these tools have made; says which those are."""
+    matches, left, output = [], set(), os.path.realpath(out)
+    fixed = next((i for i, part in enumerate(Path(text).parts) if glob.has_magic(part)), 0)
+    for path in map(Path, sorted(glob.glob(text, recursive=True))):
+        folders = [Path(*path.parts[:n]) for n in range(fixed + 1, len(path.parts) + 1)]
+        made = next((f for f in folders if made_before(f) and os.path.realpath(f) != output), None)
+        if made and made not in left:
+            left.add(made)
+            print(f"{printable(made)}: is left out: {made_before(made)}", file=sys.stderr)
+        matches += [] if made else [path]
+    if Path(text).name == "**":  # what is in its folders matches, too
+        matches = [path for path in matches if not path.is_dir()]
+    return matches
+
+
 def files_in(folder: Path, out: Path) -> list[Path]:
     """All files below a folder, in order. Says which of its folders are left out, and why."""
     found, output = [], os.path.realpath(out)
@@ -187,10 +214,9 @@ def files_in(folder: Path, out: Path) -> list[Path]:
     for at, folders, files in os.walk(folder, onerror=unread):
         for name in [*folders]:
             path = Path(at, name)
-            linked, predicted = path.is_symlink(), os.access(path / RESULTS, os.F_OK)
-            if linked or predicted:
+            why = "a link to a folder; name it, too" if path.is_symlink() else made_before(path)
+            if why:
                 folders.remove(name)
-                why = "a link to a folder; name it, too" if linked else "predictions of before"
                 if os.path.realpath(path) != output:
                     print(f"{printable(path)}: is left out: {why}", file=sys.stderr)
         found += [Path(at, name) for name in files]
@@ -205,15 +231,17 @@ def expand(text: str, out: Path) -> list[Source]:
     """
     if not text:
         raise UserError("an INPUT is empty; name a picture, or . for this folder")
-    path = Path(text)
-    if re.match(r"(?i)[a-z][a-z0-9+]+://", text):
+    path = Path(url2pathname(urlparse(text).path) if text.lower().startswith("file://") else text)
+    if path == Path(text) and re.match(r"(?i)[a-z][a-z0-9+]+://", text):
+        if SUFFIXES.get(Path(urlparse(text).path).suffix[1:].lower(), "video") != "video":
+            raise UserError(f"{text}: is a picture on a server; download it, and name its file")
         return [Source(text, "video")]
     if path.is_file():
         return [Source(path, "video" if format_of(path) == "video" else "picture")]
     if camera := re.fullmatch(r"/dev/video(\d+)|(\d+)", text) if not path.is_dir() else None:
         return [Source(int(camera[1] or camera[2]), "video")]
-    matches = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
-    members = [f for m in matches for f in (files_in(m, out) if m.is_dir() else [m])]
+    matches = [path] if path.exists() else matches_of(text, out)
+    members = dict.fromkeys(f for m in matches for f in (files_in(m, out) if m.is_dir() else [m]))
     # A link to nowhere is named when it cannot be read.
     members = [f for f in members if f.is_file() or f.is_symlink() and not os.path.exists(f)]
     files = [f for f in members if not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
@@ -263,10 +291,14 @@ def list_inputs(inputs: list[str], data_root: Path | None, out: Path) -> tuple[l
 
 def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
     """Give pictures their boxes and ids of a COCO file, in which a picture's name is any tail of its path."""
-    names = {}
+    names, spelt = {}, defaultdict(list)
+    for name in listing.ids:
+        spelt[plainly(name)].append(name)
     for source in sources:
-        parts = source.place.parts
-        name = next((t for i in range(len(parts)) if (t := "/".join(parts[i:])) in listing.ids), None)
+        text = source.place.as_posix()
+        tails = [text, *(text[i + 1:] for i, c in enumerate(text) if c == "/")]
+        alike = next((found for tail in tails if (found := spelt[plainly(tail)])), [])
+        name = next((t for t in tails if t in listing.ids), alike[0] if len(alike) == 1 else None)
         source.boxes, source.size = listing.boxes.get(name, []), listing.sizes.get(name, source.size)
         if name and source.image_id is None:
             source.image_id = listing.ids[name]
@@ -307,7 +339,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
             source.file = source.place.relative_to(root).as_posix()
         # Other suffixes are kept in the overlay's name, so that a.tif and a.png do not meet.
         kept = (".mp4",) if source.kind == "video" else (".png", ".jpg", ".jpeg")
-        source.target = args.out / (source.file + ("" if source.file.lower().endswith(kept) else kept[0]))
+        known = Path(source.file).suffix.lower() in kept
+        source.target = args.out / (source.file + ("" if known else kept[0]))
     if args.boxes:
         if any(s.kind == "video" for s in sources):
             raise UserError(f"--boxes {args.boxes}: has boxes of pictures; give a video's face with --box")
@@ -422,6 +455,7 @@ class PictureQueue:
 
     def __init__(self, predictor: Predictor, results: Results, args: argparse.Namespace):
         self.predictor, self.results, self.args, self.waiting = predictor, results, args, []
+        self.warned = False  # of boxes that may be corners
 
     def add(self, source: Source) -> None:
         """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
@@ -438,6 +472,12 @@ class PictureQueue:
             if not intersections(boxes, whole_box(size)[None]).all():
                 raise UserError(f"{source.place}: a box lies outside this picture of {size[0]} x {size[1]} "
                                 "pixels")
+            corners = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= size)
+            out = (boxes[:, :2] + boxes[:, 2:] > 1.05 * np.array(size)).any(1) & corners.all(1)
+            if out.any() and not self.warned:
+                self.warned = True
+                tqdm.write(f"{source.file}: box {boxes[out][0].tolist()} leaves its picture; if it is "
+                           "x1, y1, x2, y2, write x, y, width, height", file=sys.stderr)
             boxes = np.concatenate([(boxes[:, :2] + 0.5) / scale - 0.5, boxes[:, 2:] / scale], axis=1)
         if max(image.shape) > MOST_SIDE:
             raise UserError(f"{source.place}: its {size[0]} x {size[1]} pixels are too long for an overlay; "
@@ -558,6 +598,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.coco.is_dir():
         raise UserError(f"--coco {args.coco}: is a folder; name a file")
+    if args.coco:
+        args.coco.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
     if args.category and not args.boxes:
         raise UserError("--category: says which faces of --boxes; give both, or leave it out")
     taken = [args.boxes, args.out / RESULTS, args.out / TABLE, *map(Path, args.input)]

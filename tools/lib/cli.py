@@ -65,10 +65,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: list | None = None, namespace=None):
         """argparse's own, on what is before a #: macOS' shell, and cmd.exe, hand over a pasted comment.
 
-        And ~ is the home folder also in `--out=~/found`, which shells leave alone.
+        And ~ is the home folder also in `--out=~/found`, which shells leave alone. A file's name may begin
+        with a dash.
         """
         args = map(str, sys.argv[1:] if args is None else args)
         args = itertools.takewhile(lambda text: text != "#", args)
+        args = (f"./{text}" if re.match("-[^-].", text) and os.path.isfile(text) else text for text in args)
         parts = (re.fullmatch(r"(--[\w-]+=)?(.*)", text, re.DOTALL).groups("") for text in args)
         return super().parse_known_args([flag + os.path.expanduser(path) for flag, path in parts], namespace)
 

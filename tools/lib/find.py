@@ -9,6 +9,7 @@ import numpy as np
 
 from tools.lib.boxes import TIGHT, box_around, intersections, overlaps, upright
 from tools.lib.cli import UserError
+from tools.lib.coco import MAX_NUMBER
 from tools.lib.files import ROOT
 from tools.lib.runtime import choose_device
 from tools.lib.windows import whole_box
@@ -225,8 +226,11 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
         sides = np.reshape(np.asarray([] if boxes is None else boxes, dtype=float), (-1, 4))
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor that is on no CPU or needs a gradient
         sides = np.zeros((1, 4))
-    if not (np.isfinite(sides).all() and (sides[:, 2:] > 0).all()):
+    if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # NaN is below nothing
         raise UserError(f"boxes must be x, y, width, height with positive sides, not {boxes}")
+    if not intersections(sides, whole_box(image.shape[1::-1])[None]).all():
+        width, height = image.shape[1::-1]
+        raise UserError(f"a box lies outside the picture of {width} x {height} pixels: {boxes}")
     return sides
 
 
@@ -268,6 +272,7 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     device, checkpoint = choose_device(device), or_bundled(checkpoint)
+    locator = None if locator is True else locator
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
     neighbour = checkpoint.absolute().parent.parent / "locator/best_model.pth"
     beside = checkpoint.with_name("locator.pth"), neighbour

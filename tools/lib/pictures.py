@@ -47,7 +47,8 @@ SUFFIXES = {suffix: kind for kind, suffixes in {
     "TIFF": "tif tiff", "PPM": "pbm pgm ppm pnm", "HEIC": "heic heif hif", "AVIF": "avif", "JPEG XL": "jxl",
     "JPEG 2000": "jp2 j2k", "Photoshop": "psd psb", "SVG": "svg", "PDF": "pdf",
     "raw camera": "cr2 cr3 nef nrw arw dng orf rw2 raf pef srw",
-    "video": "mp4 mov avi mkv webm m4v wmv asf flv mpg mpeg mts m2ts 3gp ogv",
+    "video": "mp4 mov avi mkv webm m4v wmv asf flv mpg mpeg mts m2ts 3gp ogv vob mxf y4m h264 264 h265 265 "
+             "hevc mjpeg mjpg",
 }.items() for suffix in suffixes.split()}
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
@@ -60,7 +61,7 @@ def format_of(path: Path | str) -> str:
             head = file.read(192)
     except OSError:
         return suffix
-    if suffix == "raw camera":
+    if suffix == "raw camera" or Path(path).suffix.lower() in (".mjpeg", ".mjpg"):  # TIFFs; JPEGs in a row
         return suffix
     if head[4:8] == b"ftyp":  # an ISO media file: its brands say whether it is a picture
         end = min(len(head), int.from_bytes(head[:4], "big"))
