@@ -1,4 +1,7 @@
 """Backbones of timm under one head, and weights for them from anywhere."""
+import argparse
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -118,7 +121,10 @@ def test_a_backbones_file_fits_by_name_or_by_order(tmp_path):
     beside = {f"backbone.{k}": v for k, v in renamed.items()} | {"keypoint_head.weight": torch.zeros(3)}
     sam = {f"image_encoder.{k}": v for k, v in renamed.items()} | {"image_encoder.neck.0.weight": torch.zeros(3)}
     wrapped, lightning = ({f"{prefix}.{k}": v for k, v in source.state_dict().items()} for prefix in ("module", "model"))
-    cases = [(source.state_dict(), 0), (renamed, 1), ({"state_dict": beside}, 1), ({"model_state_dict": wrapped}, 0), ({"net": lightning}, 0), (sam, 1)]
+    cases = [(source.state_dict(), 0), (renamed, 1), ({"state_dict": beside}, 1), ({"model_state_dict": wrapped}, 0), ({"net": lightning}, 0), (sam, 1),
+             ({"state_dict_ema": source.state_dict(), "epoch": 3}, 0), ({"model": None, "ema": wrapped, "optimizer": {"state": {}}}, 0),
+             (source.state_dict() | {"epoch": 3}, 0), ({"model": {f"_orig_mod.{k}": v for k, v in wrapped.items()}}, 0),
+             ({"state_dict": source.state_dict(), "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "sigmas": np.ones(3, np.float32)}, 0)]
     for number, (state, by_order) in enumerate(cases):
         torch.save(state, tmp_path / f"{number}.pth")
         model = LandmarkNet("resnet18", 5).eval()
@@ -141,9 +147,9 @@ def test_a_file_fits_by_name_where_timm_wraps_the_feature_maps(tmp_path):
 
 def test_a_file_that_lacks_a_stage_or_holds_no_weights_is_refused(tmp_path):
     model, source = LandmarkNet("resnet18", 5), timm.create_model("resnet18").state_dict()
-    part = {k: v for k, v in source.items() if not k.startswith("layer4")}
+    part, deeper = {k: v for k, v in source.items() if not k.startswith("layer4")}, timm.create_model("resnet34").state_dict()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for state, reason in ((part, "lacks"), ({f"x.{k}": v for k, v in part.items()}, "lacks"), ({}, "no weights"),
+    for state, reason in ((part, "lacks"), (deeper, "has 80 tensors .layer1.2.conv1.weight, .* another backbone"), ({f"x.{k}": v for k, v in part.items()}, "lacks"), ({}, "no weights"),
                           (timm.create_model("resnet26").state_dict(), "another backbone"), ({"a": 1}, "no weights"), ({0: torch.zeros(1)}, "another backbone"),
                           ([torch.zeros(1)], "no weights"), ({"backbone.x": torch.zeros(1)}, "lacks"),
                           ({"laterals.0.0.weight": torch.zeros(4, 4), "laterals.x.y": torch.zeros(1)}, "lacks"),
@@ -164,6 +170,11 @@ def test_a_checkpoint_of_other_landmarks_gives_all_but_the_last_layer(run, tmp_p
         take_weights(model, run.work_dir / "best_model.pth", "hrnet_w18_small", wanted, said.append)
         assert torch.equal(model.head[-1].weight, head) == fresh
         assert len(said) == fresh and all("other landmarks" in text and "starts fresh" in text for text in said)
+        with_bias = LandmarkNet("hrnet_w18_small", len(wanted))  # an edited head: all of its last layer counts
+        with_bias.head[-1] = torch.nn.Conv2d(64, len(wanted), 1)
+        head = with_bias.head[-1].weight.detach().clone()
+        take_weights(with_bias, run.work_dir / "best_model.pth", "hrnet_w18_small", wanted, said.append)
+        assert torch.equal(with_bias.head[-1].weight, head) == fresh and "the last layer starts fresh" in said[-1]
         stored["model"]["head.3.weight"] = model.head[-1].weight
         assert not same(model, stored["model"])
     with pytest.raises(UserError, match="add --backbone hrnet_w18_small"):

@@ -233,12 +233,15 @@ def test_a_name_that_the_terminal_lacks_is_escaped(monkeypatch):
     assert end.value.code is None and sys.stdout.buffer.getvalue().strip() == b"\\u0416.png"
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(capsys):
+@pytest.mark.parametrize("number,advice", [
+    (errno.EACCES, "mend its permissions, or name another; "), (errno.EEXIST, "it is a file where a folder must be; name another; "),
+    (errno.EMFILE, "raise `ulimit -n`, or lower --num-workers; "), (errno.ESTALE, ""), (errno.ENOTCONN, "")])
+def test_what_a_disk_refuses_is_one_line(capsys, number, advice):
     def main():
-        raise PermissionError(errno.EACCES, "Permission denied", "/data/best_model.pth")
+        raise OSError(number, "no", "/data/best_model.pth")
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    assert end.value.code == 2 and capsys.readouterr().err == "error: /data/best_model.pth: Permission denied; mend its permissions, or name another; nothing older is lost\n"
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: /data/best_model.pth: no; {advice}nothing older is lost\n"
 
 
 def test_a_tilde_is_the_home_folder_in_every_spelling(monkeypatch):

@@ -301,14 +301,20 @@ def test_which_result_counts(tmp_path):
     assert np.array_equal(read([worse, plain, *rows[1:], other]), faces.points)
     assert np.array_equal(read([{**plain, "file_name": "/elsewhere/b0_0.png"}, *rows[1:]]), faces.points)
     assert (read([better, plain, *rows[1:]])[0] == 2).all()
+    for name in (lambda i: str(i["id"]), lambda i: i["file_name"], lambda i: i["file_name"][:-4], lambda i: float(i["id"])):
+        known = {image["id"]: name(image) for image in content["images"]}  # as AlphaPose, Ultralytics and others write it
+        written = [{**row, "image_id": known[row["image_id"]], "annotation_id": str(row["annotation_id"]), "score": None,
+                    "file_name": "C:\\x\\" + next(i["file_name"] for i in content["images"] if i["id"] == row["image_id"])} for row in rows]
+        assert np.array_equal(read({"annotations": written}), faces.points)
     crowd = {k: v for k, v in rows[1].items() if k != "annotation_id"}
     for results, message in (
             ([plain, rows[2]], "no result for 1 of 3 faces, the first is annotation 10 of b1_1.png"),
+            ([plain, {**crowd, "image_id": "b1_1"}], "no result for 2 of 3"),  # the first says that ids are meant
             ([plain, crowd, crowd], "result 1: its picture has 2 faces; name one by annotation_id"),
             ([{**plain, "keypoints": [1, 2, 3]}], "result 0 needs image_id, keypoints \\(7 x 3"),
             ([{**plain, "keypoints": [math.nan] * 21}], "not finite"), ([{**plain, "keypoints": [1e7] * 21}], "beyond 1e.06"),
-            ([{**plain, "image_id": "100"}, other], "none of its 2 results is of a picture of the COCO file, as image_id '100'"),
-        ([{**plain, "image_id": []}], "needs image_id"),
+            ([{**plain, "image_id": "99"}, other], "none of its 2 results is of a picture of the COCO file, as image_id '99'"),
+            ([{**plain, "image_id": []}], "needs image_id"),
             ([{**plain, "file_name": "a/c0_0.png"}], "is of a/c0_0.png, but its id is that of b0_0.png"),
             ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
         with pytest.raises(UserError, match=message):

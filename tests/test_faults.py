@@ -20,9 +20,10 @@ from conftest import LIGHT, ROOT, assert_same_run, ended, wait_for, workers_of
 from tools.lib import files
 from tools.lib.batches import batches_of
 from tools.lib.checkpoints import load_checkpoint
+from tools.lib.cli import UserError, place_in_job
 from tools.lib.files import RecordFile, file_lock
 from tools.lib.pictures import read_image
-from tools.lib.runtime import reason_of
+from tools.lib.runtime import explained_ends, reason_of
 
 KILLS = int(os.environ.get("KILLS", 5))
 WRITTEN = (".last.pth.tmp", ".best_model.pth.tmp", ".metrics.csv.tmp", ".curves.png.tmp")  # every epoch, or most
@@ -115,11 +116,45 @@ class Unsendable:
         return [threading.Lock()]
 
 
-def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(capfd):
     """As where /dev/shm is full: the queue's thread would drop it, and the parent would wait for ever."""
     batches = batches_of(Unsendable(), [[0]], 1, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="DataLoader worker .pid"):
         next(batches)
+    assert "a data worker: cannot pickle" in capfd.readouterr().err
+
+
+def test_a_run_in_a_thread_has_no_signals(tmp_path):
+    """As in a web page's program."""
+    ends = []
+
+    def run():
+        try:
+            with explained_ends(tmp_path / "last.pth"):
+                ends.append("done")
+        except ValueError as e:
+            ends.append(e)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ends == ["done"]
+
+
+@pytest.mark.parametrize("given,place", [
+    ({}, (0, 1)), ({"RANK": "3"}, (0, 1)), ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)), ({"RANK": "5", "WORLD_SIZE": "1"}, (0, 1)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 4)),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is not set"),
+    ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK 4 of WORLD_SIZE 4 cannot be"),
+    ({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK x of")])
+def test_only_torchrun_makes_a_job_of_several(monkeypatch, given, place):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, given[name]) if name in given else monkeypatch.delenv(name, raising=False)
+    if isinstance(place, tuple):
+        assert place_in_job() == place
+    else:
+        with pytest.raises(UserError, match=place):
+            place_in_job()
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError])
@@ -220,7 +255,8 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
 def test_writers_of_a_cache_whom_no_lock_parts_each_write_it_whole(tmp_path, monkeypatch):
     """Two machines on a disk whose locks end at the machine."""
     monkeypatch.setattr(files, "file_lock", lambda _: nullcontext())
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
 
     def make(first):
         for i in range(3):

@@ -183,16 +183,17 @@ def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
     """A result: keypoints (K, 3), score, the id it names or None, picture's id, file. Raises UserError."""
     try:
         triples = np.array(row["keypoints"], np.float64).reshape(k, 3)
-        certainty, named, image = float(row.get("score", 0)), row.get("annotation_id"), row["image_id"]
-        hash((named, image))
-        picture = PurePosixPath(row["file_name"]).parts if "file_name" in row else ()  # ours have it
+        certainty, named = float(row.get("score") or 0), row.get("annotation_id")
+        if (image := identity(row["image_id"])) is None:
+            raise ValueError
+        picture = PurePosixPath((row.get("file_name") or "").replace("\\", "/")).parts  # ours have it
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and "
                         "score") from None
     if not (np.abs(triples[:, :2]).max() < MAX_NUMBER and math.isfinite(certainty)):  # NaN is below nothing
         raise UserError(f"{path}: result {number} has numbers that are not finite, or a landmark beyond "
                         f"{MAX_NUMBER:g}")
-    return triples, certainty, named, image, picture
+    return triples, certainty, None if named is None else str(identity(named)), str(image), picture
 
 
 def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: tuple, faces: Faces,
@@ -214,11 +215,11 @@ def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: t
     return [(certainty, i) for i in candidates]
 
 
-def faceless(ann: Path) -> set:
-    """The ids of a COCO file's pictures without an annotation: what is found in them is no face."""
+def faceless(ann: Path) -> set[str]:
+    """Ids, as texts, of a COCO file's pictures without an annotation: what is found in them is no face."""
     content = open_coco(ann)
     taken = {str(identity(annotation.get("image_id"))) for annotation in content["annotations"]}
-    return {i for image in content["images"] if str(i := identity(image.get("id"))) not in taken}
+    return {i for image in content["images"] if (i := str(identity(image.get("id")))) not in taken}
 
 
 def read_results(path: Path, faces: Faces, match: bool = False,
@@ -227,13 +228,18 @@ def read_results(path: Path, faces: Faces, match: bool = False,
     pictures, and of the `empty` ones, that are of no face. Raises UserError.
 
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
-    best.
+    best. A result's image_id is the picture's, or its file's name, with or without the suffix.
     """
     rows, k = load_json(path), len(faces.scheme.names)
+    rows = rows.get("annotations") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
-    by_id, by_image = {a: [i] for i, a in enumerate(faces.ids.tolist())}, {}
-    for i, image in enumerate(faces.image_ids.tolist()):
+    ids, files = map(str, faces.image_ids), [PurePosixPath(file) for file in faces.files]
+    ways = [*ids], [*map(str, files)], [file.name for file in files], [file.stem for file in files]
+    wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
+    known = next((way for way in ways if wanted & {*way}), ways[0])
+    by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
+    for i, image in enumerate(known):
         by_image.setdefault(image, []).append(i)
     found, elsewhere = [], 0  # (how well it fits, -number of the result, face, keypoints)
     for number, row in enumerate(rows):
@@ -318,9 +324,11 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
         print(note)
     if trained and not args.bundled and is_file_of(trained.config.ann_root, ann, 0):
         print(f"{ann}: {args.checkpoint} was trained on faces of this file; on others its errors are larger")
-    if trained and faces.scheme.names != trained.scheme.names:
-        raise UserError(f"{ann}: its {len(faces.scheme.names)} landmarks are not the "
-                        f"{len(trained.scheme.names)} of {args.checkpoint}")
+    if trained and (ours := faces.scheme.names) != (theirs := trained.scheme.names):
+        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        first = " and ".join(names[i] if i < len(names) else "none" for names in (ours, theirs))
+        raise UserError(f"{ann}: its {len(ours)} landmarks are not the {len(theirs)} of {args.checkpoint}: "
+                        f"number {i} is {printable(first)}; name a file with the same ones, in their order")
     if trained:  # partners as trained; the rest too, where the file says nothing of it
         said = {n: said for n in ("regions", "interocular") if (said := getattr(faces.scheme, n))}
         if differ := [n for n in said if said[n] != getattr(trained.scheme, n)]:

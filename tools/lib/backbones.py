@@ -63,8 +63,12 @@ def matched(own: dict, source: dict, what: str, say: Callable) -> dict:
         say(f"{what}: names of another library; its {len(own)} tensors fit in their order")
         return by_order
     lacks = [k for k in own if k not in by_name]
-    if lacks:
-        raise UserError(f"{what}: lacks {len(lacks)} tensors ({lacks[0]}, ...); is it of another backbone?")
+    parts = {k.removeprefix("model.").split(".")[0] for k in own}  # layer1, ...: a deeper one's hold more
+    more = [k for k in source if not {k, f"model.{k}"} & own.keys() and k.split(".")[0] in parts]
+    for verb, wrong in ("lacks", lacks), ("has", more):
+        if wrong:
+            raise UserError(f"{what}: {verb} {len(wrong)} tensors ({wrong[0]}, ...); is it of another "
+                            "backbone?")
     return by_name
 
 
@@ -81,6 +85,20 @@ def take_imagenet(model: nn.Module, backbone: str, say: Callable):
     model.load_state_dict(fits, strict=False)
 
 
+def weights_in(stored: object) -> dict:
+    """The {name: tensor} that a program stored, without what it put before every name; {} of none."""
+    def tensors(value):
+        return {str(k): v for k, v in value.items() if torch.is_tensor(v)} if isinstance(value, dict) else {}
+    if not isinstance(stored, dict):
+        return {}
+    usual = (tensors(stored.get(key)) for key in ("model", "state_dict", "model_state_dict", "net"))
+    state = next(filter(None, usual), {}) or max(map(tensors, (stored, *stored.values())), key=len)
+    prefixes = "module.", "model.", "_orig_mod."  # of DataParallel, of Lightning, of torch.compile
+    while prefix := next((p for p in prefixes if state and all(k.startswith(p) for k in state)), ""):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
 def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: Callable):
     """Load a file into a LandmarkNet: a checkpoint of ours, or the bare backbone of any library.
 
@@ -92,14 +110,9 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     theirs = stored["args"].get("backbone") if ours and isinstance(stored.get("args"), dict) else None
     if theirs not in (None, backbone):
         raise UserError(f"--weights {path}: is of another backbone; add --backbone {printable(theirs)}")
-    keys = "model", "state_dict", "model_state_dict", "net"
-    state = next((stored[k] for k in keys if k in stored), stored) if isinstance(stored, dict) else None
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    state = weights_in(stored)
+    if not state:
         raise UserError(f"--weights {path}: holds no weights")
-    state = {str(name): tensor for name, tensor in state.items()}
-    for prefix in ("module.", "model."):  # of DataParallel, of Lightning
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
         inside = ("backbone.", "image_encoder.")  # of MMPose and many others; of SAM and MobileSAM
         inner = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(inside)}
@@ -110,11 +123,11 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     own = model.state_dict()
     matched({k: v for k, v in own.items() if k.startswith("backbone.")}, state, f"--weights {path}", say)
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    last = list(own)[-1]  # the one layer that knows which landmarks there are
+    last = list(own)[-1].rpartition(".")[0] + "."  # the one layer that knows which landmarks there are
     if ours and stored["scheme"].get("names", names) != names:
-        fits.pop(last, None)
+        fits = {k: v for k, v in fits.items() if not k.startswith(last)}
     fresh = [k for k in without_counters(own) if k not in fits]
-    if fresh == [last]:
+    if fresh and all(k.startswith(last) for k in fresh):
         say(f"--weights {path}: made for other landmarks; the last layer starts fresh, all else is taken")
     elif fresh:
         say(f"--weights {path}: its head is another one; {len(fresh)} tensors start fresh ({fresh[0]}, ...)")

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read without running anything, old ones as new ones, ready to use."""
 
+import argparse
 import hashlib
 import io
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 
 from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, single_line
 from tools.lib.coco import checked_scheme, shared_pictures
@@ -18,6 +20,10 @@ from tools.lib.runtime import choose_amp, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
+# What other programs store beside tensors: their settings, numbers of numpy (under its old name, too).
+PLAIN = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLefd"),
+         *((made, f"numpy.{core}.multiarray.{made.__name__}") for core in ("core", "_core")
+           for made in (multiarray.scalar, multiarray._reconstruct))]
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
@@ -93,7 +99,8 @@ def load_file_safely(path: Path | str):
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except PermissionError:

@@ -22,8 +22,15 @@ from tqdm import tqdm
 
 # Read when cv2 is imported: what OpenCV cannot read is said in one line of ours.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EDQUOT, errno.ENOTDIR,
-            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.ENOMEM)
+# Errors of disks, also of those in a network; no system knows all of the names.
+MENDABLE = {getattr(errno, name, None) for name in (
+    "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
+    "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO")} - {None}
+ADVICE = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
+          errno.EACCES: "mend its permissions, or name another; ",
+          errno.EEXIST: "it is a file where a folder must be; name another; ",
+          errno.ENOTDIR: "a part of it is a file; name another; ",
+          errno.EMFILE: "raise `ulimit -n`, or lower --num-workers; "}
 
 
 class UserError(Exception):
@@ -54,6 +61,25 @@ def check_name(path: Path | str):
 def single_line(error: Exception | str, length: int = 100) -> str:
     """The first line of an error's text, cut to `length`."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])[:length]
+
+
+def place_in_job() -> tuple[int, int]:
+    """This process's number and how many there are in its job, as torchrun sets RANK and WORLD_SIZE.
+
+    (0, 1) without WORLD_SIZE, whatever else a cluster has set. Raises UserError for what torchrun never sets.
+    """
+    names = "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"
+    given = {name: os.environ.get(name) for name in names}
+    world = given["WORLD_SIZE"] or "1"
+    if world == "1":
+        return 0, 1
+    if lacking := [name for name in names if not given[name]]:
+        raise UserError(f"WORLD_SIZE is {world}, but {lacking[0]} is not set; start with torchrun, or unset "
+                        "WORLD_SIZE")
+    if not (world + given["RANK"]).isdecimal() or int(given["RANK"]) >= int(world):
+        raise UserError(f"RANK {given['RANK']} of WORLD_SIZE {world} cannot be; start with torchrun, or "
+                        "unset both")
+    return int(given["RANK"]), int(world)
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,8 +122,7 @@ def run_script(main: Callable):
     except OSError as e:
         if e.errno not in MENDABLE:
             raise
-        advice = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
-                  errno.EACCES: "mend its permissions, or name another; "}.get(e.errno, "")
+        advice = ADVICE.get(e.errno, "")
         print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}nothing older is lost",
               file=sys.stderr)
     except KeyboardInterrupt:

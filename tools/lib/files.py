@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.lib.cli import Progress, UserError, is_text
+from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
 
@@ -141,7 +141,7 @@ class RecordFile:
             with file_lock(self.path.with_name(".cache.lock")):  # not a run's .lock, should it be that folder
                 if not self._is_whole():
                     # Locks of some shared disks end at the machine; some have none.
-                    writer = f".{platform.node()[:50]}.{os.environ.get('RANK', 0)}"
+                    writer = f".{platform.node()[:50]}.{place_in_job()[0]}"
                     atomic_write(self.path, (record.tobytes() for record in make()), writer)
 
     def _is_whole(self) -> bool:
@@ -240,7 +240,7 @@ def make_sample(data_root: Path, ann_root: Path):
 
 def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextManager:
     """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if place_in_job()[0] > 0:
         return contextlib.nullcontext()
     if not resume and work_dir.is_dir() and any(p.name != ".lock" for p in work_dir.iterdir()):
         raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tools.lib.cli import UserError, flag_of, single_line
+from tools.lib.cli import UserError, flag_of, place_in_job, single_line
 
 # ---------------------------------------------------------------- device and precision
 
@@ -50,7 +50,8 @@ def choose_device(name: str, training: bool = False) -> torch.device:
         try:
             device = torch.device(name)
             if device.type == "cuda":
-                index, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+                index = int(os.environ.get("LOCAL_RANK") or device.index or 0)
+                count = torch.cuda.device_count()
                 device = torch.device("cuda", index)
                 if 0 < count <= index:
                     raise UserError(f"--device {name}: no GPU number {index}, this machine has {count}")
@@ -135,7 +136,7 @@ class Processes:
     """
 
     def __init__(self, device_name: str = "auto", training: bool = True):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = place_in_job()
         self.device = choose_device(device_name, training)
         self.predict_batch = 16  # faces that are validated together
         prepare(self.device)
@@ -304,9 +305,10 @@ def stop(signum: int, _):
 @contextlib.contextmanager
 def explained_ends(last: Path) -> Iterator[None]:
     """Turn what ends a run early into one line and an exit code: a signal, a lost process, no memory left."""
-    signal.signal(signal.SIGINT, stop)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        signal.signal(signal.SIGTERM, stop)  # torchrun's others wait in C++, where no handler runs
+    with contextlib.suppress(ValueError):  # in a thread (of a web page) there are no handlers
+        signal.signal(signal.SIGINT, stop)
+        if place_in_job()[1] == 1:
+            signal.signal(signal.SIGTERM, stop)  # torchrun's others wait in C++, where no handler runs
     try:
         yield
         return
@@ -333,8 +335,8 @@ def reason_of(error: Exception) -> str | None:
                 "--accumulate")
     # Not an error inside a worker, which keeps its traceback.
     if "DataLoader worker (pid" in text or "Pin memory thread" in text:
-        return ("a data worker was ended from outside (memory? then lower --num-workers; in a container, "
-                "raise --shm-size)")
+        return ("a data worker was ended from outside, or could not hand over what it made (memory, or open "
+                "files? then lower --num-workers; in a container, raise --shm-size)")
     if is_out_of_memory(error):
         return "out of memory on the device; raise --accumulate, without --graphs"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection")):
@@ -360,13 +362,19 @@ def enough_memory() -> Iterator[None]:
         raise UserError("out of memory on the device; lower --batch-size") from None
 
 
+def end_worker(error: Exception, _):
+    """End a data worker that cannot hand a batch over, and say why."""
+    print(f"a data worker: {single_line(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def quiet_worker(_: int):
     """A data worker's first act: signals go to the parent, which ends its workers; one thread each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure
     sys.excepthook = lambda *_: None  # of the thread that hands batches over, when the parent has ended
     # Where that thread finds no room in /dev/shm it would drop the batch, and the parent would wait for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
