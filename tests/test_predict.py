@@ -22,7 +22,7 @@ from PIL import Image
 import dataset as data
 import train_simple as trainer
 from tools import predict as tool
-from tools.lib import find, video
+from tools.lib import draw, find, video
 from tools.lib.boxes import TIGHT, box_around, hull_boxes, intersections, lean, overlaps, room_of, upright
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
@@ -406,8 +406,8 @@ def test_a_videos_files_hold_what_each_frame_shows_and_its_overlay_is_steadied(r
         def many(self, images, boxes, min_score):  # of the pictures, of which there are none
             return []
     monkeypatch.setattr(tool, "load_predictor", lambda *_: Blinking())
-    real = tool.draw_landmarks
-    monkeypatch.setattr(tool, "draw_landmarks", lambda image, points, *a, **k: drawn.append(points) or real(image, points, *a, **k))
+    real = draw.draw_landmarks
+    monkeypatch.setattr(draw, "draw_landmarks", lambda image, points, *a, **k: drawn.append(points) or real(image, points, *a, **k))
     write_video(tmp_path / "clip.mp4", [np.zeros((128, 128, 3), np.uint8)] * 8)
     predict(tmp_path / "clip.mp4", "--box", 10, 10, 100, 100, "--out", tmp_path / "out")
     results, rows = read(tmp_path / "out")

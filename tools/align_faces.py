@@ -21,22 +21,14 @@ from skimage.transform import SimilarityTransform
 from tqdm import tqdm
 
 import dataset as data
-from tools.lib.checkpoints import load_checkpoint, stored_scheme
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.coco import MAX_NUMBER
 from tools.lib.draw import encode_picture
 from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
-from tools.lib.windows import (
-    apply_matrix,
-    cut_window,
-    face_window,
-    invert_matrix,
-    read_described,
-    warp,
-    window_matrix,
-)
+from tools.lib.windows import apply_matrix, crop_of, invert_matrix, read_described
+from train_simple import Trained
 
 # Where the middles of left eye, right eye and nose go, in eye distances from the point between the eyes.
 # Measured over 3,400 DogFLW faces with all their landmarks (medians), as is the middle of the landmarks' hull
@@ -86,12 +78,9 @@ def fit(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
 
 def align(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """The (size, size, 3) picture that `matrix` maps to; large faces are first shrunk by area."""
-    square = np.array([[0, 0], [size, 0], [0, size], [size, size]]) - 0.5
-    corners = apply_matrix(invert_matrix(matrix), square)
-    box = (*corners.min(0), *np.ptp(corners, axis=0))
-    scale = np.sqrt(np.linalg.det(matrix[:, :2]))
-    window, kept = face_window(box, image.shape[1::-1], max(box[2:]) * scale, 1.0, 1.0)
-    return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
+    side = size / np.sqrt(np.linalg.det(matrix[:, :2]))
+    middle = apply_matrix(invert_matrix(matrix), np.full((1, 2), (size - 1) / 2))[0]
+    return crop_of(image, (*(middle - side / 2), side, side), matrix, size, 1.0)
 
 
 def read_predictions(path: Path, k: int) -> list:
@@ -122,8 +111,7 @@ def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list, dict]:
             print(note)
         rows = list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
         return faces.scheme, rows, dict(zip(faces.files, faces.sizes))
-    path = or_bundled(args.checkpoint)
-    scheme = data.Scheme(**stored_scheme(load_checkpoint(path)["scheme"], path))
+    scheme = Trained(or_bundled(args.checkpoint)).scheme
     return scheme, read_predictions(args.predictions, len(scheme.names)), {}
 
 

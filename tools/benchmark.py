@@ -305,7 +305,7 @@ def set_up(config: trainer.Config, processes: runtime.Processes) -> Bench:
     cuda, threads = device.type == "cuda", f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{torch.cuda.get_device_name(device) if cuda else threads}; torch {torch.__version__}; "
           f"{config.backbone}, {config.input_size} px, batch {config.batch_size}, "
-          f"{runtime.precision_name(run.amp)}; {len(faces)} + {len(val)} faces")
+          f"{str(run.amp or torch.float32).removeprefix('torch.')}; {len(faces)} + {len(val)} faces")
     return Bench(run, faces, val, dataset_of(faces, config, augment=config))
 
 

@@ -11,19 +11,17 @@ says so. What cannot be mended is listed, and nothing is written unless --skip-b
 import json
 import math
 import os
-import struct
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tools.lib.cli import Parser, UserError, as_argument, run_script
-from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box
+from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, header, hull_of, rebuilt_box
 from tools.lib.files import ROOT, atomic_write, data_root, find_dogflw, load_json
-from tools.lib.pictures import FORMATS
+from tools.lib.pictures import read_picture
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
 OUT = ROOT / "data/dogflw/annotations"
@@ -123,43 +121,27 @@ def convert_face(points: np.ndarray, box: list | None, width: int,
     return [round(float(n), 3) for n in (rebuilt_box(hull, size) if problem else box)], v, problem
 
 
-def png_chunks(f: BinaryIO) -> set[bytes]:
-    """The chunk types of a PNG, or an empty set when it has no end (cut off, or not a PNG)."""
-    types, at, size = set(), 8, f.seek(0, os.SEEK_END)
-    while at + 12 <= size:
-        f.seek(at)
-        length, kind = struct.unpack(">I4s", f.read(8))
-        if not kind.isalpha():
-            break
-        types.add(kind)
-        at += 12 + length
-        if kind == b"IEND" and at <= size:
-            return types
-    return set()
+def is_whole(path: Path) -> bool:
+    """Whether a PNG or a JPEG is all there, as far as that can be told without decoding it."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            image.verify()  # a PNG's parts and their sums; nothing of a JPEG
+            return image.format == "PNG" or path.read_bytes()[-2:] == b"\xff\xd9"
+    except Exception:  # Pillow's parsers raise nearly anything on damaged files
+        return False
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) as seen, so turned by the EXIF tag as read_image turns it; decodes only what is odd."""
-    with open(path, "rb", buffering=0) as f:
-        try:
-            chunks = png_chunks(f)
-            f.seek(max(f.seek(0, os.SEEK_END) - 2, 0))
-            jpeg_end = f.read(2) == b"\xff\xd9"
-            f.seek(0)
-            with Image.open(f, formats=FORMATS) as image:
-                width, height = image.size
-                if max(width, height) >= MAX_SIDE:
-                    raise ValueError(f"{width} x {height} pixels is too large")
-                if not (chunks if image.format == "PNG" else jpeg_end and image.format in ("JPEG", "MPO")):
-                    image.load()  # no end where it should be: only decoding tells
-                    width, height = image.size  # a TIFF has turned itself
-                if chunks and not chunks & {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}:
-                    return width, height  # getexif() would decode the PNG to look for these
-                return (height, width) if image.getexif().get(0x112, 1) in (5, 6, 7, 8) else (width, height)
-        except UnidentifiedImageError:
-            raise ValueError("cannot be read as a picture (of no known format)") from None
-        except Exception as e:  # Pillow's parsers raise nearly anything on damaged files
-            raise ValueError(f"cannot be read as a picture ({' '.join(str(e).split())[:70]})") from None
+    """(width, height) as read_image shows it; decodes only what is odd."""
+    size, turn = header(path) or ((0, 0), 0)
+    if max(size) >= MAX_SIDE:
+        raise ValueError(f"{size[0]} x {size[1]} pixels is too large")
+    if 0 not in size and is_whole(path):
+        return size[::-1] if turn > 4 else size
+    try:
+        return read_picture(path)[1]
+    except UserError as e:
+        raise ValueError(" ".join(str(e).removeprefix(f"{path}: ").split())) from None
 
 
 # ---------------------------------------------------------------- the data set

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dataset import Scheme
 from tools.lib.cli import Parser, UserError, run_script
-from tools.lib.draw import draw_landmarks, encode_picture, region_colours
+from tools.lib.draw import draw_faces, encode_picture, region_colours, resized
 from tools.lib.files import ROOT
 from tools.lib.find import FAINT, MIN_SCORE
 from tools.lib.pictures import read_picture
@@ -84,19 +84,17 @@ def read_photo(path: str) -> np.ndarray:
     return image
 
 
-def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme, scale: float = 1.0) -> np.ndarray:
+def numbered(image: np.ndarray, faces: list[dict], scheme: Scheme, scale: float = 1.0) -> np.ndarray:
     """The picture, resized, with the landmarks of every face; several faces get their numbers."""
     if scale != 1:
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
         image = cv2.resize(image, size, interpolation=how)
-    points = [(face["points"] + 0.5) * scale - 0.5 for face in faces]
-    for face, at in zip(faces, points):
-        image = draw_landmarks(image, at, scheme, side=face["box"][2:].max() * scale)
-    picture = Image.fromarray(image)
+    faces = resized(faces, scale)
+    picture = Image.fromarray(draw_faces(image, faces, scheme))
     size = max(12, max(picture.size) // 32)
-    for number, face in enumerate(points if len(points) > 1 else [], 1):
-        place, font = np.maximum(face.min(0) - size, size / 4), ImageFont.load_default(size)
+    for number, face in enumerate(faces if len(faces) > 1 else [], 1):
+        place, font = np.maximum(face["points"].min(0) - size, size / 4), ImageFont.load_default(size)
         ImageDraw.Draw(picture).text(place, str(number), "white", font, stroke_width=size // 8,
                                      stroke_fill="black")
     return np.asarray(picture)
@@ -155,8 +153,8 @@ def build(models: dict[str, Path | None], device: str = "auto", locator: Path | 
                             "score": round(face["score"], 4)})
             rows += [[number, landmark, round(x, 1), round(y, 1), round(score, 2)]
                      for landmark, (x, y, score) in zip(scheme.names, keypoints.tolist())]
-        on_page = encode_picture(draw_faces(image, faces, scheme, SHOWN / max(image.shape)), ".jpg")
-        contents = {"shown.jpg": on_page, "landmarks.png": encode_picture(draw_faces(image, faces, scheme)),
+        on_page = encode_picture(numbered(image, faces, scheme, SHOWN / max(image.shape)), ".jpg")
+        contents = {"shown.jpg": on_page, "landmarks.png": encode_picture(numbered(image, faces, scheme)),
                     "landmarks.json": json.dumps(results).encode()}
         shown, *files = (save_bytes_to_cache(content, f"{name.stem}_{kind}", page.GRADIO_CACHE)
                          for kind, content in contents.items())

@@ -168,7 +168,7 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
         "ear": {kind: part(mask) for kind, mask in ear_kinds(faces).items()},
         "pose": {pose: part(rows=rows) for pose, rows in poses(faces).items()},
         "landmark": {f"{i} {name}": landmarks([i]) for i, name in enumerate(names)},
-        "breed": {name: part(rows=breeds == name) for name in sorted(set(faces.breeds))},
+        "breed": {name: part(rows=breeds == name) for name in sorted({*faces.breeds} - {""})},
         "face": [{"id": faces.ids[i], "file": faces.files[i],
                   "labelled": int((faces.visible[i] > 0).sum()),
                   **{name: float(e[i]) for name, e in errors.items()}} for i in range(len(faces))],
@@ -232,7 +232,7 @@ def read_results(path: Path, faces: Faces, match: bool = False,
     """
     rows, k = load_json(path), len(faces.scheme.names)
     rows = rows.get("annotations") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
+    if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
     ids, files = map(str, faces.image_ids), [PurePosixPath(file) for file in faces.files]
     ways = [*ids], [*map(str, files)], [file.name for file in files], [file.stem for file in files]
@@ -349,7 +349,7 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
                   processes: Processes) -> tuple[np.ndarray, np.ndarray, str]:
     """Points, scores and where they come from."""
     points, scores = predict_faces(args, trained, faces, processes)
-    chosen = printable(trained.metrics.get("chosen_on"))
+    chosen = printable(trained.metrics.get("chosen_on", "an unnamed split"))
     twice = args.flip and trained.scheme.flip_pairs
     origin = "trained on DogFLW's train split" if args.bundled else f"chosen on {chosen}"
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, {origin}; in the true boxes, "

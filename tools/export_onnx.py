@@ -16,6 +16,7 @@ needs: pip install onnx onnxruntime.
 README.md. --light writes the checkpoint once more, to hand on: 16-bit weights, no folders of this machine.
 """
 import argparse
+import io
 import json
 import math
 import statistics
@@ -32,7 +33,7 @@ from torch import nn
 
 from dataset import cut_crop, decode_heatmaps, normalize
 from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint
-from tools.lib.cli import Parser, UserError, add_checkpoint, run_script, take_checkpoint
+from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
 from tools.lib.find import or_bundled
 from train_simple import METRICS, Trained, predict_heatmaps
@@ -100,28 +101,22 @@ def metadata(trained: Trained, flip: bool) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def trace(trained: Trained, flip_index: torch.Tensor | None, path: Path) -> bytes:
-    """The ONNX file's bytes; `path` is where it will be. Raises UserError without the packages for it."""
+def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
+    """The ONNX file's bytes. Raises UserError without the packages for it."""
     try:
         import onnx
     except ImportError:
         raise UserError("onnx is missing: pip install onnx onnxruntime") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw, names = path.with_name(f".{path.name}.tmp"), ("image", "landmarks", "scores")
+    file, names = io.BytesIO(), ("image", "landmarks", "scores")
     example = (torch.from_numpy(photographs(trained.size, 2)),)
-    try:
-        # The exporter that traces: it needs no further package. Its remarks are about values that are
-        # constant here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(Exported(trained, flip_index).eval(), example, str(raw), opset_version=OPSET,
-                              input_names=list(names[:1]), output_names=list(names[1:]),
-                              dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
-        content = onnx.load(raw)
-    except OSError as e:  # a full disk
-        raise OSError(e.errno, e.strerror, str(path)) from None
-    finally:
-        raw.unlink(missing_ok=True)
+    # The exporter that traces: it needs no further package. Its remarks are about values that are constant
+    # here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
+                          input_names=list(names[:1]), output_names=list(names[1:]),
+                          dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
+    content = onnx.load_from_string(file.getvalue())
     for key, value in metadata(trained, flip_index is not None).items():
         content.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(content)
@@ -135,7 +130,7 @@ def export_onnx(trained: Trained, flip: bool, path: Path) -> None:
     except ImportError:
         raise UserError("onnxruntime is missing: pip install onnx onnxruntime") from None
     config, size, flip_index = trained.config, trained.size, trained.flip_index(flip)
-    content = trace(trained, flip_index, path)
+    content = trace(trained, flip_index)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -199,7 +194,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     from safetensors.torch import save  # timm brings it
     model, scheme, settings = trained.model, trained.scheme, trained.config
     metrics = {k: v for k, v in trained.metrics.items() if isinstance(v, float) and math.isfinite(v)}
-    chosen = trained.metrics.get("chosen_on", "an unnamed split")
+    chosen = printable(trained.metrics.get("chosen_on", "an unnamed split"))
     data_name, identifier, terms = licence(trained)
     config = {"architectures": ["LandmarkNet"], "backbone": settings.backbone,
               "num_landmarks": len(scheme.names), "input_size": trained.size, "padding": settings.padding,

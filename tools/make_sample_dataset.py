@@ -22,6 +22,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from scipy.interpolate import CubicHermiteSpline  # scikit-image brings scipy
+from scipy.spatial.transform import Rotation
 
 from tools.lib.boxes import overlaps
 from tools.lib.cli import Parser, UserError, run_script
@@ -63,19 +65,15 @@ def ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     """The rotation (3, 3) by three angles in radians: turned to the side, nodding, leaning."""
-    (a, b, c), (d, e, f) = np.cos((yaw, pitch, roll)), np.sin((yaw, pitch, roll))
-    nod, turn = [[1, 0, 0], [0, b, e], [0, -e, b]], [[a, 0, d], [0, 1, 0], [-d, 0, a]]
-    return np.array([[c, -f, 0], [f, c, 0], [0, 0, 1]]) @ nod @ turn
+    return Rotation.from_euler("ZXY", (roll, -pitch, yaw)).as_matrix()
 
 
 def spline(points: np.ndarray | list, closed: bool = True, steps: int = 8) -> np.ndarray:
     """A Catmull-Rom curve through the points (n, 2)."""
     p = np.asarray(points, float)
     p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
-    t = np.linspace(0, 1, steps, endpoint=False)[:, None]
-    a, b, c, d = (p[i:len(p) - 3 + i, None] for i in range(4))
-    curve = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    return np.concatenate([curve.reshape(-1, 2), p[-2:-1]])
+    curve = CubicHermiteSpline(range(len(p)), p, np.gradient(p, axis=0))
+    return curve(np.linspace(1, len(p) - 2, steps * (len(p) - 3) + 1))
 
 
 @functools.cache

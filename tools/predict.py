@@ -14,12 +14,6 @@ picture and at overlapping squares of it; each finding is looked at again in the
 stays if that box reproduces itself. Writes overlays, predictions.json (COCO keypoint results, in the original
 picture's pixels, file names relative to the folder printed at the end) and predictions.csv into --out; of
 videos also the seconds of each frame.
-
-In a notebook:
-
-    from tools.predict import load_predictor
-    predictor = load_predictor()  # or load_predictor("best_model.pth")
-    faces = predictor(image_rgb)  # [{"box": (4,), "points": (K, 2), "scores": (K,), "score": float}, ...]
 """
 import argparse
 import contextlib
@@ -53,13 +47,14 @@ from tools.lib.coco import (
     place_pictures,
     plainly,
     read_coco,
+    read_file,
     read_images,
     shows_upright,
     stored_turns,
     turn_faces,
 )
-from tools.lib.draw import draw_landmarks, encode_picture
-from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
+from tools.lib.draw import draw_faces, encode_picture, resized
+from tools.lib.files import atomic_write, data_root, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
@@ -120,7 +115,7 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
     root: the data root, in which the pictures are found as the trainer finds them; None: names stay. The
     Listing's category is the first that names landmarks.
     """
-    content, notes, ids, sizes, boxes = load_json(path), Notes(), {}, {}, {}
+    content, notes, ids, sizes, boxes = read_file(path), Notes(), {}, {}, {}
     if isinstance(content, list):
         raise UserError(f"{path}: is only a list, as detectors write their boxes; put it into a COCO file "
                         'as annotations: {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [...]}')
@@ -160,7 +155,7 @@ def read_boxes(path: Path, root: Path, category: str | None = None, above: bool 
 
     With `above` names may count from a folder above `root`: the one counts where most of them are pictures.
     """
-    content = load_json(path)
+    content = read_file(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
     rows = rows if isinstance(rows, list) else ()
     landmarks = [row.get("keypoints") for row in rows if isinstance(row, dict)]
@@ -433,22 +428,7 @@ class Results:
                 "categories": [category]}
 
 
-def draw_faces(image: np.ndarray, faces: list[dict], scheme: Scheme) -> np.ndarray:
-    """A copy of an RGB picture with every face's landmarks."""
-    for face in faces:
-        image = draw_landmarks(image, face["points"], scheme, side=face["box"][2:].max())
-    return image
-
-
 # ---------------------------------------------------------------- predicting
-
-def resized(faces: list[dict], scale: np.ndarray) -> list[dict]:
-    """Faces in a picture `scale` (2,) times as large."""
-    def place(points: np.ndarray) -> np.ndarray:
-        return (points + 0.5) * scale - 0.5
-    return [{**face, "points": place(face["points"]),
-             "box": np.concatenate([place(face["box"][:2]), face["box"][2:] * scale])} for face in faces]
-
 
 class PictureQueue:
     """Pictures on their way: read one by one, predicted in full batches, written."""

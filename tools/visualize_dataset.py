@@ -31,7 +31,7 @@ from tools.lib.draw import (
     mean_face,
     region_colours,
 )
-from tools.lib.files import atomic_write, data_root, load_json
+from tools.lib.files import atomic_write, check_free, data_root, load_json
 from tools.lib.windows import read_described
 
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
@@ -142,7 +142,7 @@ def original_boxes(path: Path) -> dict:
             try:
                 corners = np.array([float(v) for v in annotation.get("original_bbox")]).reshape(2, 2)
                 boxes[annotation.get("id")] = corners if np.isfinite(corners).all() else None
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 boxes[annotation.get("id")] = None
     return boxes
 
@@ -164,8 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"crop side / the box's longer side (default: {data.PADDING})")
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; name a folder")
+    check_free("--out", args.out, force=True)
     problems = [text for wrong, text in (
         (not 1 <= args.number <= 100, "--number must be from 1 to 100"), (args.seed < 0, "--seed at least 0"),
         (not 32 <= args.input_size <= 1024, "--input-size from 32 to 1024"),

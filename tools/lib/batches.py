@@ -40,10 +40,6 @@ class EpochBatches:
                     yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
 
 
-def keep(batch: dict) -> dict:
-    return batch  # `__getitems__` has collated already
-
-
 def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], workers: int,
                device: torch.device) -> Iterator[dict]:
     """One pass over a sampler's batches; no more workers than there are cores for this process.
@@ -53,8 +49,9 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=min(workers, cores),
-                                         collate_fn=keep, worker_init_fn=quiet_worker,
-                                         pin_memory=device.type == "cuda", generator=torch.Generator())
+                                         collate_fn=torch.utils.data.default_convert,  # collated already
+                                         worker_init_fn=quiet_worker, pin_memory=device.type == "cuda",
+                                         generator=torch.Generator())
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent

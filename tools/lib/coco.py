@@ -161,15 +161,21 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
 
 # ---------------------------------------------------------------- the file and its categories
 
+def read_file(path: Path):
+    """What a JSON file holds; images are a list also where they are {id: name}, as Animal Pose has them."""
+    data = load_json(path)
+    if isinstance(data, dict) and isinstance(data.get("images"), dict):
+        data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
+    return data
+
+
 def open_coco(path: Path) -> dict:
     """A COCO file's content: a dict with the lists images, annotations, categories. Raises UserError."""
-    data = load_json(path)
+    data = read_file(path)
     first = data[0] if isinstance(data, list) and data else data
     for mark, program in FOREIGN:
         if isinstance(first, dict) and mark <= first.keys() and "images" not in first:
             raise UserError(f"{path}: not a COCO file but {program}")
-    if isinstance(data, dict) and isinstance(data.get("images"), dict):  # Animal Pose's {"1": "a.jpg"}
-        data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
     for name in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(name), list):
             raise UserError(f"{path}: not a COCO file ({name} must be a list); export COCO keypoints, or "
@@ -598,8 +604,7 @@ def header(path: Path | str) -> tuple[tuple, int] | None:
 def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.ndarray, set]:
     """The pictures' sizes (N, 2), and names of those whose size the file does not give (0).
 
-    Such a size is read from the picture as it is seen. Raises UserError
-    for a picture that cannot be.
+    Such a size is read from the picture as it is seen. Raises UserError for a picture that cannot be read.
     """
     read = {}
     for name, size in zip(files, sizes, strict=True):

@@ -71,6 +71,21 @@ def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.nd
     return image
 
 
+def draw_faces(image: np.ndarray, faces: list[dict], scheme) -> np.ndarray:
+    """A copy of an RGB picture with every face's landmarks."""
+    for face in faces:
+        image = draw_landmarks(image, face["points"], scheme, side=face["box"][2:].max())
+    return image
+
+
+def resized(faces: list[dict], scale: np.ndarray) -> list[dict]:
+    """Faces in a picture `scale` (2,) times as large."""
+    def place(points: np.ndarray) -> np.ndarray:
+        return (points + 0.5) * scale - 0.5
+    return [{**face, "points": place(face["points"]),
+             "box": np.concatenate([place(face["box"][:2]), face["box"][2:] * scale])} for face in faces]
+
+
 def caption(tile: np.ndarray, text: str) -> np.ndarray:
     """The picture with a line of text below it."""
     strip = Image.new("RGB", (tile.shape[1], 22), (30, 30, 30))
@@ -178,8 +193,6 @@ class Log:
     def epoch(self, best: bool, dataset, points: np.ndarray | None):
         """Write and print the last row. points: predictions for the dataset; None without validation."""
         row, folder = self.rows[-1], self.config.work_dir
-        if self.quiet:
-            return
         sheet = face_sheet(dataset, points) if best else None
         try:
             atomic_write(folder / "metrics.csv", [as_csv(self.columns, self.rows)])

@@ -244,7 +244,6 @@ def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextMan
         return contextlib.nullcontext()
     if not resume and work_dir.is_dir() and any(p.name != ".lock" for p in work_dir.iterdir()):
         raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")
-    if work_dir.exists() and not work_dir.is_dir():
-        raise UserError(f"--work-dir {work_dir}: is a file; name a folder")
+    check_free("--work-dir", work_dir, force=True)
     busy = f"--work-dir {work_dir}: another run is writing there; wait for it or name another"
     return file_lock(work_dir / ".lock", busy)

@@ -107,11 +107,6 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.Abstra
     return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
 
 
-def precision_name(amp: torch.dtype | None) -> str:
-    """bfloat16, float16 or float32."""
-    return str(amp or torch.float32).removeprefix("torch.")
-
-
 def prepare(device: torch.device):
     """Settings of the process that make steps on this device fast."""
     cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them

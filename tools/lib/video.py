@@ -31,6 +31,8 @@ MIN_CUTOFF, BETA, SPEED_CUTOFF = 1.0, 10.0, 1.0
 LONGEST_GAP = 600.0  # seconds between two frames; more is a clock that jumped
 FASTEST = 60.0  # frames a second that a video of a variable rate is written with at most
 PLAYED = ("aac", "mp3", "opus")  # sound in an mp4 that browsers play
+# In a session of its own: Ctrl-C is for us, and ffmpeg ends whole when its input does.
+ALONE = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
 INSTALL = "install ffmpeg (apt, brew or winget install ffmpeg)"
 
 
@@ -285,10 +287,7 @@ class VideoWriter:
                        "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-preset", "veryfast",
                        "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart",
                        f"file:{self.temporary}"]
-            # In a session of its own: Ctrl-C is for us, and ffmpeg ends whole when its input does.
-            alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {
-                "start_new_session": True}
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **alone)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **ALONE)
         else:
             for codec in ("mp4v",) if sys.platform == "linux" else ("avc1", "mp4v"):
                 fourcc = cv2.VideoWriter_fourcc(*codec)
@@ -386,7 +385,7 @@ def add_sound(video: Path, source: Path, seconds: float) -> str:
              "-i", f"file:{source}", "-map", "0:v", "-map", "1:a:0", "-c:v", "copy",
              "-c:a", "copy" if codec in PLAYED else "aac",
              "-movflags", "+faststart", f"file:{mixed}"], capture_output=True, stdin=subprocess.DEVNULL,
-            start_new_session=True)
+            **ALONE)
         if done.returncode:
             return "without its sound, which ffmpeg could not copy"
         put_in_place(mixed, video)
