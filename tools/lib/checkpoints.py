@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy._core import multiarray
 
 from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, single_line
 from tools.lib.coco import checked_scheme, shared_pictures
@@ -23,7 +22,7 @@ PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  #
 # What other programs store beside tensors: their settings, numbers of numpy (under its old name, too).
 PLAIN = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLefd"),
          *((made, f"numpy.{core}.multiarray.{made.__name__}") for core in ("core", "_core")
-           for made in (multiarray.scalar, multiarray._reconstruct))]
+           for made in (np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]))]
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
