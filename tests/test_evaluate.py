@@ -316,7 +316,7 @@ def test_which_result_counts(tmp_path):
             ([{**plain, "image_id": "99"}, other], "none of its 2 results is of a picture of the COCO file, as image_id '99'"),
             ([{**plain, "image_id": []}], "needs image_id"),
             ([{**plain, "file_name": "a/c0_0.png"}], "is of a/c0_0.png, but its id is that of b0_0.png"),
-            ([7], "needs image_id"), ({"annotations": []}, "not COCO keypoint results")):
+            ([7], "needs image_id"), ({"annotations": []}, "no result for 3 of 3 faces"), ({"annotations": 3}, "not COCO keypoint results")):
         with pytest.raises(UserError, match=message):
             read(results)
 

@@ -232,12 +232,13 @@ def read_results(path: Path, faces: Faces, match: bool = False,
     """
     rows, k = load_json(path), len(faces.scheme.names)
     rows = rows.get("annotations") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
     ids, files = map(str, faces.image_ids), [PurePosixPath(file) for file in faces.files]
     ways = [*ids], [*map(str, files)], [file.name for file in files], [file.stem for file in files]
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
-    known = next((way for way in ways if wanted & {*way}), ways[0])
+    by_name = next((way for way in ways if wanted & {*way}), ways[0])
+    known = ways[0] if wanted & {*empty} else by_name
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
     for i, image in enumerate(known):
         by_image.setdefault(image, []).append(i)
