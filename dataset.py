@@ -219,7 +219,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
                 drawn = scene(crops[row], i, place, self.windows, self.augment.empty, rng)  # a locator's
             else:
                 drawn = place(i)
-                warp(*self.windows[i], drawn[0], size, out=crops[row])  # of the picture's part and its matrix
+                warp(*self.windows[i], drawn[0], size, out=crops[row])  # *: a picture's part, its matrix
             matrices[row], points[row], labelled, colour[row] = drawn
             self.augment.paint(crops[row], rng)
             # What the crop cut off cannot be learnt from a heatmap; validation scores it. -1 is `scene`'s.

@@ -347,7 +347,7 @@ def build_optimizer(model: nn.Module, config: Config):
         scale = config.backbone_lr_mult if name.startswith("backbone.") else 1.0
         groups.setdefault((scale, p.ndim > 1), []).append(p)
     groups = [{"params": members, "scale": scale, "weight_decay": config.weight_decay * matrices}
-              for (scale, matrices), members in sorted(groups.items(), reverse=True)]  # first: --lr's
+              for (scale, matrices), members in sorted(groups.items(), reverse=True)]  # --lr's first: logged
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
                              fused=next(model.parameters()).device.type in ("cuda", "cpu"))
 

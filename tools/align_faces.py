@@ -24,7 +24,7 @@ import dataset as data
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
 from tools.lib.coco import MAX_NUMBER
 from tools.lib.draw import encode_picture
-from tools.lib.files import atomic_write, data_root, load_json, output_folder, picture_path
+from tools.lib.files import TRANSFORMS, atomic_write, data_root, load_json, output_folder, picture_path
 from tools.lib.find import or_bundled
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, crop_of, invert_matrix, read_described
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:  # Ctrl-C keeps what is done
         content = {"size": args.size, "names": scheme.names, "template": aligner.target.tolist(),
                    "faces": aligner.aligned, "left_out": aligner.left_out}
-        atomic_write(args.out / "transforms.json", [json.dumps(content).encode()])
+        atomic_write(args.out / TRANSFORMS, [json.dumps(content).encode()])
     print(f"{len(aligner.aligned)} faces -> {args.out}")
     if left_out := aligner.left_out:
         named = [f"{printable(face['file'])} ({face['face']}): {face['reason']}" for face in left_out[:10]]

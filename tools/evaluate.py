@@ -234,8 +234,9 @@ def read_results(path: Path, faces: Faces, match: bool = False,
     rows = rows.get("annotations") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
-    ids, files = map(str, faces.image_ids), [PurePosixPath(file) for file in faces.files]
-    ways = [*ids], [*map(str, files)], [file.name for file in files], [file.stem for file in files]
+    files = [PurePosixPath(file) for file in faces.files]
+    by_file = [file.name for file in files], [file.stem for file in files]
+    ways = [*map(str, faces.image_ids)], faces.files, *by_file
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
     by_name = next((way for way in ways if wanted & {*way}), ways[0])
     known = ways[0] if wanted & {*empty} else by_name

@@ -54,7 +54,7 @@ from tools.lib.coco import (
     turn_faces,
 )
 from tools.lib.draw import draw_faces, encode_picture, resized
-from tools.lib.files import atomic_write, data_root, output_folder, picture_path
+from tools.lib.files import PREDICTIONS, TRANSFORMS, atomic_write, data_root, output_folder, picture_path
 from tools.lib.find import MIN_SCORE, Predictor
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
@@ -62,9 +62,8 @@ from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
 from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
-OUT, RESULTS, TABLE = "predictions", "predictions.json", "predictions.csv"  # in --out, beside the overlays
-# What these tools have made is in a folder with such a file.
-MADE = {RESULTS: "predictions of before", "transforms.json": "aligned faces of before"}
+OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
+MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before"}
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -397,7 +396,7 @@ class Results:
                         *(f"{name}_{part}" for name in self.scheme.names for part in ("x", "y", "score"))])
         for r in self.rows:
             table.writerow([r["file_name"], *(r[key] for key in first), *r["bbox"], *r["keypoints"]])
-        atomic_write(out / RESULTS, [json.dumps(self.rows).encode()])
+        atomic_write(out / PREDICTIONS, [json.dumps(self.rows).encode()])
         # Names that are no text (an old zip's) stay readable.
         atomic_write(out / TABLE, [text.getvalue().encode(errors="backslashreplace")])
         if coco:
@@ -582,7 +581,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.coco.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
     if args.category and not args.boxes:
         raise UserError("--category: says which faces of --boxes; give both, or leave it out")
-    taken = [args.boxes, args.out / RESULTS, args.out / TABLE, *map(Path, args.input)]
+    taken = [args.boxes, args.out / PREDICTIONS, args.out / TABLE, *map(Path, args.input)]
     if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
         raise UserError(f"--coco {args.coco}: is an INPUT, the file of --boxes or one of --out; name another")
     return args

@@ -78,8 +78,8 @@ def draw_faces(image: np.ndarray, faces: list[dict], scheme) -> np.ndarray:
     return image
 
 
-def resized(faces: list[dict], scale: np.ndarray) -> list[dict]:
-    """Faces in a picture `scale` (2,) times as large."""
+def resized(faces: list[dict], scale: np.ndarray | float) -> list[dict]:
+    """Faces in a picture `scale` times as large: a number, or (2,) for width and height."""
     def place(points: np.ndarray) -> np.ndarray:
         return (points + 0.5) * scale - 0.5
     return [{**face, "points": place(face["points"]),

@@ -21,6 +21,8 @@ import numpy as np
 from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
+# The files of predict.py and align_faces.py, by which folders that they have made are known.
+PREDICTIONS, TRANSFORMS = "predictions.json", "transforms.json"
 
 
 def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: str = ""):
