@@ -53,6 +53,9 @@ def test_faces_are_upright_and_of_one_size(run, aligned):
         assert face["residual"] == pytest.approx(np.linalg.norm(ours - wanted, axis=1).mean() / eyes, abs=1e-3)
         assert read_image(out / face["picture"]).shape == (96, 96, 3)
     assert len({face["picture"] for face in report["faces"]}) == len(report["faces"])
+    (left, top), (right, level), (middle, below) = report["template"]  # by the default margin
+    assert top == level < below and middle == pytest.approx((left + right) / 2)
+    assert right - left == pytest.approx(96 / (2 * 1.35 * 1.6), rel=1e-3)
 
 
 def test_left_may_be_the_animals(run):
@@ -66,15 +69,15 @@ def test_left_may_be_the_animals(run):
 def test_the_aligned_picture_shows_what_the_matrix_says(angle, scale):
     """A picture that is smooth in x and y: its aligned pixel tells where it came from."""
     y, x = np.mgrid[:300, :300]
-    image = np.stack([x * 0.8, y * 0.8, 0 * x], -1).astype(np.uint8)
+    image = np.stack([x * 0.8, y * 0.8, 0 * x], -1).astype(np.float32)
     turn = np.deg2rad(angle)
     linear = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = np.column_stack([linear, np.array([39.5, 39.5]) - linear @ [150, 150]])
     pixels = tool.align(image, matrix, 80)
-    at = np.array([[40.0, 40.0], [50.0, 30.0], [28.0, 47.0]])
+    at = np.array([[40.0, 40.0], [50.0, 30.0], [28.0, 47.0], [3, 3], [76, 3], [3, 76], [76, 76]])  # and near its corners
     source = data.apply_matrix(invert_matrix(matrix), at)
     for (u, v), want in zip(at.astype(int), source * 0.8):
-        assert np.abs(pixels[v, u, :2] - want).max() < 2
+        assert np.abs(pixels[v, u, :2] - want).max() < 0.1
 
 
 def test_faces_without_eyes_are_named(run, tmp_path, capsys):

@@ -85,12 +85,16 @@ def test_what_cannot_serve_is_refused_in_one_line(refused, flags, tmp_path, back
 
 def test_normalisation_is_the_backbones_own_and_stored(sample, flags, tmp_path, monkeypatch):
     """tf_efficientnet expects another mean than ImageNet's: in training, validation, the checkpoint, and where it is used."""
-    means = set()
-    monkeypatch.setattr(data, "normalize", lambda images, mean, *rest, real=data.normalize: (
-        means.add(tuple(mean.tolist())), real(images, mean, *rest))[1])
+    means, coloured = set(), set()
+
+    def normalize(images, mean, std, colour=None, real=data.normalize):
+        means.add(tuple(mean.tolist()))
+        coloured.add(colour is not None)  # in training, not in validation
+        return real(images, mean, std, colour)
+    monkeypatch.setattr(data, "normalize", normalize)
     work_dir = tmp_path / "w"
     trainer.main([*map(str, flags), "--backbone", "tf_efficientnet_lite0", "--epochs", "1", "--work-dir", str(work_dir)])
-    assert means == {(0.5, 0.5, 0.5)}
+    assert means == {(0.5, 0.5, 0.5)} and coloured == {True, False}
     checkpoint = load_checkpoint(work_dir / "best_model.pth")
     assert checkpoint["model"]["mean"].tolist() == [0.5] * 3 == checkpoint["model"]["std"].tolist()
     checkpoint["model"]["mean"] = torch.tensor([0.1, 0.2, 0.3])

@@ -72,6 +72,18 @@ def test_a_broad_low_map_is_read_by_any_power():
     assert not data.decode_heatmaps(torch.zeros(1, 1, 32, 32), 1.5, 0.05)[1].any()
 
 
+def test_a_score_is_the_maps_mass_around_the_point():
+    """Within the radius in x and in y, of the crop's side on both sides of the point."""
+    for radius in (0.05, 0.1):
+        _, score = data.decode_heatmaps(torch.ones(1, 1, 64, 64), 1.5, radius)
+        assert score.item() == pytest.approx((2 * radius) ** 2, rel=0.02)
+    two = torch.zeros(1, 1, 64, 64)
+    two[0, 0, 20, 30], two[0, 0, 50, 30] = 0.9, 0.1
+    point, score = data.decode_heatmaps(two, 8, 0.05)
+    torch.testing.assert_close(point[0, 0], torch.tensor([60.5, 40.5]), atol=0.01, rtol=0)
+    assert score.item() == pytest.approx(0.9)
+
+
 def test_mirroring_heatmaps_is_mirroring_points():
     points = torch.rand(3, 46, 2) * 128
     mirrored = torch.tensor([127, 0]) + points * torch.tensor([-1, 1])
@@ -152,6 +164,50 @@ def test_augmentation_is_what_the_flags_say(faces):
         assert (np.linalg.det(linear) < 0).all() == (flag == "flip")
         assert (1 < np.abs(angle).max() <= 30) if flag == "rotation" else np.allclose(angle, 0)
         assert (1.1 < max(zoom.max(), 1 / zoom.min()) <= 1.5) if flag == "scale" else np.allclose(zoom, 1)
+
+
+def test_ranges_of_the_augmentation_are_used_whole_and_to_both_sides():
+    augment, rng = Augmentation(), np.random.default_rng(0)
+    geometry, colour = zip(*(augment.draw(rng, True) for _ in range(2000)))
+    for name, low, high in (("rotation", -20, 20), ("scale", 1 / 1.2, 1.2), ("shift", -0.05, 0.05)):
+        drawn = np.array([g[name] for g in geometry])
+        assert (drawn.min(0) >= low).all() and (drawn.max(0) <= high).all(), name
+        assert (drawn.min(0) < low + 0.05 * (high - low)).all() and (drawn.max(0) > high - 0.05 * (high - low)).all(), name
+    colour = np.array(colour)
+    grey = 128 * colour[:, :, :3].sum(2) + colour[:, :, 3]  # contrast and saturation leave mid-grey; brightness and gain do not
+    assert np.abs(grey - 128).max() < 45 and abs(grey.mean() - 128) < 3
+
+
+def square_face(tmp_path, visible, flip_pairs, value=255):
+    """One face of four landmarks in a picture of one grey: two partners, the middle, and one far to the right."""
+    Image.fromarray(np.full((200, 200, 3), value, np.uint8)).save(tmp_path / "a.png")
+    scheme = data.Scheme(["l", "r", "middle", "far"], flip_pairs, {}, [], [])
+    points = np.array([[[80.0, 80], [120, 80], [100, 100], [190, 100]]])
+    return data.Faces(scheme, tmp_path, ["a.png"], np.array([[200, 200]]), np.array([[60.0, 60, 80, 80]]), points,
+                      np.array([visible]), np.array([1]), np.array([1]), [""])
+
+
+def test_visibility_goes_with_its_landmark_and_ends_at_the_crop(tmp_path):
+    """Hidden landmarks (1) train as visible ones (2) do; not those that have no label, or that the crop cut off."""
+    face = square_face(tmp_path, [0, 1, 2, 2], [[0, 1]])
+    for flip, expected in ((0, [0, 1, 1, 0]), (1, [1, 0, 1, 0])):
+        augment = Augmentation(flip, *[0] * 6)
+        assert DogFLWDataset(face, 64, augment=augment)[0]["visibility"].tolist() == expected
+
+
+def test_without_partners_nothing_is_mirrored(tmp_path):
+    for flip_pairs, mirrored in (([], False), ([[0, 1]], True)):
+        ds = DogFLWDataset(square_face(tmp_path, [2] * 4, flip_pairs), 64, augment=Augmentation(flip=1))
+        matrices = ds.__getitems__([(0, i) for i in [0] * 4])["matrix"]
+        assert ((np.linalg.det(matrices[:, :, :2].numpy()) < 0) == mirrored).all()
+
+
+def test_an_augmented_crop_shows_the_picture_and_no_border_where_it_goes_on(tmp_path):
+    ds = DogFLWDataset(square_face(tmp_path, [2] * 4, []), 64, augment=Augmentation(0, colour=0, occlusion=0))
+    images = ds.__getitems__([(epoch, 0) for epoch in range(50)])["image"]
+    assert (images[:, [1, 62, 32, 32], [32, 32, 1, 62]] == 255).all()
+    with_corners, _ = data.cut_crop(np.full((200, 200, 3), 255, np.uint8), (60, 60, 80, 80), 64, 1.25, rotation=45)
+    assert (with_corners == 255).all()
 
 
 @given(st.floats(0, 180), st.floats(0, 1), st.floats(0, 0.3), st.integers(0, 10**6))
@@ -241,6 +297,14 @@ def test_prediction_crop_is_the_validation_crop(faces):
         crop, matrix = data.cut_crop(read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
         np.testing.assert_array_equal(crop, batch["image"][i].numpy())
         np.testing.assert_array_equal(matrix, batch["matrix"][i].numpy())
+
+
+def test_a_crop_that_is_turned_is_the_crop_of_the_turned_picture():
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    x, y, w, h = 150, 100, 90, 70
+    turned, _ = data.cut_crop(image, (x, y, w, h), 64, 1.25, rotation=90)
+    upright, _ = data.cut_crop(np.ascontiguousarray(np.rot90(image, -1)), (299 - y - h, x, h, w), 64, 1.25)
+    assert np.abs(turned.astype(int) - upright).max() <= 2
 
 
 def test_the_dataset_is_a_sequence(faces):

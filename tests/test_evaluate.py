@@ -11,6 +11,7 @@ import torch
 import dataset as data
 from dataset import Scheme
 from tools import evaluate as tool
+from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import UserError
 from tools.lib.files import as_json
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
@@ -474,13 +475,46 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
                                                              * math.sqrt(2) / faces.boxes[:,
                                                                                           2:].max(1) / 1.5))
     assert "results of" in capsys.readouterr().out
-    (tmp_path / "theirs.json").write_text(json.dumps([r for r in results_of(content, points)[2:]]))
+    boxed = {face["id"]: face["nme"] for face in json.loads((out / "report.json").read_text())["face"]}  # the checkpoint's own
+    boxed = np.array([boxed[i] for i in faces.ids])
+    errors = boxed * np.resize([1.1, 1.2, 1.2], 12)
+    points = faces.points + (errors * faces.boxes[:, 2:].max(1) * 1.25)[:, None, None] * [1, 0]
+    (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)[2:]))
     best = str(run.work_dir / "best_model.pth")
     tool.main(["--checkpoint", best, "--results", str(tmp_path / "theirs.json"), "--match", "--force"])
     finding = json.loads((tmp_path / "evaluation/report.json").read_text())["finding"]
     assert (finding["faces"], finding["found"]) == (12, 10)
-    assert finding["error_ratio"] * finding["nme_true_boxes"] == pytest.approx(
-        np.mean((2.5 * math.sqrt(2) / faces.boxes[:, 2:].max(1) / 1.25)[2:]))
+    assert finding["error_ratio"] == pytest.approx(errors[2:].mean() / boxed[2:].mean(), rel=1e-3)
+    assert finding["nme_true_boxes"] == pytest.approx(boxed[2:].mean(), rel=1e-3)
+    assert finding["share_within_1.15"] == pytest.approx(3 / 12)  # of all faces, not of those found
+
+
+def test_a_light_checkpoint_knows_folders_by_name_alone(run, report, tmp_path, monkeypatch):
+    """So its data are looked for where they are by default, and not below the current folder."""
+    light = lightened(load_checkpoint(run.work_dir / "best_model.pth"))
+    save_checkpoint(tmp_path / "light.pth", light)
+    for name in (light["args"]["data_root"], light["args"]["ann_root"]):
+        (tmp_path / name).mkdir()
+    versions = tmp_path / "cache/datasets/georgemartvel/dogflw/versions"
+    versions.mkdir(parents=True)
+    (versions / "1").symlink_to(run.data_root)
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the data of .*light.pth are not here; name a COCO file with --ann"):
+        tool.main(["light.pth"])
+    tool.main(["light.pth", "--ann", str(run.ann_root / "val.json"), "--device", "cpu"])
+    ours, theirs = (json.loads((folder / "report.json").read_text())["metrics"] for folder in (tmp_path / "evaluation", report[0]))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_the_worst_faces_come_first(run, report, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(tool, "caption", lambda crop, text, real=tool.caption: (written.append(float(text.split()[0])), real(crop, text))[1])
+    tool.main([str(run.work_dir / "best_model.pth"), "--device", "cpu", "--out", str(tmp_path / "out")])
+    faces = sorted(json.loads((tmp_path / "out/report.json").read_text())["face"], key=lambda face: -face["nme_iod"])
+    assert written == pytest.approx([100 * face["nme_iod"] for face in faces], abs=0.06)
+    table = (tmp_path / "out/report.html").read_text().split("Worst faces")[1]
+    assert table.index(faces[0]["file"]) < table.index(faces[1]["file"]) < table.index(faces[-1]["file"])
 
 
 def test_faces_that_it_was_trained_on_are_no_test(run, tmp_path):

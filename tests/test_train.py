@@ -27,6 +27,7 @@ from PIL import Image
 import dataset as data
 import train_simple as trainer
 from dataset import DogFLWDataset
+from tools import evaluate
 from tools.lib import checkpoints, draw, runtime
 from tools.lib.batches import EpochBatches
 from tools.lib.cli import UserError
@@ -313,6 +314,7 @@ def test_processes_share_the_batch_exactly():
     assert len(whole) == 8 and all(len(b) == 8 for b in whole)
     assert batches("--batch-size", 8, world=2) == whole and batches("--batch-size", 8, world=4) == whole
     assert len({i for b in whole[:4] for _, i, _ in b}) == 32
+    assert [[i for _, i, _ in b] for b in whole[:4]] != [[i for _, i, _ in b] for b in whole[4:]]  # each epoch has its order
     assert [{(epoch, size) for epoch, _, size in b} for b in whole] == [{(1, 128)}] * 4 + [{(2, 160)}] * 4
     assert batches("--batch-size", 8, first=0)[4:] == whole  # a resumed run sees what an uncut one sees
     few = batches("--batch-size", 32, "--accumulate", 4, faces=11)
@@ -336,19 +338,26 @@ def test_decay_is_of_no_bias_and_no_norm(backbone):
 
 
 def test_a_backbone_may_learn_at_a_part_of_the_rate(flags, tmp_path, monkeypatch):
-    """--backbone-lr-mult is of the backbone alone; metrics.csv has the head's rate; a resumed run goes on."""
+    """--backbone-lr-mult is of the backbone alone; metrics.csv has the head's rate, the plan's; a resumed run goes on."""
     build, seen = trainer.build_optimizer, []
 
     def kept(model, config):
         seen.append((model, build(model, config)))
         return seen[-1][1]
+    def losses(maps, points, visible, sigma, config, real=trainer.heatmap_losses):
+        sigmas.extend([sigma] * maps.requires_grad)
+        return real(maps, points, visible, sigma, config)
+    sigmas = []
     monkeypatch.setattr(trainer, "build_optimizer", kept)
+    monkeypatch.setattr(trainer, "heatmap_losses", losses)
     command = [*map(str, [*flags, *LIGHT, "--work-dir", tmp_path / "w", "--epochs", 2])]
     trainer.main([*command, "--backbone-lr-mult", "0.25"])
     last = torch.load(tmp_path / "w/last.pth", weights_only=True)
     trainer.main([*command, "--backbone-lr-mult", "0.25", "--resume"])
     rates = [float(row["lr"]) for row in rows(tmp_path / "w")]
-    assert len(seen) == 2 and rates[-1] > 0
+    plan = Plan(config_of(*command), 40)
+    assert len(seen) == 2 and rates == pytest.approx([plan.lr(4), plan.lr(9)], rel=1e-4)  # of the last step of each epoch
+    assert sigmas == [plan.sigma(step, 64) for step in range(10)]
     for model, optimizer in seen:
         rate = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         assert sum(len(g["params"]) for g in optimizer.param_groups) == len(rate) == len(list(model.parameters()))
@@ -414,8 +423,12 @@ def test_a_run_and_what_it_leaves(run, trained, val, predict):
 
 
 def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, start, tmp_path):
-    """The first epochs see half the size; each checkpoint says which it is for, and scores as it said; cut or not."""
-    options = [*flags, *LIGHT, "--input-size", 160, "--progressive", 0.5, "--holdout", 0.2, "--val-every", 1, "--work-dir"]
+    """The first epochs see half the size; each checkpoint says which it is for, and scores as it said; cut or not.
+
+    With another padding than the default, which training and every tool must take from the settings.
+    """
+    options = [*flags, *LIGHT, "--input-size", 160, "--progressive", 0.5, "--padding", 1.5, "--holdout", 0.2, "--val-every", 1,
+               "--work-dir"]
     process = start("train_simple.py", *options, tmp_path / "cut")
     wait_for(process, "epoch   1/2  128 px")
     process.kill()
@@ -427,17 +440,82 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
 
     def score(checkpoint, faces):
         trained = trainer.Trained(tmp_path / checkpoint)
-        dataset = DogFLWDataset(faces, trained.size)
-        return trained, trainer.mean_metrics(trainer.predict(trained.model, dataset, trained.config, ALONE)[0], faces, 1.25)
+        points = trainer.predict(trained.model, DogFLWDataset(faces, trained.size, 1.5), trained.config, ALONE)[0]
+        seen, _ = trained.look([(read_image(faces.root / file), box) for file, box in zip(faces.files, faces.boxes)])
+        np.testing.assert_allclose(seen, points, atol=0.05)
+        evaluate.main([str(tmp_path / checkpoint), "--ann", str(sample.ann_root / "val.json"), "--device", "cpu",
+                       "--out", str(tmp_path / "report"), "--force"])
+        return trained, trainer.mean_metrics(points, faces, 1.5)
     for name, size in (("first", 128), ("uncut", 160)):
         trained, metrics = score(f"{name}/last.pth", faces)
         assert trained.size == size and trained.config.input_size == 160 and trained.metrics["chosen_on"] == "held out of train"
         assert metrics == pytest.approx({k: trained.metrics[k] for k in metrics}, abs=1e-6)
     test = json.loads((tmp_path / "uncut/test.json").read_text())
-    once = score("uncut/best_model.pth", data.load_coco(sample.ann_root / "val.json", sample.data_root))[1]
+    val = data.load_coco(sample.ann_root / "val.json", sample.data_root)
+    for checkpoint in ("first/last.pth", "uncut/best_model.pth"):
+        once = score(checkpoint, val)[1]
+        report = json.loads((tmp_path / "report/report.json").read_text())
+        assert {k: report["metrics"][k] for k in once} == pytest.approx(once, abs=1e-6)
     assert test == {"chosen_on": "held out of train", "faces": 12, **{k: pytest.approx(v, abs=1e-6) for k, v in once.items()}}
     assert "on the faces that chose it" in said and "12 faces that chose nothing" in said
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
+
+
+def test_the_best_epoch_is_kept_by_the_first_metric_and_scored_once(flags, tmp_path, monkeypatch):
+    """Of errors 0.3, 0.1, 0.2 the second, although the run was cut after it, and although another metric's best is the first."""
+    def validate(run, dataset, real=trainer.validate):
+        epoch, weights = run.progress["epoch"], run.ema.head[-1].weight.clone()
+        points, loss, metrics = real(run, dataset)
+        if len(dataset) == 12:  # val.json's, at the end
+            scored.append(weights)
+            return points, loss, metrics
+        chosen.append(weights)
+        if len(chosen) == 3:
+            raise KeyboardInterrupt
+        return points, loss, metrics | {"nme": [0.3, 0.1, 0.2][epoch - 1], "nme_iod": epoch}
+
+    def save(saver, *args, real=trainer.Saver.save):
+        saver.next = 0  # last.pth of every epoch, however fast they are
+        return real(saver, *args)
+    chosen, scored = [], []
+    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr(trainer.Saver, "save", save)
+    command = [*map(str, [*flags, *LIGHT, "--epochs", 3, "--val-every", 1, "--holdout", 0.2, "--work-dir", tmp_path / "w"])]
+    with pytest.raises(SystemExit):
+        trainer.main(command)
+    trainer.main([*command, "--resume"])
+    best = checkpoints.load_checkpoint(tmp_path / "w/best_model.pth")
+    assert len(chosen) == 4 and (best["epoch"], best["metrics"]["nme"], best["metrics"]["nme_iod"]) == (2, 0.1, 2)
+    assert len(scored) == 1 and torch.equal(scored[0], chosen[1]) and not torch.equal(scored[0], chosen[3])
+
+
+def test_the_seed_is_of_augmentation_and_new_weights_not_of_the_holdout(flags, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def stop(dataset, *_):
+        seen[-1] += [dataset.seed, dataset.faces.files]
+        raise Enough
+
+    def kept(*args, real=trainer.build_model):
+        model = real(*args)
+        seen.append([model.head[-1].weight])
+        return model
+    seen = []
+    monkeypatch.setattr(trainer, "build_model", kept)
+    monkeypatch.setattr(trainer, "batches_of", stop)
+    for seed in (0, 1):
+        with pytest.raises(Enough):
+            trainer.main([*map(str, [*flags, *LIGHT, "--holdout", 0.2, "--seed", seed, "--work-dir", tmp_path / str(seed)])])
+    (first, *others), (second, *theirs) = seen
+    assert not torch.equal(first, second) and (others[0], theirs[0]) == (0, 1) and others[1] == theirs[1]
+
+
+def test_a_file_of_weights_comes_before_imagenets(run, trained, monkeypatch):
+    monkeypatch.setattr(trainer, "take_imagenet", lambda *_: pytest.fail("asked for"))
+    config = config_of("--backbone", "hrnet_w18_small", "--weights", run.work_dir / "best_model.pth")
+    model = trainer.build_model(config, trained.scheme, lambda line: None)
+    assert config.pretrained and all(torch.equal(v, trained.model.state_dict()[k]) for k, v in model.named_parameters())
 
 
 def test_a_run_that_goes_on_writes_over_no_other_files(refused, flags, tmp_path):
@@ -508,6 +586,9 @@ def test_a_checkpoint_knows_how_boxes_lie_around_landmarks(sample, flags, tmp_pa
     assert folders == set(checkpoints.PATHS)
     light = checkpoints.lightened({**stored, "args": stored["args"] | {"weights": "a/b.pth"}})  # a relative one, too
     assert light["args"]["weights"] == "b.pth" and not any("/" in str(light["args"][name]) for name in folders)
+    for name, value in light["model"].items():  # vectors stay: a variance may be beyond 16 bits
+        assert value.dtype == (torch.float16 if value.ndim > 1 else stored["model"][name].dtype), name
+        torch.testing.assert_close(value.to(stored["model"][name].dtype), stored["model"][name], rtol=1e-3, atol=1e-4)
     checkpoints.save_checkpoint(tmp_path / "light.pth", light)
     assert trainer.Trained(tmp_path / "light.pth").room == stored["room"] == data.load_coco(tmp_path / "mine.json", sample.data_root).room
     for room in ([1.0], ["x"] * 4, [math.nan] * 2, 3):
@@ -556,6 +637,12 @@ def test_a_locator_is_trained_with_pictures_of_the_background(flags, tmp_path, c
     assert chosen["metrics"]["nme"] > 0 and chosen["args"]["background"] == str(tmp_path / "bg")
     faces = sum(map(int, re.search(r"(\d+) faces to train on, (\d+) to choose", said).groups()))
     assert faces == 40 + 6
+    config = trainer.parse_args([*map(str, [*flags, *locator, "--holdout", 0.3])])
+    sets = trainer.load_sets(config, runtime.Processes("cpu"))[:3]
+    assert all((faces.boxes == np.column_stack([0 * faces.sizes, faces.sizes - 1])).all() for faces in sets)
+    evaluate.main([str(tmp_path / "w/best_model.pth"), "--device", "cpu", "--out", str(tmp_path / "report")])
+    ours, its = (json.loads((tmp_path / name).read_text()) for name in ("w/test.json", "report/report.json"))
+    assert {k: its["metrics"][k] for k in trainer.METRICS} == pytest.approx({k: ours[k] for k in trainer.METRICS}, abs=1e-6)
 
 
 def test_workers_and_the_cache_do_not_change_a_run(run, train, tmp_path):
@@ -736,6 +823,11 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
     coco = json.loads((run.ann_root / "train.json").read_text())
     coco["annotations"][3]["keypoints"][0] += 2  # as many faces, another label
     (tmp_path / "train.json").write_text(json.dumps(coco))
+    assert "the labels in --ann-root have changed since" in refused(*resume, "--ann-root", tmp_path)
+    shutil.copy(run.ann_root / "train.json", tmp_path)
+    coco = json.loads((run.ann_root / "val.json").read_text())
+    coco["annotations"][3]["keypoints"][0] += 2  # the best epoch was chosen on it
+    (tmp_path / "val.json").write_text(json.dumps(coco))
     assert "the labels in --ann-root have changed since" in refused(*resume, "--ann-root", tmp_path)
 
 
