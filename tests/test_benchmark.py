@@ -44,7 +44,7 @@ def test_a_step_is_the_trainers_own_and_its_enqueueing_is_timed_apart(monkeypatc
     monkeypatch.setattr(benchmark, "resident", lambda bench, faces, size: {"size": (faces, size)})
     bench = SimpleNamespace(run=SimpleNamespace(wrapped=torch.nn.Identity()), device=CPU, repeat=5, micro_batch=16,
                             config=SimpleNamespace(accumulate=2, input_size=256))
-    assert benchmark.step_seconds(bench, {"size": None}) >= 0.01 and len(calls) == 7
+    assert 0.01 <= benchmark.step_seconds(bench, {"size": None}) < 0.019 and len(calls) == 7  # of a micro-batch
     calls.clear()
     assert 0.001 <= benchmark.enqueue_seconds(bench) < 0.01 and set(calls) == {(2, 64)}
     bench.run.wrapped = runtime.Graphed(torch.nn.Identity(), {})

@@ -154,6 +154,9 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "iscrowd as text": (lambda d: [a.update(iscrowd="01"[i == 1]) for i, a in enumerate(d["annotations"])],
                         "1 marked iscrowd (annotation 2)", 5),
     "a face beside its picture": (annotation(keypoints=[500, 500, 2] * 5), "1 with no landmark in their picture (annotation 2)", 5),
+    "below a wide picture": (annotation(keypoints=[50, 125, 1, 70, 140, 1, 60, 155, 1, 55, 150, 1, 65, 150, 1], bbox=[45, 120, 30, 40]),
+                             "1 with no landmark in their picture (annotation 2)", 5),
+    "at the picture's edge": (annotation(keypoints=[0, 60, 2, 50, 50, 2, 70, 60, 2, 60, 70, 2, 70, 0, 2], bbox=[0, 0, 75, 75]), None, 6),
     "above and left of its picture": (annotation(keypoints=[-300, -40, 2] * 5), "1 with no landmark in their picture", 5),
     "AP-10K's species": (species, None, 6),
     "an unused category with other landmarks": (categories({}, {"id": 2, "keypoints": ["a", "b"]}), None, 6),
@@ -214,6 +217,10 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "all boxes as fractions": (each(lambda a: a.update(bbox=[0.3, 0.3, 0.4, 0.4])), "6 away from them", 6),
     "landmarks as fractions": (each(lambda a: a.update(keypoints=[
         v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)])), "6 faces' landmarks as fractions", 6),
+    "landmarks as fractions, one of them outside": (lambda d: [
+        each(lambda a: a.update(keypoints=[v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)]))(d),
+        d["annotations"][1]["keypoints"].__setitem__(slice(0, 3), [1.04, 0.5, 1]),
+        d["annotations"][1].update(bbox=[40, 30, 126, 70])], "6 faces' landmarks as fractions", 6),
     "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
     "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
     "flip_pairs from 1, no sides": (categories({"flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
@@ -237,10 +244,14 @@ def test_a_kind_of_file_is_read_as_it_is_meant(read, kind):
     change(data)
     faces = read(data)
     assert len(faces.files) == number and len(faces.notes) == (note is not None), faces.notes
+    assert len(faces.ids) == len(faces.image_ids) == len(faces.breeds) == len(faces.sizes) == number
+    assert [str(i) for i in faces.image_ids] == [str(i + 1) for i in range(6) if number == 6 or i != 1]  # the left out face's alone is gone
     assert note is None or note in faces.notes[0] and "\n" not in faces.notes[0] and faces.notes[0].isprintable(), faces.notes
     assert (faces.visible > 0).any(1).all() and (faces.boxes[:, 2:] > 0).all() and np.isfinite(faces.points).all()
     same = [i for i in range(6) if number == 6 or i != 1]
     others = [i for i, j in enumerate(same) if j != 1 or kind in ("landmarks as fractions", "confidences")]
+    assert kind != "confidences" or faces.visible[1].tolist() == [2, 2, 2, 0, 2]
+    assert kind != "at the picture's edge" or (faces.visible[1] == 2).all()
     np.testing.assert_allclose(faces.points[others], before.points[same][others] * (faces.visible[others] > 0)[..., None])
     assert (faces.sizes == (WIDTH, HEIGHT)).all()
     for field in ("flip_pairs", "skeleton"):
@@ -356,6 +367,9 @@ def test_a_category_can_be_chosen(read):
         faces = read(two(same), category=name)
         assert faces.points.shape == (4, k, 2) and faces.notes[0].startswith("left out: 4 of another category")
     refused(read, two(same=False), "--category cow", "dog (5), cat (7)", category="cow")
+    turned = two(same=True)
+    turned["categories"][1]["keypoints"] = turned["categories"][1]["keypoints"][::-1]  # as many, in another order
+    refused(read, turned, "--category", "dog (5), cat (5)")
 
 
 # ---------------------------------------------------------------- boxes
@@ -378,6 +392,13 @@ def test_a_box_of_another_scale_is_rebuilt(read, scale):
     assert "1 away from them (annotation 2)" in faces.notes[0]
     np.testing.assert_array_equal(np.delete(faces.boxes, 1, 0), np.delete(before.boxes, 1, 0))
     assert coco.overlaps(faces.boxes[[1]], before.boxes[[1]]) > 0.6
+
+
+def test_a_box_that_is_no_bodys_covers_seven_tenths_of_the_landmarks():
+    """Where its IoU is below 0.3; grown by what landmarks may lie outside."""
+    hull = np.array([0.0, 0, 100, 100])
+    assert coco.box_problem([0, 0, 50, 50], hull) == "mismatched" and coco.box_problem([70, -100, 300, 300], hull) == "mismatched"
+    assert coco.box_problem([55, -100, 300, 300], hull) is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -510,6 +531,16 @@ def test_names_that_lead_out_keep_their_session(read, tmp_path, name):
     assert faces.files == SESSIONS and "8 names that lead out" in faces.notes[0]
     (tmp_path / "root/session2/pic_1.jpg").unlink()  # then one picture would be two of the file
     refused(read, data, "session1", "session2", "both session1/pic_1.jpg", root=tmp_path / "root")
+
+
+@pytest.mark.parametrize("names", [("b/a.jpg", "c/a.jpg"), ("a.jpg", "b/a.jpg")])
+def test_a_picture_that_two_names_could_mean_is_given_to_neither(read, tmp_path, names):
+    data = plain(2)
+    for image, name in zip(data["images"], names):
+        image["file_name"] = name
+    draw(tmp_path / "root/a.jpg")
+    faces = read(data, root=tmp_path / "root")
+    assert faces.files == [*names] and not any("spelt otherwise" in note for note in faces.notes)
 
 
 def test_names_that_lead_out_are_not_guessed(read, tmp_path):
@@ -800,6 +831,11 @@ def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
     for image in data["images"]:  # a file that knows how pictures are seen needs nothing
         image.update(width=WIDTH, height=HEIGHT)
     assert read(data).notes == faces.notes[:-1]
+    for image in data["images"]:  # an upright one whose file has its stored size: all lie below that
+        draw(tmp_path / image["file_name"], (WIDTH, HEIGHT), exif=exif)
+    for a in data["annotations"]:
+        a["keypoints"] = [v for x, y in ((30, 130), (60, 130), (60, 150), (40, 150), (50, 140)) for v in (x, y, 2)]
+    assert (read(data).sizes == (HEIGHT, WIDTH)).all() and len(read(data).files) == 3
 
 
 @pytest.mark.parametrize("x,turned", [(HEIGHT + 15.0, False), (None, None), (30.0, True)])

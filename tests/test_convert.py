@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 
 from dataset import load_coco
 from tools import convert_dogflw_to_coco as convert
+from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import run_script
 
 WIDTH, HEIGHT, FACES = 120, 90, {"train": 6, "test": 3}
@@ -113,11 +115,13 @@ def test_scheme(converted):
     _, category, _ = converted()
     names, pairs = category["keypoints"], category["flip_pairs"]
     assert len(names) == len(set(names)) == 46 and category["interocular"] == [18, 19]
-    assert pairs == [[i, i + 1] for i in [*range(0, 23, 2), 26, 28, 30, 33, 36, 39, 43]]  # ../shared/landmarks.md
+    assert pairs == [[i, i + 1] for i in [*range(0, 23, 2), 26, 28, 30, 33, 36, 39, 43]]
     for i, j in pairs:
         assert names[i].startswith("left_") and names[j] == names[i].replace("left_", "right_")
     assert names[18] == "left_eye_outer_corner" and names[25] == "nose_top" and names[42] == "chin"
     assert sorted(sum(category["regions"].values(), [])) == [*range(46)]
+    bundled = load_checkpoint(ROOT / "work_dirs/pretrained/best_model.pth")["scheme"]  # as the model in the box has them
+    assert all(category[key] == bundled[stored] for key, stored in (("keypoints", "names"), ("regions", "regions"), ("flip_pairs", "flip_pairs")))
     partner = {a: b for i, j in pairs for a, b in ((i, j), (j, i))}
     for region in category["regions"].values():  # mirroring keeps regions, and the skeleton
         assert {partner.get(i, i) for i in region} == set(region)
@@ -157,6 +161,10 @@ def test_catflws_flat_folders_become_train_alone(run, tmp_path):
     one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "out"), "val.json", "--out_dir")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/train.json").write_text('{"categories": [{"name": "dog"}]}')
+    one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "theirs"), "its train.json is not this converter's")
+    corrected = {"info": {"description": "landmarks predicted by tools/predict.py"}, "images": [], "annotations": [],
+                 "categories": [{"name": "face", "supercategory": "animal"}]}
+    (tmp_path / "theirs/train.json").write_text(json.dumps(corrected))  # hours of work, in predict.py's file
     one_line(*run("--dogflw_root", root, "--out_dir", tmp_path / "theirs"), "its train.json is not this converter's")
     for split in ("train", "test"):
         (tmp_path / "whole" / split).mkdir(parents=True)

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from conftest import FORKS
@@ -38,7 +39,7 @@ def serve(folder, trained, pipe):
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # the process ends without its clean-up
     load = tool.load_predictor
     scheme = load(trained, device="cpu").scheme
-    two, none = Dogs(scheme, folder / "turns", [0.9, 0.6, 0.05]), Dogs(scheme, folder / "turns", [])
+    two, none = Dogs(scheme, folder / "turns", [0.9, 0.6, 0.3, 0.05]), Dogs(scheme, folder / "turns", [])
     tool.load_predictor = lambda model, locator, device: model if type(model) is Dogs else load(model, locator, device)
     page = tool.build({"two": two, "none": none, "trained": trained, "broken": folder / "broken.pth"}, "cpu")
     url = tool.serve(page)
@@ -46,7 +47,7 @@ def serve(folder, trained, pipe):
         busy = tool.serve(tool.build({"none": none}), port=int(url.split(":")[-1].strip("/")))
     except UserError as e:
         busy = str(e)
-    pipe.send({"url": url, "names": scheme.names, "busy": busy})
+    pipe.send({"url": url, "names": scheme.names, "busy": busy, "private": (page.share, page.delete_cache)})
     pipe.recv()
 
 
@@ -117,11 +118,19 @@ def test_photo_gives_landmarks_scores_table_and_downloads(demo, tmp_path):
     keypoints, count = np.reshape(results[1]["keypoints"], (-1, 3)), len(demo.names)
     assert answer.rows[0][:2] == [1, demo.names[0]] and len(answer.rows) == 2 * count
     assert np.allclose([row[2:] for row in answer.rows[count:]], keypoints, atol=0.051)
+    at = 20 + 15 * np.column_stack([np.cos(np.arange(count)), np.sin(np.arange(count))])  # Dogs' landmarks
+    assert np.allclose(keypoints[:, :2], at + [30, 0], atol=1e-3) and results[1]["bbox"] == [30, 0, 40, 40]
+    only = pixels(tmp_path, demo.find(demo.photo, "two", 0.7).shown).astype(int)
+    scale = tool.SHOWN / max(photo.shape)
+    plain = cv2.resize(photo, only.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    drawn = np.argwhere(np.abs(only - plain).max(-1) > 80)[:, ::-1]
+    assert len(drawn) > 50 and np.abs(np.median(drawn, 0) - 20 * scale).max() < 12
 
 
 def test_threshold_filters_without_another_look(demo):
     demo.find(demo.photo, "two", 0.5)
     turns = demo.turns.read_text()
+    assert demo.find(demo.photo, "two", 0.2).text.startswith("3 dogs found")  # below predict.py's least score
     assert demo.find(demo.photo, "two", 0.7).text == "1 dog found, score 0.90."
     hidden = demo.find(demo.photo, "two", 0.95)
     assert hidden.text == "No dog found. The best guess scores 0.90: move the threshold down to see it."
@@ -177,6 +186,7 @@ def test_page_is_local(demo):
     fetched = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']([^\"']*)", page)
     fetched += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]*)", style)
     assert [a for a in fetched if re.match("(https?:)?//", a) and not a.startswith(demo.url)] == []
+    assert demo.private == (False, (600, 3600))  # no tunnel to it; photos are deleted after an hour
     assert json.loads(config)["analytics_enabled"] is False and demo.url.startswith("http://127.0.0.1:")
 
 

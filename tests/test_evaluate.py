@@ -16,7 +16,7 @@ from tools.lib.cli import UserError
 from tools.lib.files import as_json
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
 from tools.lib.pictures import read_image
-from tools.lib.report import as_html, as_table
+from tools.lib.report import as_html, as_table, draw_bars
 
 
 def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
@@ -193,6 +193,14 @@ def test_a_new_metric_reaches_every_report(tmp_path, monkeypatch):
     assert tool.METRICS.keys() <= tool.definitions("nme_iod", 0.05).keys()
 
 
+def test_bars_are_the_landmarks_errors_in_percent():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    draw_bars(axes, np.array([1.0, 2, math.nan]), Scheme(["a", "b", "c"], [], {}, [], []), "nme")
+    assert [bar.get_width() for bar in axes.patches] == [1, 2, 0] and axes.yaxis_inverted()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a  0", "b  1", "c (no label)  2"]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in axes.patches] == pytest.approx([0, 1, 2]) == [*axes.get_yticks()]
+
+
 def test_what_json_does_not_know_is_null():
     assert json.loads(as_json({"nme": 0.5, "nme_iod": math.nan})) == {"nme": 0.5, "nme_iod": None}
 
@@ -200,11 +208,15 @@ def test_what_json_does_not_know_is_null():
 LEFT, RIGHT = (-60, 60), (60, 60)  # where the ears begin
 UP, DOWN = [(-15, 45), (0, 90)], [(5, -30), (-10, -95)]
 BENT, OUT = [(0, 50), (-20, 10)], [(-40, 10), (-80, 10)]
+# Close to the limits that tools/README.md tells, on either side of each.
+TIPPED, HELD, FALLEN = [(0, 100), (-20, 45)], [(-10, 95), (-10, 80)], [(0, 100), (-20, 55)]
+LOW, SIDEWAYS, RISEN, FLAT = [(-50, -10), (-95, -30)], [(-50, -5), (-98, -20)], [(10, 30), (-10, -90)], [(10, 20), (-10, -90)]
 
 
 @pytest.mark.parametrize("left,right,kinds", [
     (UP, UP, ("erect", "erect")), (DOWN, DOWN, ("hanging", "hanging")), (BENT, OUT, ("folded", "folded")),
-    (UP, DOWN, ("erect", "hanging")), (BENT, UP, ("folded", "erect"))])
+    (UP, DOWN, ("erect", "hanging")), (BENT, UP, ("folded", "erect")), (TIPPED, HELD, ("folded", "erect")), (FALLEN, LOW, ("folded", "hanging")),
+    (SIDEWAYS, SIDEWAYS, ("folded", "folded")), (RISEN, FLAT, ("folded", "hanging"))])
 @pytest.mark.parametrize("degrees,scale", [(0, 1), (50, 0.1), (-170, 3)])
 def test_kinds_of_ears_by_hand(left, right, kinds, degrees, scale):
     ears = [[np.add(LEFT, d) for d in [(0, 0), *left]],

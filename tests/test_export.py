@@ -122,7 +122,16 @@ def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "predict_heatmaps", lambda *a: trainer.predict_heatmaps(*a).flip(3))
     with pytest.raises(UserError, match="not written"):
         tool.export_onnx(trained, True, tmp_path / "dog.onnx")
+    monkeypatch.setattr(tool, "predict_heatmaps", trainer.predict_heatmaps)
+    content, decode = tool.trace(trained, trained.flip_index()), tool.decode_heatmaps
+    monkeypatch.setattr(tool, "trace", lambda *_: content)
+    monkeypatch.setattr(tool, "decode_heatmaps", lambda *given: (decode(*given)[0] + 0.06, decode(*given)[1]))
+    with pytest.raises(UserError, match="not written"):  # a twentieth of a crop pixel is the most
+        tool.export_onnx(trained, True, tmp_path / "dog.onnx")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tool, "decode_heatmaps", lambda *given: (decode(*given)[0] + 0.03, decode(*given)[1]))
+    tool.export_onnx(trained, True, tmp_path / "dog.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["dog.onnx"]
 
 
 def test_normalisation_and_decoding_are_the_checkpoints_own(run, crops, tmp_path, monkeypatch):
@@ -131,12 +140,14 @@ def test_normalisation_and_decoding_are_the_checkpoints_own(run, crops, tmp_path
     checkpoint["model"]["mean"], checkpoint["model"]["std"] = torch.tensor([0.5, 0.4,
                                                                             0.6]), torch.tensor([0.3, 0.5,
                                                                                                  0.2])
-    checkpoint["args"] |= {"decode_power": 2.5, "score_radius": 0.2}
+    checkpoint["args"] |= {"decode_power": 2.5, "score_radius": 0.2, "padding": 1.6, "input_size": 128}  # its crops stay 64
     torch.save(checkpoint, tmp_path / "best_model.pth")
     monkeypatch.setattr("tools.lib.find.BUNDLED", tmp_path / "best_model.pth")
     monkeypatch.chdir(tmp_path)
     tool.main(["--no-flip"])
     session = runtime.InferenceSession(tmp_path / "dog_face.onnx", providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["padding"], about["input_size"]) == ("1.6", "64")
     points, scores = session.run(None, {"image": crops[:3].numpy()})
     model = trainer.Trained(run.work_dir / "best_model.pth").model
     images = (crops[:3].permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.6])[:, None, None])

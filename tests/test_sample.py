@@ -43,6 +43,17 @@ def iou(points, box):
     return tool.overlap(np.concatenate([points.min(0), points.max(0)]), box)
 
 
+def test_landmarks_are_where_they_are_drawn():
+    """The nostrils are dark, and beside them the face is not."""
+    dark, beside = [], []
+    for i in range(12):
+        _, picture, label = tool.draw_sample(3, i)
+        for x, y in np.round(np.array(label["landmarks"], float)[[33, 34]]).astype(int):
+            dark.append(picture[y, x].max())
+            beside.append(picture[y + 6, x].max())
+    assert np.median(dark) < 20 < np.median(beside), (dark, beside)
+
+
 def test_layout(sample):
     assert sorted(p.name for p in sample.iterdir()) == ["test", "train"]
     assert [p.name for p in sample.parent.iterdir()] == ["dogflw"]  # nothing temporary is left

@@ -1,6 +1,7 @@
 """Pictures of a data set: the right ones, of the right size, showing what they say."""
 import json
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import dataset as data
 from tools import visualize_dataset as tool
+from tools.lib import draw
 from tools.lib.cli import UserError
 from tools.lib.pictures import read_image
 
@@ -71,7 +73,7 @@ def test_the_map_takes_any_number_of_landmarks(tmp_path, k):
         assert (rows[1:] & ~rows[:-1]).sum() in (k // 2, -(-k // 2))
 
 
-def test_all_faces_of_a_picture_and_landmarks_of_no_region(tmp_path, capsys):
+def test_all_faces_of_a_picture_and_landmarks_of_no_region(tmp_path, capsys, monkeypatch):
     """Two faces in one picture; of the landmarks one has no region and one is never labelled."""
     cv2.imwrite(str(tmp_path / "a.png"), np.full((200, 200, 3), 255, np.uint8))
     faces = [[x, 60, 2, x + 50, 60, 2, x + 25, 90, 2, 0, 0, 0] for x in (20, 110)]
@@ -86,8 +88,41 @@ def test_all_faces_of_a_picture_and_landmarks_of_no_region(tmp_path, capsys):
     tile = next(tool.raw_tiles(read, [0], {}))[:320]
     boxes = [((tile[:, half].astype(int) - (60, 200, 60)) ** 2).sum(-1) < 500 for half in (slice(0, 160), slice(160, 320))]
     assert 0 < boxes[1].sum() < boxes[0].sum()  # the other face's is thinner
+    _, matrix = data.cut_crop(np.zeros((200, 200, 3), np.uint8), (0, 0, 200, 200), 320, 1.02)
+    x, y, w, h = read.boxes[0]
+    rows, columns = np.nonzero(boxes[0])
+    corners = data.apply_matrix(matrix, np.array([[x, y], [x + w, y + h]]))
+    assert np.abs(np.array([[columns.min(), rows.min()], [columns.max(), rows.max()]]) - corners).max() < 2.5
+    (px, py), *_ = data.apply_matrix(matrix, read.points[0]).round().astype(int)
+    assert np.ptp(tile[py, px].astype(int)) > 60  # the left eye is filled
+    named = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "label_slots", lambda marks, slots: [(i, i) for i in range(len(marks))])
+        patch.setattr(tool.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **more: named.append(text))
+        tool.landmark_map(replace(read, visible=read.visible * [0, 1, 1, 0]))
+    assert named == ["1  r", "2  nose"]  # the numbers are the scheme's
     targets = list(tool.trainer_tiles(read, 256, 1.25, 0))[3][:320].astype(int)
     assert (np.ptp(targets, axis=-1) > 100).any() and (targets.min(-1) > 200).any()  # eyes blue, the nose white
+
+
+def test_left_landmarks_are_filled_and_right_ones_are_rings():
+    scheme = data.Scheme(["l", "r"], [[0, 1]], {}, [], [])
+    drawn = draw.draw_landmarks(np.zeros((400, 400, 3), np.uint8), np.array([[50.0, 200], [350, 200]]), scheme)
+    assert drawn[200, 50].any() and not drawn[200, 350].any() and drawn[200, 353].any()
+
+
+def test_a_sheet_shows_what_the_trainer_sees(sample, monkeypatch):
+    """Targets where they are; predictions in the crop's pixels, beside the truth."""
+    faces, drawn = data.load_coco(sample.ann_root / "val.json", sample.data_root), []
+    monkeypatch.setattr(draw, "draw_landmarks", lambda crop, points, *_, truth=None, **more: (drawn.append((points, truth)), crop)[1])
+    dataset = data.DogFLWDataset(faces, 64, augment=data.Augmentation(flip=0))
+    expected = dataset.__getitems__(range(len(faces)))["keypoints"].numpy()
+    draw.face_sheet(dataset)
+    draw.face_sheet(dataset, faces.points)
+    for i, points in enumerate(expected):
+        np.testing.assert_allclose(drawn[i][0], points, atol=1e-3)
+        np.testing.assert_allclose(drawn[len(faces) + i], (points, points), atol=1e-3)
+        assert drawn[i][1] is None
 
 
 def test_refuses_in_one_line(sample, tmp_path):

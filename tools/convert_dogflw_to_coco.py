@@ -256,9 +256,11 @@ def download() -> Path:
 def is_ours(path: Path) -> bool:
     """Whether a file is one that this converter wrote."""
     try:
-        made, ours = load_json(path)["categories"][0], map(category, (1, 46))
-        return (made["name"], made["supercategory"]) in [(c["name"], c["supercategory"]) for c in ours]
-    except (UserError, LookupError, TypeError):
+        content, ours = load_json(path), [category(1), category(46)]
+        made = content["categories"][0]
+        return (content.keys() == {"images", "annotations", "categories"}  # predict.py's also have an info
+                and (made["name"], made["supercategory"]) in [(c["name"], c["supercategory"]) for c in ours])
+    except (UserError, LookupError, TypeError, AttributeError):
         return False
 
 

@@ -5,8 +5,8 @@
 Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two
 bent ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so
 they sit on what is drawn. Lengths are in face units, about the distance between the outer eye corners; x
-points right, y down, z to the viewer. Face i depends on (seed, i) alone, so the number of worker processes
-changes no byte.
+points right, y down, z to the viewer. Face i depends on (seed, i), its defect also on how many faces there
+are; the number of worker processes changes no byte.
 """
 import functools
 import json

@@ -130,16 +130,11 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
-    limits = sizes.max(1)[:, None, None] + 1  # EXIF may still swap the sides
-    inside = (triples[..., :2] > -1) & (triples[..., :2] < limits) & (triples[..., 2:] > 0)
-    inside = inside.all(2).any(1)
-    for i in np.flatnonzero(~inside):
-        notes.add("away", f"annotation {ids[i]}")
-    if not inside.any():
-        raise notes.nothing_left(path)
+    inside = in_pictures(triples[..., :2], triples[..., 2], sizes.max(1, keepdims=True), ids, path, notes)
     entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
                                               (entries, ids, image_ids, files, breeds))
-    sizes, triples, limits = sizes[inside], triples[inside], limits[inside]
+    sizes, triples = sizes[inside], triples[inside]
+    limits = sizes.max(1)[:, None, None] + 1  # EXIF may still swap the sides
     lost = (triples[..., 2] > 0) & (abs(triples[..., :2] - limits / 2) > 1.5 * limits).any(2)
     for i in np.flatnonzero(lost.any(1)):  # a picture's side away from it: -999 of a program, or a typo
         notes.add("nowhere", f"annotation {ids[i]}", int(lost[i].sum()))
@@ -148,6 +143,10 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     turns = stored_turns(files, sizes, points, visible, root, notes, shows_upright(data), read)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
+    inside = in_pictures(points, visible, sizes, ids, path, notes)  # now each side is known
+    entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
+                                              (entries, ids, image_ids, files, breeds))
+    sizes, boxes, points, visible = sizes[inside], boxes[inside], points[inside], visible[inside]
     slack = sizes[:, None] / 20
     beyond = (visible == 2) & ((points < -slack) | (points > sizes[:, None] + slack)).any(2)
     for i in np.flatnonzero(beyond.any(1)):
@@ -157,6 +156,20 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
                      ids=np.array(ids, object), image_ids=np.array(image_ids, object),
                      breeds=read_breeds(files, breeds, kinds), notes=notes.lines(),
                      room=room_of(points, visible, boxes))
+
+
+def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray, ids: list, path: Path,
+                notes: Notes) -> np.ndarray:
+    """Which faces (N,) have a labelled landmark in their picture, to within a pixel; the others are counted.
+
+    Raises UserError where there are none.
+    """
+    inside = ((points > -1) & (points < sizes[:, None] + 1)).all(2) & (visible > 0)
+    for annotation in compress(ids, ~inside.any(1)):
+        notes.add("away", f"annotation {annotation}")
+    if not inside.any():
+        raise notes.nothing_left(path)
+    return inside.any(1)
 
 
 # ---------------------------------------------------------------- the file and its categories
@@ -541,22 +554,15 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     for at, _, files in os.walk(root) if lost or outside else ():
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
-    # Where no picture of the file is there twice, a lost one may lie in any folder.
-    lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in placed.values())
-    for name in lost:
-        place = plainly(placed[name])
-        end = "/" + place.removeprefix(plainly(f"{folder}/"))
-        same = [p for p in known[posixpath.basename(place)]
-                if plainly(p) == place or lone and (
-                    f"/{plainly(p)}".endswith(end) or end.endswith(f"/{plainly(p)}"))]
-        if len(same) == 1 and owners.setdefault(same[0], name) == name:
+    for name, picture in spelt_otherwise(lost, placed, folder, known).items():
+        if owners.setdefault(picture, name) == name:
             notes.add("spelt", name)
-            placed[name] = same[0]
+            placed[name] = picture
     for name, error in outside.items():
         local = name.split("local-files/?d=")[-1]  # Label Studio's
         parts = re.split(r"[/\\]", plainly(local.split("?")[0] if "://" in local else local))[::-1]
         shared = {p: len(os.path.commonprefix([plainly(p).split("/")[::-1], parts])) for p in known[parts[0]]}
-        best = [p for p in shared if shared[p] == max(shared.values())]
+        best = sorted(p for p in shared if shared[p] == max(shared.values()))
         if not best:
             raise error
         if len(best) > 1:
@@ -569,6 +575,25 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     for place in placed.values():
         picture_path(root, place, f"{path}: ")
     return [placed[name] for name in names]
+
+
+def spelt_otherwise(lost: list, placed: dict, folder: str, known: dict) -> dict[str, str]:
+    """{name: the one picture it can mean}, of names without their picture; none where two mean the same.
+
+    known: {a last name, plainly: pictures}. Where no picture of the file is there twice, a lost one may lie
+    in any folder.
+    """
+    lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in placed.values())
+    claims = defaultdict(list)
+    for name in lost:
+        place = plainly(placed[name])
+        end = "/" + place.removeprefix(plainly(f"{folder}/"))
+        same = [p for p in known[posixpath.basename(place)]
+                if plainly(p) == place or lone and (
+                    f"/{plainly(p)}".endswith(end) or end.endswith(f"/{plainly(p)}"))]
+        if len(same) == 1:
+            claims[same[0]].append(name)
+    return {names[0]: picture for picture, names in claims.items() if len(names) == 1}
 
 
 def shows_upright(data: dict) -> bool:
