@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import FORKS
+from conftest import FORKS, ROOT, wait_for
 from PIL import Image
 
 from tools import demo as tool
@@ -210,6 +211,24 @@ def test_models_are_the_one_in_the_box_and_those_of_work_dirs(tmp_path, monkeypa
     box = ["pretrained", "a", "b"]
     assert seen == [box, ["b", "pretrained", "a"], ["b/epoch_10", *box], box]
     assert models["pretrained"] == tool.Path("work_dirs/pretrained/best_model.pth")
+
+
+def test_photos_are_deleted_when_the_page_ends(start, run, tmp_path):
+    (tmp_path / "page.py").write_text(f"""
+import atexit, os, runpy, tempfile
+os.environ.pop("GRADIO_TEMP_DIR", None)
+tempfile.tempdir = {str(tmp_path)!r}
+try:
+    runpy.run_path({str(ROOT / "tools/demo.py")!r}, run_name="__main__")
+finally:
+    atexit._run_exitfuncs()  # which an interpreter's end would do, but not a forked process's
+""")
+    process = start(tmp_path / "page.py", "--checkpoint", run.work_dir / "best_model.pth", "--device", "cpu")
+    wait_for(process, "Ctrl-C ends it")
+    kept = [*tmp_path.glob("dogflw_demo_*")]
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert kept and not process.is_alive() and not kept[0].exists()
 
 
 def test_what_a_user_can_mend_is_one_line(demo, script, monkeypatch):
