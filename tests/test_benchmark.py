@@ -33,20 +33,21 @@ def test_the_wait_for_faces_is_timed():
 
 def test_a_step_is_the_trainers_own_and_its_enqueueing_is_timed_apart(monkeypatch):
     """On a device that takes 20 ms for what the process enqueues in 2; two micro-batches a step."""
-    done, calls = [0.0], []
+    clock, calls = SimpleNamespace(now=0.0, done=0.0), []
 
     def train_step(run, batches, step):
         calls.append(next(batches)["size"])
-        time.sleep(0.002)
-        done[0] = max(done[0], time.perf_counter()) + 0.02
+        clock.now += 0.002
+        clock.done = max(clock.done, clock.now) + 0.02
     monkeypatch.setattr(trainer, "train_step", train_step)
-    monkeypatch.setattr(benchmark, "synchronize", lambda _: time.sleep(max(0, done[0] - time.perf_counter())))
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(benchmark, "synchronize", lambda _: setattr(clock, "now", max(clock.now, clock.done)))
     monkeypatch.setattr(benchmark, "resident", lambda bench, faces, size: {"size": (faces, size)})
     bench = SimpleNamespace(run=SimpleNamespace(wrapped=torch.nn.Identity()), device=CPU, repeat=5, micro_batch=16,
                             config=SimpleNamespace(accumulate=2, input_size=256))
-    assert 0.01 <= benchmark.step_seconds(bench, {"size": None}) < 0.019 and len(calls) == 7  # of a micro-batch
+    assert benchmark.step_seconds(bench, {"size": None}) == pytest.approx(0.0102) and len(calls) == 7  # of a micro-batch
     calls.clear()
-    assert 0.001 <= benchmark.enqueue_seconds(bench) < 0.01 and set(calls) == {(2, 64)}
+    assert benchmark.enqueue_seconds(bench) == pytest.approx(0.001) and set(calls) == {(2, 64)}
     bench.run.wrapped = runtime.Graphed(torch.nn.Identity(), {})
     calls.clear()
     benchmark.enqueue_seconds(bench)

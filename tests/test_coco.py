@@ -533,14 +533,26 @@ def test_names_that_lead_out_keep_their_session(read, tmp_path, name):
     refused(read, data, "session1", "session2", "both session1/pic_1.jpg", root=tmp_path / "root")
 
 
-@pytest.mark.parametrize("names", [("b/a.jpg", "c/a.jpg"), ("a.jpg", "b/a.jpg")])
-def test_a_picture_that_two_names_could_mean_is_given_to_neither(read, tmp_path, names):
-    data = plain(2)
+def named(*names):
+    data = plain(len(names))
     for image, name in zip(data["images"], names):
         image["file_name"] = name
+    return data
+
+
+@pytest.mark.parametrize("there, names, files", [
+    ("a.jpg", ("b/a.jpg", "c/a.jpg"), None), ("a.jpg", ("a.jpg", "b/a.jpg"), None),
+    ("images/A.jpg", ("images/a.jpg", "a.jpg"), ["images/A.jpg", "a.jpg"]),  # the nearer one has it
+    ("A.jpg", ("./a.jpg", "a.jpg"), ["A.jpg", "A.jpg"])])  # both are one name
+def test_a_picture_that_two_names_could_mean_is_given_to_neither(read, tmp_path, there, names, files):
+    draw(tmp_path / "root" / there)
+    faces = read(named(*names), root=tmp_path / "root")
+    assert faces.files == (files or [*names]) and any("spelt otherwise" in note for note in faces.notes) == bool(files)
+
+
+def test_nor_to_a_name_that_leads_out(read, tmp_path):
     draw(tmp_path / "root/a.jpg")
-    faces = read(data, root=tmp_path / "root")
-    assert faces.files == [*names] and not any("spelt otherwise" in note for note in faces.notes)
+    refused(read, named("/srv/x/a.jpg", "b/a.jpg", "c/a.jpg"), "b/a.jpg and /srv/x/a.jpg are both a.jpg", root=tmp_path / "root")
 
 
 def test_names_that_lead_out_are_not_guessed(read, tmp_path):
@@ -808,6 +820,16 @@ def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn,
     assert not any("EXIF" in note for note in read(data).notes)
     data["images"], data["annotations"] = data["images"][1:], data["annotations"][1:]  # none that tells
     assert sum("nothing tells" in note for note in read(data).notes) == 1
+
+
+def test_a_face_beside_a_picture_of_a_wrong_size_stays_for_what_tells_of_it(read, tmp_path):
+    data = plain(2)
+    data["annotations"][0].update(keypoints=[v for x, y in ((30, 130), (60, 130), (60, 150), (40, 150), (50, 140)) for v in (x, y, 2)],
+                                  bbox=[25, 125, 40, 30])
+    draw(tmp_path / "pic_0.jpg", (HEIGHT, WIDTH))  # no EXIF turns it; the file has its sides swapped
+    draw(tmp_path / "pic_1.jpg")
+    faces = read(data)
+    assert len(faces.files) == 2 and "outside of their picture" in faces.notes[0]
 
 
 def test_upright_landmarks_only_get_the_right_size(read, tmp_path):

@@ -224,11 +224,15 @@ finally:
     atexit._run_exitfuncs()  # which an interpreter's end would do, but not a forked process's
 """)
     process = start(tmp_path / "page.py", "--checkpoint", run.work_dir / "best_model.pth", "--device", "cpu")
-    wait_for(process, "Ctrl-C ends it")
-    kept = [*tmp_path.glob("dogflw_demo_*")]
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert kept and not process.is_alive() and not kept[0].exists()
+    try:
+        wait_for(process, "Ctrl-C ends it")
+        kept = [*tmp_path.glob("dogflw_demo_*")]
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert kept and not process.is_alive() and not kept[0].exists()
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_what_a_user_can_mend_is_one_line(demo, script, monkeypatch):

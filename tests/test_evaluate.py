@@ -512,11 +512,11 @@ def test_a_light_checkpoint_knows_folders_by_name_alone(run, report, tmp_path, m
     (versions / "1").symlink_to(run.data_root)
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="the data of .*light.pth are not here; name a COCO file with --ann"):
+    with pytest.raises(UserError, match="light.pth: does not say where its data are; name a COCO file with --ann"):
         tool.main(["light.pth"])
     tool.main(["light.pth", "--ann", str(run.ann_root / "val.json"), "--device", "cpu"])
     ours, theirs = (json.loads((folder / "report.json").read_text())["metrics"] for folder in (tmp_path / "evaluation", report[0]))
-    assert ours == pytest.approx(theirs, rel=0.02)
+    assert {k: ours[k] for k in tool.METRICS} == pytest.approx({k: theirs[k] for k in tool.METRICS}, rel=1e-3)
 
 
 def test_the_worst_faces_come_first(run, report, tmp_path, monkeypatch):

@@ -258,9 +258,9 @@ def is_ours(path: Path) -> bool:
     try:
         content, ours = load_json(path), [category(1), category(46)]
         made = content["categories"][0]
-        return (content.keys() == {"images", "annotations", "categories"}  # predict.py's also have an info
+        return (content.keys() == {"images", "annotations", "categories"}  # predict.py's have "info", too
                 and (made["name"], made["supercategory"]) in [(c["name"], c["supercategory"]) for c in ours])
-    except (UserError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError):
         return False
 
 

@@ -293,7 +293,9 @@ def annotations_of(args: argparse.Namespace, trained: Trained | None) -> Path:
     if not trained or args.bundled:
         raise UserError("--ann: name the COCO file to score on, and its pictures' folder with --data-root")
     folder = trained.config.ann_root
-    if not (folder.is_absolute() and folder.exists()):  # --light keeps a folder's name alone
+    if not folder.is_absolute():  # a --light one keeps a folder's name alone
+        raise UserError(f"{args.checkpoint}: does not say where its data are; name a COCO file with --ann")
+    if not folder.exists():
         raise UserError(f"{folder}: the data of {args.checkpoint} are not here; name a COCO file with --ann")
     _, val = find_annotations(folder)
     if not val:

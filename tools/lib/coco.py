@@ -130,7 +130,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
-    inside = in_pictures(triples[..., :2], triples[..., 2], sizes.max(1, keepdims=True), ids, path, notes)
+    inside = in_pictures(triples[..., :2], triples[..., 2], sizes.max(1, keepdims=True))
+    leave_out(~inside, ids, path, notes)
     entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
                                               (entries, ids, image_ids, files, breeds))
     sizes, triples = sizes[inside], triples[inside]
@@ -143,7 +144,11 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     turns = stored_turns(files, sizes, points, visible, root, notes, shows_upright(data), read)
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
-    inside = in_pictures(points, visible, sizes, ids, path, notes)  # now each side is known
+    inside = in_pictures(points, visible, sizes)  # now each side is known
+    for i in np.flatnonzero(~inside):  # a wrong size is told as one where the picture is read
+        raw, turn = header(os.path.join(root, files[i])) or (tuple(sizes[i]), 0)
+        inside[i] = tuple(sizes[i]) != (raw[::-1] if turn > 4 else raw)
+    leave_out(~inside, ids, path, notes)
     entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
                                               (entries, ids, image_ids, files, breeds))
     sizes, boxes, points, visible = sizes[inside], boxes[inside], points[inside], visible[inside]
@@ -158,18 +163,17 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
                      room=room_of(points, visible, boxes))
 
 
-def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray, ids: list, path: Path,
-                notes: Notes) -> np.ndarray:
-    """Which faces (N,) have a labelled landmark in their picture, to within a pixel; the others are counted.
+def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Which faces (N,) have a labelled landmark in their pictures of `sizes` (N, 1 or 2), to a pixel."""
+    return (((points >= -1) & (points <= sizes[:, None] + 1)).all(2) & (visible > 0)).any(1)
 
-    Raises UserError where there are none.
-    """
-    inside = ((points > -1) & (points < sizes[:, None] + 1)).all(2) & (visible > 0)
-    for annotation in compress(ids, ~inside.any(1)):
+
+def leave_out(away: np.ndarray, ids: list, path: Path, notes: Notes):
+    """Count the faces that are away (N,) from their pictures. Raises UserError where all are."""
+    for annotation in compress(ids, away):
         notes.add("away", f"annotation {annotation}")
-    if not inside.any():
+    if away.all():
         raise notes.nothing_left(path)
-    return inside.any(1)
 
 
 # ---------------------------------------------------------------- the file and its categories
@@ -549,15 +553,17 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     several = {placed[n] for n in repeated if n in placed}
     folder = holding_folder([*placed.values()], path, root, several, notes)
     placed = {name: posixpath.join(folder, place) for name, place in placed.items()}
-    owners = {place: name for name, place in placed.items()}
-    lost = [name for name, place in placed.items() if not os.path.isfile(os.path.join(root, place))]
+    owners = {place: place for place in placed.values()}  # {picture: whose it is}
+    lost = [place for place in owners if not os.path.isfile(os.path.join(root, place))]
     for at, _, files in os.walk(root) if lost or outside else ():
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
-    for name, picture in spelt_otherwise(lost, placed, folder, known).items():
-        if owners.setdefault(picture, name) == name:
-            notes.add("spelt", name)
-            placed[name] = picture
+    claims = spelt_otherwise(lost, [*owners], folder, known)
+    meant = {place: picture for picture, (place, *others) in claims.items()
+             if owners.setdefault(picture, place) == place and not others}
+    for name in [name for name, place in placed.items() if place in meant]:
+        notes.add("spelt", name)
+        placed[name] = meant[placed[name]]
     for name, error in outside.items():
         local = name.split("local-files/?d=")[-1]  # Label Studio's
         parts = re.split(r"[/\\]", plainly(local.split("?")[0] if "://" in local else local))[::-1]
@@ -577,23 +583,25 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     return [placed[name] for name in names]
 
 
-def spelt_otherwise(lost: list, placed: dict, folder: str, known: dict) -> dict[str, str]:
-    """{name: the one picture it can mean}, of names without their picture; none where two mean the same.
+def spelt_otherwise(lost: list, places: Iterable, folder: str, known: dict) -> dict[str, list]:
+    """{picture: the lost places that can mean it, and no other}; one alone where it differs least.
 
-    known: {a last name, plainly: pictures}. Where no picture of the file is there twice, a lost one may lie
-    in any folder.
+    known: {a last name, plainly: pictures}. Where no picture of the file's `places` is there twice, a lost
+    one may lie in any folder.
     """
-    lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in placed.values())
+    lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in places)
     claims = defaultdict(list)
-    for name in lost:
-        place = plainly(placed[name])
-        end = "/" + place.removeprefix(plainly(f"{folder}/"))
-        same = [p for p in known[posixpath.basename(place)]
-                if plainly(p) == place or lone and (
+    for place in lost:
+        plain = plainly(place)
+        end = "/" + plain.removeprefix(plainly(f"{folder}/"))
+        same = [p for p in known[posixpath.basename(plain)]
+                if plainly(p) == plain or lone and (
                     f"/{plainly(p)}".endswith(end) or end.endswith(f"/{plainly(p)}"))]
         if len(same) == 1:
-            claims[same[0]].append(name)
-    return {names[0]: picture for picture, names in claims.items() if len(names) == 1}
+            claims[same[0]].append(place)
+    exact = {picture: [place for place in claim if plainly(place) == plainly(picture)]
+             for picture, claim in claims.items()}
+    return claims | {picture: nearest for picture, nearest in exact.items() if len(nearest) == 1}
 
 
 def shows_upright(data: dict) -> bool:
