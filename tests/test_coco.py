@@ -138,6 +138,13 @@ def species(d):
         a["category_id"] = 3 + i % 2
 
 
+def fractions(d):
+    for a in d["annotations"]:
+        a["keypoints"] = [v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)]
+
+
+# Landmarks below a picture of WIDTH x HEIGHT, and in one of HEIGHT x WIDTH.
+BELOW = [v for x, y in ((30, 130), (60, 130), (60, 150), (40, 150), (50, 140)) for v in (x, y, 2)]
 SIDES = ["left_eye", "right_eye", "nose", "left_ear", "right_ear"]
 KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "names missing (300W, WFLW)": (categories({"keypoints": []}), "point_0 to point_4", 6),
@@ -215,11 +222,9 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "box of words": (annotation(bbox=["a", "b", "c", "d"]), "1 missing, flat", 6),
     "box elsewhere": (annotation(bbox=[0, 0, 9, 9]), "1 away from them (annotation 2)", 6),
     "all boxes as fractions": (each(lambda a: a.update(bbox=[0.3, 0.3, 0.4, 0.4])), "6 away from them", 6),
-    "landmarks as fractions": (each(lambda a: a.update(keypoints=[
-        v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)])), "6 faces' landmarks as fractions", 6),
+    "landmarks as fractions": (fractions, "6 faces' landmarks as fractions", 6),
     "landmarks as fractions, one of them outside": (lambda d: [
-        each(lambda a: a.update(keypoints=[v / s for v, s in zip(a["keypoints"], [WIDTH, HEIGHT, 1] * 5, strict=True)]))(d),
-        d["annotations"][1]["keypoints"].__setitem__(slice(0, 3), [1.04, 0.5, 1]),
+        fractions(d), d["annotations"][1]["keypoints"].__setitem__(slice(0, 3), [1.04, 0.5, 1]),
         d["annotations"][1].update(bbox=[40, 30, 126, 70])], "6 faces' landmarks as fractions", 6),
     "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
     "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
@@ -824,8 +829,7 @@ def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn,
 
 def test_a_face_beside_a_picture_of_a_wrong_size_stays_for_what_tells_of_it(read, tmp_path):
     data = plain(2)
-    data["annotations"][0].update(keypoints=[v for x, y in ((30, 130), (60, 130), (60, 150), (40, 150), (50, 140)) for v in (x, y, 2)],
-                                  bbox=[25, 125, 40, 30])
+    data["annotations"][0].update(keypoints=BELOW, bbox=[25, 125, 40, 30])
     draw(tmp_path / "pic_0.jpg", (HEIGHT, WIDTH))  # no EXIF turns it; the file has its sides swapped
     draw(tmp_path / "pic_1.jpg")
     faces = read(data)
@@ -856,7 +860,7 @@ def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
     for image in data["images"]:  # an upright one whose file has its stored size: all lie below that
         draw(tmp_path / image["file_name"], (WIDTH, HEIGHT), exif=exif)
     for a in data["annotations"]:
-        a["keypoints"] = [v for x, y in ((30, 130), (60, 130), (60, 150), (40, 150), (50, 140)) for v in (x, y, 2)]
+        a["keypoints"] = BELOW
     assert (read(data).sizes == (HEIGHT, WIDTH)).all() and len(read(data).files) == 3
 
 

@@ -178,9 +178,9 @@ def test_ranges_of_the_augmentation_are_used_whole_and_to_both_sides():
     assert np.abs(grey - 128).max() < 45 and abs(grey.mean() - 128) < 3
 
 
-def square_face(tmp_path, visible, flip_pairs, value=255):
-    """One face of four landmarks in a picture of one grey: two partners, the middle, and one far to the right."""
-    Image.fromarray(np.full((200, 200, 3), value, np.uint8)).save(tmp_path / "a.png")
+def square_face(tmp_path, visible, flip_pairs):
+    """One face of four landmarks in a white picture: two partners, the middle, and one far to the right."""
+    Image.fromarray(np.full((200, 200, 3), 255, np.uint8)).save(tmp_path / "a.png")
     scheme = data.Scheme(["l", "r", "middle", "far"], flip_pairs, {}, [], [])
     points = np.array([[[80.0, 80], [120, 80], [100, 100], [190, 100]]])
     return data.Faces(scheme, tmp_path, ["a.png"], np.array([[200, 200]]), np.array([[60.0, 60, 80, 80]]), points,

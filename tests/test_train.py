@@ -344,6 +344,7 @@ def test_a_backbone_may_learn_at_a_part_of_the_rate(flags, tmp_path, monkeypatch
     def kept(model, config):
         seen.append((model, build(model, config)))
         return seen[-1][1]
+
     def losses(maps, points, visible, sigma, config, real=trainer.heatmap_losses):
         sigmas.extend([sigma] * maps.requires_grad)
         return real(maps, points, visible, sigma, config)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from tools.lib.cli import Parser, UserError, as_argument, run_script
-from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, header, hull_of, rebuilt_box
+from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box, seen_size
 from tools.lib.files import ROOT, atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import read_picture
 
@@ -133,11 +133,11 @@ def is_whole(path: Path) -> bool:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) as read_image shows it; decodes only what is odd."""
-    size, turn = header(path) or ((0, 0), 0)
+    size = seen_size(path) or (0, 0)
     if max(size) >= MAX_SIDE:
         raise ValueError(f"{size[0]} x {size[1]} pixels is too large")
     if 0 not in size and is_whole(path):
-        return size[::-1] if turn > 4 else size
+        return size
     try:
         return read_picture(path)[1]
     except UserError as e:

@@ -315,10 +315,10 @@ def is_file_of(folder: Path, ann: Path, place: int) -> bool:
 def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces, Path]:
     """The faces to score on, as the model is to see them, and their file. Raises UserError."""
     ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
-    stored = stored if stored and stored.is_absolute() else None
     if not ann.is_file():
         raise UserError(f"--ann {ann}: is no file; name the COCO file to score on")
-    root, own = data_root(args.data_root or stored), trained and trained.config.category
+    root = data_root(args.data_root or (stored if stored and stored.is_absolute() else None))
+    own = trained and trained.config.category
     try:
         faces = data.load_coco(ann, root, args.category or own)
     except UserError:

@@ -131,10 +131,8 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
     inside = in_pictures(triples[..., :2], triples[..., 2], sizes.max(1, keepdims=True))
-    leave_out(~inside, ids, path, notes)
-    entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
-                                              (entries, ids, image_ids, files, breeds))
-    sizes, triples = sizes[inside], triples[inside]
+    ids, entries, image_ids, files, breeds, sizes, triples = those_inside(
+        inside, path, notes, ids, entries, image_ids, files, breeds, sizes, triples)
     limits = sizes.max(1)[:, None, None] + 1  # EXIF may still swap the sides
     lost = (triples[..., 2] > 0) & (abs(triples[..., :2] - limits / 2) > 1.5 * limits).any(2)
     for i in np.flatnonzero(lost.any(1)):  # a picture's side away from it: -999 of a program, or a typo
@@ -146,12 +144,9 @@ def read_coco(path: Path, root: Path, category: str | int | None = None) -> Coco
     turn_faces(turns, sizes, boxes, points, visible)
     inside = in_pictures(points, visible, sizes)  # now each side is known
     for i in np.flatnonzero(~inside):  # a wrong size is told as one where the picture is read
-        raw, turn = header(os.path.join(root, files[i])) or (tuple(sizes[i]), 0)
-        inside[i] = tuple(sizes[i]) != (raw[::-1] if turn > 4 else raw)
-    leave_out(~inside, ids, path, notes)
-    entries, ids, image_ids, files, breeds = ([*compress(column, inside)] for column in
-                                              (entries, ids, image_ids, files, breeds))
-    sizes, boxes, points, visible = sizes[inside], boxes[inside], points[inside], visible[inside]
+        inside[i] = (seen_size(os.path.join(root, files[i])) or tuple(sizes[i])) != tuple(sizes[i])
+    ids, entries, image_ids, files, breeds, sizes, boxes, points, visible = those_inside(
+        inside, path, notes, ids, entries, image_ids, files, breeds, sizes, boxes, points, visible)
     slack = sizes[:, None] / 20
     beyond = (visible == 2) & ((points < -slack) | (points > sizes[:, None] + slack)).any(2)
     for i in np.flatnonzero(beyond.any(1)):
@@ -168,12 +163,14 @@ def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray) -> n
     return (((points >= -1) & (points <= sizes[:, None] + 1)).all(2) & (visible > 0)).any(1)
 
 
-def leave_out(away: np.ndarray, ids: list, path: Path, notes: Notes):
-    """Count the faces that are away (N,) from their pictures. Raises UserError where all are."""
-    for annotation in compress(ids, away):
+def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *columns) -> list:
+    """ids and the other columns of the faces inside (N,) alone; the others are counted. UserError if none."""
+    for annotation in compress(ids, ~inside):
         notes.add("away", f"annotation {annotation}")
-    if away.all():
+    if not inside.any():
         raise notes.nothing_left(path)
+    return [column[inside] if isinstance(column, np.ndarray) else [*compress(column, inside)]
+            for column in (ids, *columns)]
 
 
 # ---------------------------------------------------------------- the file and its categories
@@ -532,7 +529,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
 
     Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
     missing the one counts that is only spelt otherwise (a.JPG, %20, an accent as two characters), or lies in
-    another folder, if no picture of the file is there twice. A name that leads out of the data root, another
+    another folder, if no picture of the file is there twice; one that two names can mean is neither's, unless
+    it is in the place of one. A name that leads out of the data root, another
     machine's or a server's, is the picture that shares the longest end with it. Pictures that are nowhere
     keep their name.
     """
@@ -561,9 +559,10 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     claims = spelt_otherwise(lost, [*owners], folder, known)
     meant = {place: picture for picture, (place, *others) in claims.items()
              if owners.setdefault(picture, place) == place and not others}
-    for name in [name for name, place in placed.items() if place in meant]:
-        notes.add("spelt", name)
-        placed[name] = meant[placed[name]]
+    for name, place in placed.items():
+        if place in meant:
+            notes.add("spelt", name)
+            placed[name] = meant[place]
     for name, error in outside.items():
         local = name.split("local-files/?d=")[-1]  # Label Studio's
         parts = re.split(r"[/\\]", plainly(local.split("?")[0] if "://" in local else local))[::-1]
@@ -634,6 +633,12 @@ def header(path: Path | str) -> tuple[tuple, int] | None:
         return None
 
 
+def seen_size(path: Path | str) -> tuple | None:
+    """A picture's width and height as it is seen, by its header; None if unreadable."""
+    size, turn = header(path) or (None, 0)
+    return size[::-1] if turn > 4 else size
+
+
 def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.ndarray, set]:
     """The pictures' sizes (N, 2), and names of those whose size the file does not give (0).
 
@@ -643,8 +648,7 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.
     for name, size in zip(files, sizes, strict=True):
         if 0 in size and name not in read:
             path = picture_path(root, name)
-            size, turn = header(path) or (read_picture(path)[1], 0)
-            read[name] = size[::-1] if turn > 4 else size
+            read[name] = seen_size(path) or read_picture(path)[1]
             notes.add("sizes", name)
     return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)]), {*read}
 
