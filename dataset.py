@@ -61,8 +61,8 @@ class Faces:
         return len(self.files)
 
     def take(self, index):
-        """The faces of `index`, in its order."""
-        index = np.asarray(index, dtype=int)
+        """The faces of `index`, in its order: numbers, or a mask (N,) of bool."""
+        index = np.arange(len(self))[index]
         return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
                        **{name: getattr(self, name)[index]
                           for name in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
@@ -163,7 +163,7 @@ class Augmentation:
 
 def default_sigma(input_size: int) -> float:
     """The targets' standard deviation in cells: the same part of the crop at every size of it."""
-    return 1.5 * input_size / SIZE
+    return 1.5 * input_size / 256
 
 
 class DogFLWDataset(torch.utils.data.Dataset):
@@ -174,9 +174,9 @@ class DogFLWDataset(torch.utils.data.Dataset):
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
     visibility is 1 where a landmark trains, 0 where it is not labelled or cut off, and -1 where there is no
-    face and its map is to be flat. A DataLoader calls `__getitems__` instead: whole batches of uint8 crops,
-    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i (-1 is the last), (epoch, i) or
-    (epoch, i, crop size): the crop depends on seed, epoch and i alone. cache: for decoded faces, or None.
+    face and its map is to be flat. The trainer calls `batch(items)` instead: whole batches of uint8 crops,
+    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i (-1 is the last; epoch 0), (epoch, i)
+    or (epoch, i, crop size): the crop depends on seed, epoch and i alone. cache: for decoded faces, or None.
     """
 
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
@@ -191,7 +191,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
         return len(self.faces)
 
     def __getitem__(self, item):
-        batch = self.__getitems__([item])
+        batch = self.batch([item])
         size = batch["image"].shape[1]
         batch["image"] = normalize(batch["image"], torch.tensor(MEAN), torch.tensor(STD), batch.pop("colour"))
         batch["heatmaps"] = encode_heatmaps(batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
@@ -206,7 +206,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
             points, labelled = points[self.flip_index], labelled[self.flip_index]
         return matrix, points, labelled, colour
 
-    def __getitems__(self, items):
+    def batch(self, items):
         items = [item if isinstance(item, tuple) else (0, range(len(self))[item]) for item in items]
         n, k, size = len(items), len(self.faces.scheme.names), items[0][2] if len(items[0]) > 2 else self.size
         crops = np.empty((n, size, size, 3), np.uint8)
@@ -237,7 +237,7 @@ def normalize(images, mean, std, colour=None):
     colour (B, 3, 4): an affine map of RGB in 0..255, the colour augmentation; folded into the normalisation.
     """
     if colour is None:
-        colour = torch.eye(3, 4, device=images.device).expand(len(images), 3, 4)
+        colour = torch.eye(3, 4).to(mean).expand(len(images), 3, 4)
     matrix = torch.cat([colour[..., :3], colour[..., 3:] - 255 * mean[:, None]], 2) / (255 * std[:, None])
     pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
     pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))

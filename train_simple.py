@@ -27,7 +27,7 @@ from dataset import PADDING, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
 from tools.lib import runtime
 from tools.lib.backbones import feature_maps, normalization, take_imagenet, take_weights
 from tools.lib.batches import EpochBatches, batches_of, faces_a_step
-from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable
+from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable, restore
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations, notes_of
 from tools.lib.draw import Log
@@ -284,7 +284,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
     table = np.zeros((n, len(scheme.names), 4))  # x, y, score, loss; 0 for other processes' faces
     mine = range(processes.rank, n, processes.world)
     shares = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
-    for share, batch in zip(shares, one_ahead(dataset.__getitems__, shares)):
+    for share, batch in zip(shares, one_ahead(dataset.batch, shares)):
         heatmaps, table[share, :, :2], table[share, :, 2] = predict_crops(
             model, batch["image"], batch["matrix"].numpy(), config, flip_index, amp)
         if sigma is not None:
@@ -297,7 +297,7 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
 
 class Trained(TrainedModel):
     """A checkpoint ready to use: Trained(path, device).look([(image, box), ...]) -> points, scores."""
-    Config, Scheme, Network = Config, Scheme, LandmarkNet
+    Config, Scheme, build_model = Config, Scheme, staticmethod(build_model)
     crop, predict_crops = staticmethod(data.cut_crop), staticmethod(predict_crops)
 
 
@@ -347,7 +347,7 @@ def build_optimizer(model: nn.Module, config: Config):
         scale = config.backbone_lr_mult if name.startswith("backbone.") else 1.0
         groups.setdefault((scale, p.ndim > 1), []).append(p)
     groups = [{"params": members, "scale": scale, "weight_decay": config.weight_decay * matrices}
-              for (scale, matrices), members in sorted(groups.items(), reverse=True)]  # --lr's first: logged
+              for (scale, matrices), members in sorted(groups.items(), reverse=True)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
                              fused=next(model.parameters()).device.type in ("cuda", "cpu"))
 
@@ -368,8 +368,7 @@ class Run:
         self.progress = {"epoch": 0, "best": math.inf, "rows": []}
         if resumed:
             self.progress = {name: resumed[name] for name in self.progress}
-            for name in filter(resumed.get, self.stateful):  # without float16 the scaler's state is empty
-                self.stateful[name].load_state_dict(resumed[name])
+            restore(self.stateful, resumed)
         self.average = runtime.WeightAverage(self.model, self.ema, config.ema) if config.ema else None
         self.wrapped = runtime.for_training(self.model, config, plan, processes, self.amp)
 
@@ -496,7 +495,7 @@ def train(config: Config, processes):
         if plan.validates(epoch):
             points, row["val_loss"], metrics = validate(run, select_sets[size])
             row |= metrics
-        row |= {"lr": run.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - begin}
+        row |= {"lr": plan.lr((epoch + 1) * plan.steps - 1), "seconds": time.perf_counter() - begin}
         run.progress["rows"].append(row)
         if processes.first:
             best = saver.save(run, row, chosen_on)

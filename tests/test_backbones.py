@@ -204,6 +204,15 @@ def test_an_edited_head_starts_fresh_where_it_differs(run):
     assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items() if not k.startswith("head."))
 
 
+def test_a_setting_of_the_network_reaches_every_tool(run, monkeypatch):
+    """README: "a setting: one line of Config". What `build_model` makes of it is what a checkpoint is loaded into."""
+    made, build = [], trainer.build_model
+    monkeypatch.setattr(trainer.Trained, "build_model", staticmethod(lambda *given: made.append(given) or build(*given)))
+    trained = trainer.Trained(run.work_dir / "best_model.pth")
+    (config, scheme), = made
+    assert scheme == trained.scheme and config.input_size == 64 and not config.pretrained and config.weights is None
+
+
 def test_imagenet_weights_are_taken_whole_or_refused(monkeypatch):
     source, create = timm.create_model("hrnet_w18_small"), timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: source if pretrained else create(name, **o))

@@ -1,12 +1,15 @@
 """dataset.py: crops, mirroring, augmentation, heatmaps, the face cache, splits."""
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS
+from conftest import FORKS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -120,7 +123,7 @@ def test_augmentation_moves_pixels_and_points_alike(faces):
             x, y = faces.points[i, k]
             cv2.circle(painted, (round(x * 16), round(y * 16)), 40, (255, 255, 255), -1, cv2.LINE_AA, 4)
             one.windows._decode = lambda j, p=painted, w=one.windows: cut_window(p, *w.geometry[j])
-            batch = one.__getitems__([(epoch, i)])
+            batch = one.batch([(epoch, i)])
             mirrored = np.linalg.det(batch["matrix"][0, :, :2].numpy()) < 0
             flips += mirrored
             j = faces.scheme.flip_index[k] if mirrored else k
@@ -136,10 +139,10 @@ def test_augmentation_moves_pixels_and_points_alike(faces):
 
 def test_augmentation_is_a_function_of_seed_epoch_index(faces):
     first, again, other = (DogFLWDataset(faces, 64, augment=Augmentation(), seed=s) for s in (0, 0, 1))
-    batch = first.__getitems__([(2, 5), (2, 6), (3, 5)])
-    for key, value in again.__getitems__([(3, 5), (2, 6), (2, 5)]).items():
+    batch = first.batch([(2, 5), (2, 6), (3, 5)])
+    for key, value in again.batch([(3, 5), (2, 6), (2, 5)]).items():
         torch.testing.assert_close(value[[2, 1, 0]], batch[key], rtol=0, atol=0)
-    assert not torch.equal(other.__getitems__([(2, 5)])["image"], batch["image"][:1])
+    assert not torch.equal(other.batch([(2, 5)])["image"], batch["image"][:1])
     assert not torch.equal(batch["image"][0], batch["image"][2])
 
 
@@ -148,8 +151,8 @@ def test_augmentation_is_what_the_flags_say(faces):
     off = [text for name in ("flip", "rotation", "scale", "shift", "colour", "occlusion") for text in (f"--{name}", "0")]
 
     def batch(*flags):
-        return DogFLWDataset(faces, 64, augment=parse_args([*off, *flags])).__getitems__([(1, i) for i in range(12)])
-    plain = DogFLWDataset(faces, 64).__getitems__([(1, i) for i in range(12)])
+        return DogFLWDataset(faces, 64, augment=parse_args([*off, *flags])).batch([(1, i) for i in range(12)])
+    plain = DogFLWDataset(faces, 64).batch([(1, i) for i in range(12)])
     for key, value in batch().items():
         assert torch.equal(value, plain[key]), key
     for flag, value, changed in (("flip", 1, "points"), ("rotation", 30, "points"), ("scale", 0.5, "points"), ("shift", 0.1, "points"),
@@ -198,13 +201,13 @@ def test_visibility_goes_with_its_landmark_and_ends_at_the_crop(tmp_path):
 def test_without_partners_nothing_is_mirrored(tmp_path):
     for flip_pairs, mirrored in (([], False), ([[0, 1]], True)):
         ds = DogFLWDataset(square_face(tmp_path, [2] * 4, flip_pairs), 64, augment=Augmentation(flip=1))
-        matrices = ds.__getitems__([(epoch, 0) for epoch in range(4)])["matrix"]
+        matrices = ds.batch([(epoch, 0) for epoch in range(4)])["matrix"]
         assert ((np.linalg.det(matrices[:, :, :2].numpy()) < 0) == mirrored).all()
 
 
 def test_an_augmented_crop_shows_the_picture_and_no_border_where_it_goes_on(tmp_path):
     ds = DogFLWDataset(square_face(tmp_path, [2] * 4, []), 64, augment=Augmentation(0, colour=0, occlusion=0))
-    images = ds.__getitems__([(epoch, 0) for epoch in range(50)])["image"]
+    images = ds.batch([(epoch, 0) for epoch in range(50)])["image"]
     assert (images[:, [1, 62, 32, 32], [32, 32, 1, 62]] == 255).all()
     with_corners, _ = data.cut_crop(np.full((200, 200, 3), 255, np.uint8), (60, 60, 80, 80), 64, 1.25, rotation=45)
     assert (with_corners == 255).all()
@@ -227,7 +230,7 @@ def test_an_augmented_crop_stays_in_its_window(rotation, scale, shift, seed):
 def test_smaller_crops_show_the_same(faces):
     """An item of half the size is the whole item shrunk: picture, landmarks, colour and occlusion."""
     ds, items = DogFLWDataset(faces, 128, augment=Augmentation(occlusion=1)), range(len(faces))
-    full, half = (ds.__getitems__([(1, i, size) for i in items]) for size in (128, 64))
+    full, half = (ds.batch([(1, i, size) for i in items]) for size in (128, 64))
     torch.testing.assert_close((half["keypoints"] + 0.5) * 2 - 0.5, full["keypoints"], rtol=0, atol=1e-3)
     torch.testing.assert_close(half["colour"], full["colour"], rtol=0, atol=0)
     shrunk = full["image"].float().unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean((2, 4))
@@ -236,11 +239,11 @@ def test_smaller_crops_show_the_same(faces):
 
 def test_the_cache_gives_the_plain_crops(faces, tmp_path, monkeypatch):
     items, options = [(4, i) for i in range(len(faces))], {"input_size": 96, "augment": Augmentation()}
-    expected = DogFLWDataset(faces, **options).__getitems__(items)
+    expected = DogFLWDataset(faces, **options).batch(items)
     DogFLWDataset(faces, cache=tmp_path / "new" / "cache", **options)
     monkeypatch.setattr(Windows, "_decode", None)  # the second time nothing is decoded, nor by a spawned worker
     cached = pickle.loads(pickle.dumps(DogFLWDataset(faces, cache=tmp_path / "new" / "cache", **options)))
-    for key, value in cached.__getitems__(items).items():
+    for key, value in cached.batch(items).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
     assert [p.suffix for p in (tmp_path / "new/cache").iterdir() if p.name != ".cache.lock"] == [".bin"]
 
@@ -292,7 +295,7 @@ def test_a_picture_of_another_size_than_the_file_says_is_named(faces, tmp_path):
 
 def test_prediction_crop_is_the_validation_crop(faces):
     ds = DogFLWDataset(faces, 96)
-    batch = ds.__getitems__(list(range(8)))
+    batch = ds.batch(list(range(8)))
     for i in range(8):
         crop, matrix = data.cut_crop(read_image(faces.root / faces.files[i]), faces.boxes[i], 96, 1.25)
         np.testing.assert_array_equal(crop, batch["image"][i].numpy())
@@ -310,6 +313,40 @@ def test_a_crop_that_is_turned_is_the_crop_of_the_turned_picture():
 def test_the_dataset_is_a_sequence(faces):
     ds = DogFLWDataset(faces.take(range(3)), 64)
     assert ds[-1]["index"] == 2 and [int(face["index"]) for face in ds] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_data_loader_gives_the_samples(faces, workers):
+    ds = DogFLWDataset(faces, 64)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(ds, [3, 0, 5]), batch_size=2, num_workers=workers)
+    for batch, wanted in zip(loader, ([3, 0], [5]), strict=True):
+        for row, i in enumerate(wanted):
+            for name, value in ds[i].items():
+                assert torch.equal(batch[name][row], value), name
+
+
+def test_faces_are_taken_by_number_or_mask(faces):
+    ids = np.array(faces.ids)
+    mask = np.arange(len(faces)) % 3 == 1
+    for index, wanted in ((mask, ids[mask]), (mask.tolist(), ids[mask]), ([-1, 0], ids[[-1, 0]]), (range(2), ids[:2]), ([], ids[:0])):
+        some = faces.take(index)
+        assert [*some.ids] == [*wanted] and len(some.files) == len(some.points) == len(some.breeds) == len(wanted)
+    assert faces.take(mask).files == [file for file, taken in zip(faces.files, mask) if taken]
+
+
+def test_paths_may_be_texts(faces, sample):
+    again = data.load_coco(str(sample.ann_root / "train.json"), str(sample.data_root / "train"))  # names are found by their ends
+    assert len(again) > 0 and (again.points == data.load_coco(sample.ann_root / "train.json", sample.data_root).points).all()
+
+
+def test_a_programs_own_warnings_come_first():
+    loud = ("import warnings; warnings.simplefilter('error', UserWarning); import dataset\n"
+            "try: warnings.warn_explicit('odd', UserWarning, 'PIL/x.py', 1, module='PIL.x')\n"
+            "except UserWarning: print('raised')")
+    silent = "import warnings, dataset; warnings.warn_explicit('odd', UserWarning, 'PIL/x.py', 1, module='PIL.x')"
+    for code, said in ((loud, "raised\n"), (silent, "")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.stdout == said and not done.stderr
 
 
 def test_a_large_face_is_shrunk_without_aliasing():
@@ -378,7 +415,7 @@ def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
     faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).whole_pictures()
     faces = faces.take(np.flatnonzero((faces.visible > 0).all(1))[:20])
     dataset = DogFLWDataset(faces, 64, 1.0, augment=Augmentation(scale=1.5, empty=0.4))
-    batch = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
+    batch = dataset.batch([(epoch, i) for epoch in range(10) for i in range(20)])
     visible, points = batch["visibility"].numpy(), batch["keypoints"].numpy()
     nothing = (visible < 0).any(1)
     assert 0.3 < nothing.mean() < 0.7
@@ -386,7 +423,7 @@ def test_a_locators_crops_lie_anywhere_and_some_show_no_face(sample):
     assert ((visible[~nothing] > 0).mean(1) > 0.2).all()
     sides = np.ptp(points[~nothing], axis=1).max(1) / 64
     assert sides.min() < 0.3 and sides.max() > 0.8
-    again = dataset.__getitems__([(epoch, i) for epoch in range(10) for i in range(20)])
+    again = dataset.batch([(epoch, i) for epoch in range(10) for i in range(20)])
     assert torch.equal(batch["image"], again["image"])
 
 
@@ -404,7 +441,7 @@ def test_what_a_locators_flat_crops_hide_is_hidden(k, tmp_path):
     one = data.Faces(scheme, tmp_path, ["a.png"], np.array([[200, 200]]), np.array([[0, 0, 199, 199.0]]), points[None],
                 np.full((1, k), 2), np.array([1]), np.array([1]), [""])
     dataset = DogFLWDataset(one, 64, 1.0, augment=Augmentation(empty=0.9, colour=0, occlusion=0, rotation=0, scale=0.5, shift=0.6))
-    batch = dataset.__getitems__([(epoch, 0) for epoch in range(200)])
+    batch = dataset.batch([(epoch, 0) for epoch in range(200)])
     flat = batch["image"][(batch["visibility"] == -1).all(1)]
     assert len(flat) > 10 and (flat.numpy() > 150).mean() < 7e-4  # the rims of dots that the crop cut
 
@@ -424,11 +461,11 @@ def test_a_locator_learns_that_pictures_of_the_background_show_no_face(faces, tm
     assert np.isnan(METRICS["nme"](both.points, both, 1.0)[-2:]).all()  # they count in no metric
     dataset = DogFLWDataset(both, 64, 1.0, augment=Augmentation(scale=1.5, empty=0.1))
     last = [len(both) - 2, len(both) - 1] * 20
-    batch = dataset.__getitems__([(epoch, i) for epoch, i in enumerate(last)])
+    batch = dataset.batch([(epoch, i) for epoch, i in enumerate(last)])
     assert (batch["visibility"] == -1).all()  # flat maps are asked for, of every landmark
     shown = [np.abs(crop.astype(int) - colours[n % 2]).max(-1).min() for n, crop in enumerate(batch["image"].numpy())]
     assert np.median(shown) < 80  # colours are the device's, so the picture's own are there
-    plain = DogFLWDataset(both, 64, 1.0).__getitems__(last[:2])
+    plain = DogFLWDataset(both, 64, 1.0).batch(last[:2])
     assert (plain["visibility"] == 0).all()
     with pytest.raises(UserError, match="shows a face to train on"):
         with_background(whole, faces.root)

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,9 @@ from tools.lib.cli import (
     from_stored,
     is_within,
     kind_of,
+    parse_settings,
     run_script,
+    setting,
 )
 from train_simple import Config
 
@@ -197,6 +199,26 @@ def test_a_run_from_before_a_setting_had_its_default():
     assert changed_settings(config, stored) == []
     config.kl_weight = 0.5
     assert changed_settings(config, stored) == ["--kl-weight was 0.3, now 0.5"]
+    del stored["lr"]  # as of a setting that is worked out, and was added since
+    assert config.lr and changed_settings(config, stored) == ["--kl-weight was 0.3, now 0.5"]
+
+
+def test_a_new_setting_has_any_help_and_a_plain_type(capsys):
+    @dataclass
+    class New:
+        clip: float = setting(0.0, "share that is clipped, in %", "[0,100]")
+
+    @dataclass
+    class Several:
+        steps: list[int] | None = setting(None, "places")
+    assert parse_settings(New, None, ["--clip", "100"]).clip == 100
+    with pytest.raises(UserError, match="--clip 101.0: must be from 0 to 100"):
+        parse_settings(New, None, ["--clip", "101"])
+    with pytest.raises(SystemExit):
+        parse_settings(New, None, ["--help"])
+    assert "clipped, in % (default: 0.0)" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="steps: a setting is an int, a float"):
+        parse_settings(Several, None, [])
 
 
 def test_a_checkpoint_knows_its_data_from_any_folder(monkeypatch, tmp_path):

@@ -191,6 +191,11 @@ def test_a_new_metric_reaches_every_report(tmp_path, monkeypatch):
     low, high = (report["region"][name]["largest"] for name in ("low", "high"))
     assert high == 0 and low > 0 and b"largest" in as_table(report)
     assert tool.METRICS.keys() <= tool.definitions("nme_iod", 0.05).keys()
+    monkeypatch.setitem(tool.METRICS, "auc", largest)
+    with pytest.raises(UserError, match="auc is a number of this report"):
+        tool.score(points, faces, 1.25)
+    monkeypatch.setattr(tool, "METRICS", {"nme": tool.METRICS["nme"], "largest": largest})
+    assert tool.score(points, faces, 1.25)[0]["main"] == "nme"
 
 
 def test_bars_are_the_landmarks_errors_in_percent():

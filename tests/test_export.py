@@ -30,7 +30,7 @@ def exported(run, script, tmp_path_factory):
 @pytest.fixture(scope="module")
 def crops(run):
     faces = data.load_coco(run.ann_root / "val.json", run.data_root)
-    return data.DogFLWDataset(faces, 64).__getitems__(list(range(7)))["image"]
+    return data.DogFLWDataset(faces, 64).batch(list(range(7)))["image"]
 
 
 def test_any_batch_of_real_crops_equals_pytorch(run, exported, crops):
@@ -79,11 +79,15 @@ def test_safetensors_folder_loads_back(run, exported):
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     card = (hub / "README.md").read_text()
     loads = re.search(r"\n\n((?:    .*\n)+)$", card).group(1).replace("\n    ", "\n").strip()
-    space = {}
+    space = {"crops": torch.rand(2, 3, 64, 64)}
     exec(loads.replace("model.safetensors", str(hub / "model.safetensors")), space)  # as the card says
     back, state = space["model"].state_dict(), trained.model.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
     config = json.loads((hub / "config.json").read_text())
+    decoding = config["decode_power"], config["score_radius"]
+    assert decoding == (trained.config.decode_power, trained.config.score_radius)
+    expected, _ = data.decode_heatmaps(trained.model(space["crops"]), *decoding)
+    torch.testing.assert_close(space["points"], expected, rtol=0, atol=1e-3)
     assert config["backbone"] == trained.config.backbone
     assert config["num_landmarks"] == len(config["names"]) == 46
     np.testing.assert_allclose(config["mean"], trained.model.mean)

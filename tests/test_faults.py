@@ -112,7 +112,7 @@ def test_a_killed_worker_is_reported_as_that(start, flags, tmp_path):
 
 
 class Unsendable:
-    def __getitems__(self, items):
+    def batch(self, items):
         return [threading.Lock()]
 
 
@@ -162,7 +162,7 @@ def test_a_batch_that_its_killed_worker_never_sent_is_that_too(error):
     """The kill may come after a batch is announced; then its memory cannot be fetched any more."""
     def dead(_):
         raise error("no one there")
-    batches = batches_of(SimpleNamespace(__getitems__=dead, __getitem__=dead), [[0]], 0, torch.device("cpu"))
+    batches = batches_of(SimpleNamespace(batch=dead), [[0]], 0, torch.device("cpu"))
     with pytest.raises(RuntimeError) as e:
         next(batches)
     assert "data worker" in reason_of(e.value)

@@ -18,7 +18,9 @@ def other(run, tmp_path_factory):
     """The run again, with other settings, versions and metrics."""
     folder = tmp_path_factory.mktemp("others") / "_second $run"
     folder.mkdir()
-    shutil.copy(run.work_dir / "metrics.csv", folder)
+    table = (run.work_dir / "metrics.csv").read_text().splitlines()
+    table[1] = ",".join([*table[1].split(",")[:-2], "", ""])  # as where a metric was added in the middle of a run
+    (folder / "metrics.csv").write_text("\n".join(table))
     checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
     checkpoint["args"] |= {"seed": 41, "note": "line\n\x1b[31mred"}
     checkpoint["versions"]["torch"] = "0.0.1"

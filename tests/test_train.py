@@ -12,7 +12,7 @@ import typing
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,7 +246,7 @@ def test_decoding_and_losses_follow_the_settings(predict, val, trained):
     """What the settings say is what a face's maps are decoded by and its loss made of."""
     config = replace(trained.config, decode_power=3.0, score_radius=0.2, mse_weight=2.0, crps_weight=0.0, kl_weight=0.0)
     points, scores, loss = predict(val, config, sigma=1.2, flip=False)
-    batch = DogFLWDataset(val, trained.size).__getitems__(range(len(val)))
+    batch = DogFLWDataset(val, trained.size).batch(range(len(val)))
     heatmaps = trainer.predict_heatmaps(trained.model, batch["image"])
     expected, confidence = data.decode_heatmaps(heatmaps, 3.0, 0.2)
     inverse = invert_matrix(batch["matrix"].numpy())
@@ -387,7 +387,7 @@ def test_the_average_follows_the_weights():
 
 def test_one_batch_is_learnt(sample):
     faces = data.load_coco(sample.ann_root / "train.json", sample.data_root).take(range(8))
-    batch = DogFLWDataset(faces, 64).__getitems__(list(range(len(faces))))
+    batch = DogFLWDataset(faces, 64).batch(list(range(len(faces))))
     torch.manual_seed(0)
     model = trainer.LandmarkNet("hrnet_w18_small", 46)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -845,6 +845,25 @@ def test_resuming_a_folder_that_lacks_a_part_loses_nothing(run, refused, flags, 
     left = "last.pth" if "best_model.pth is" in says else "best_model.pth"
     assert says in line and f"--weights {work_dir / left}" in line and "another --work-dir" in line
     assert {p.name: p.read_bytes() for p in work_dir.iterdir()} == before
+
+
+def test_a_run_of_other_code_is_refused_in_one_line(run, refused, flags, tmp_path, monkeypatch):
+    """The head, or the optimizer, was edited since."""
+    last = torch.load(run.work_dir / "last.pth", weights_only=True)
+    (tmp_path / "w").mkdir()
+    shutil.copy(run.work_dir / "best_model.pth", tmp_path / "w")
+    torch.save({**last, "epoch": 1}, tmp_path / "w/last.pth")
+    resume, build = [*flags, "--work-dir", tmp_path / "w", "--resume"], trainer.build_optimizer
+    for optimizer, lacks in ((lambda model, config: torch.optim.SGD(model.parameters()), "different number of parameter groups"),
+                             (lambda model, config: torch.optim.SGD(build(model, config).param_groups, 0.1), "dampening, momentum")):
+        monkeypatch.setattr(trainer, "build_optimizer", optimizer)
+        line = refused(*resume)
+        assert "--resume: last.pth does not fit this code's" in line and lacks in line and "--weights" in line
+    monkeypatch.setattr(trainer, "build_optimizer", build)
+    monkeypatch.setattr(trainer.LandmarkNet, "__init__", partialmethod(trainer.LandmarkNet.__init__, width=32))
+    assert "does not fit this code's model" in (line := refused(*resume)) and "size mismatch" in line
+    with pytest.raises(UserError, match="do not fit together .*size mismatch.*needs that code"):
+        trainer.Trained(run.work_dir / "best_model.pth")
 
 
 def test_a_first_epoch_whose_last_file_a_kill_cut_is_made_again(refused, flags, tmp_path):

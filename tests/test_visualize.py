@@ -116,7 +116,7 @@ def test_a_sheet_shows_what_the_trainer_sees(sample, monkeypatch):
     faces, drawn = data.load_coco(sample.ann_root / "val.json", sample.data_root), []
     monkeypatch.setattr(draw, "draw_landmarks", lambda crop, points, *_, truth=None, **more: (drawn.append((points, truth)), crop)[1])
     dataset = data.DogFLWDataset(faces, 64, augment=data.Augmentation(flip=0))
-    expected = dataset.__getitems__(range(len(faces)))["keypoints"].numpy()
+    expected = dataset.batch(range(len(faces)))["keypoints"].numpy()
     draw.face_sheet(dataset)
     draw.face_sheet(dataset, faces.points)
     for i, points in enumerate(expected):

@@ -91,7 +91,7 @@ def timed(batches: Iterator, waits: list[float]) -> Iterator:
 
 def resident(bench: Bench, faces: int, size: int) -> dict:
     """A batch of so many faces, cut to `size` pixels, that is on the device already."""
-    batch = bench.dataset.__getitems__([(0, i % len(bench.dataset), size) for i in range(faces)])
+    batch = bench.dataset.batch([(0, i % len(bench.dataset), size) for i in range(faces)])
     return {k: v if k in ("index", "matrix") else v.to(bench.device) for k, v in batch.items()}
 
 

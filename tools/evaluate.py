@@ -34,7 +34,7 @@ from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_scri
 from tools.lib.coco import MAX_NUMBER, find_annotations, identity, open_coco
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, check_free, data_root, load_json
-from tools.lib.find import or_bundled
+from tools.lib.find import checkpoint_file
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
@@ -138,9 +138,11 @@ def reliability(points: np.ndarray, scores: np.ndarray, faces: Faces, padding: f
 def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray | None = None,
           radius: float = RADIUS) -> tuple[dict, np.ndarray]:
     """All numbers of a report, as plain types; and every face's error under the main normaliser."""
+    if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc"}:
+        raise UserError(f"METRICS in train_simple.py: {taken.pop()} is a number of this report; rename it")
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
-    main = "nme_iod" if "nme_iod" in errors else "nme_box"
+    main = next(name for name in ("nme_iod", "nme_box", "nme") if name in errors)
     length = NORMALIZERS[main](faces, padding)
 
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
@@ -425,6 +427,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--no-flip: is for a checkpoint; results are as they are")
     if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
         raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
+    if args.checkpoint:
+        args.checkpoint = checkpoint_file(args.checkpoint)
     beside = args.results or args.checkpoint
     args.out = args.out or (beside.parent if beside else Path()) / "evaluation"
     check_free("--out", args.out, force=True)  # other files may be in it
@@ -434,7 +438,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "another folder")
     args.bundled = not beside
     if args.bundled:
-        args.checkpoint = or_bundled(None)
+        args.checkpoint = checkpoint_file(None)
     return args
 
 

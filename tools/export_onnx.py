@@ -35,7 +35,7 @@ from dataset import cut_crop, decode_heatmaps, normalize
 from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.files import atomic_write, check_free
-from tools.lib.find import or_bundled
+from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained, predict_heatmaps
 
 TOLERANCE = 0.05  # crop pixels
@@ -173,8 +173,8 @@ tags: [animal, face, landmarks, keypoint-detection, timm]
 
 ## Use
 
-`model.safetensors` holds the tensors, `config.json` the landmarks' names, partners and the crop. In the
-repository of the trainer, start from these weights with
+`model.safetensors` holds the tensors, `config.json` the landmarks' names, partners, the crop and decoding.
+In the repository of the trainer, start from these weights with
 
     python train_simple.py --backbone {backbone} --input-size {size} --padding {padding} \\
         --crop {crop} --weights model.safetensors
@@ -182,10 +182,11 @@ repository of the trainer, start from these weights with
 or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by config.json's mean and std:
 
     from safetensors.torch import load_file
+    from dataset import decode_heatmaps
     from train_simple import LandmarkNet
     model = LandmarkNet("{backbone}", {k})
     model.load_state_dict(load_file("model.safetensors"))
-    model.eval()
+    points, scores = decode_heatmaps(model.eval()(crops), {power}, {radius})    # points in crop pixels
 """
 
 
@@ -198,8 +199,9 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     data_name, identifier, terms = licence(trained)
     config = {"architectures": ["LandmarkNet"], "backbone": settings.backbone,
               "num_landmarks": len(scheme.names), "input_size": trained.size, "padding": settings.padding,
-              "crop": settings.crop, **asdict(scheme), "mean": model.mean.tolist(), "std": model.std.tolist(),
-              "license": terms}
+              "crop": settings.crop, "decode_power": settings.decode_power,
+              "score_radius": settings.score_radius, **asdict(scheme), "mean": model.mean.tolist(),
+              "std": model.std.tolist(), "license": terms}
     # The hub reads results out of this block; JSON is YAML.
     hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
     errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items()
@@ -211,7 +213,8 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if k != "train_loss")
     card = CARD.format(
         backbone=settings.backbone, k=len(scheme.names), size=trained.size, padding=settings.padding,
-        crop=settings.crop, box="whole picture" if trained.whole else "face's box",
+        crop=settings.crop, power=settings.decode_power, radius=settings.score_radius,
+        box="whole picture" if trained.whole else "face's box",
         epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n{listed}", licence=identifier,
         terms=terms, metrics=f"| on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -245,13 +248,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.light and (args.out or args.safetensors or not args.flip):
         raise UserError("--light: writes a checkpoint alone; leave out --out, --safetensors and --no-flip")
     if args.light:
-        return write_light(or_bundled(args.checkpoint), args.light, args.force)
+        return write_light(checkpoint_file(args.checkpoint), args.light, args.force)
     path = args.out or (args.checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
     if path.exists() and (path.is_dir() or not args.force):
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)
-    trained = Trained(or_bundled(args.checkpoint))
+    trained = Trained(checkpoint_file(args.checkpoint))
     trained.model.requires_grad_(False)
     export_onnx(trained, args.flip, path)
     if args.safetensors:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import all_regions, plot_curves
-from tools.lib.find import or_bundled
+from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained
 
 CURVES = ("train_loss", "val_loss", *METRICS)
@@ -29,9 +29,7 @@ def show(value: object) -> str:
 
 def read_run(path: Path) -> dict:
     """What there is to say about one checkpoint or run's folder."""
-    file = path / "best_model.pth" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        raise UserError(f"{path}: no best_model.pth in it; name a run's folder or a checkpoint")
+    file = checkpoint_file(path)
     trained = Trained(file)  # also proves that weights, scheme and settings fit together
     stored, metrics, size = load_checkpoint(file), trained.metrics, file.stat().st_size
     versions = stored.get("versions")
@@ -50,7 +48,7 @@ def read_curves(checkpoint: Path) -> list[dict]:
     path = checkpoint.with_name("metrics.csv")
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            return [{k: float(row[k]) for k in ("epoch", *CURVES) if k == "epoch" or k in row}
+            return [{k: float(row[k] or "nan") for k in ("epoch", *CURVES) if k == "epoch" or k in row}
                     for row in csv.DictReader(f)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --plot draws the curves in it") from None
@@ -109,7 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--plot {args.plot}: must end in .png")
     if args.plot and args.plot.exists() and not args.force:
         raise UserError(f"--plot {args.plot}: exists; write over it with --force")
-    args.paths = [*args.checkpoint, *args.paths] or [or_bundled(None)]
+    args.paths = [*args.checkpoint, *args.paths] or [checkpoint_file(None)]
     return args
 
 

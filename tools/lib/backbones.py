@@ -35,8 +35,8 @@ def feature_maps(backbone: str) -> nn.Module:
         if len(set(info.reduction())) < len(shapes) or len(shapes) < 2 or not {2, 4} & set(info.reduction()):
             raise ValueError(f"its levels have strides {info.reduction()}")
     except Exception as e:  # timm's models refuse in many ways
-        raise UserError(f"--backbone {backbone}: timm has no feature maps of several sizes "
-                        f"({single_line(e)}); try hrnet_w32, resnet50 or tf_efficientnet_lite2") from None
+        raise UserError(f"--backbone {backbone}: cannot serve ({single_line(e)}); try hrnet_w32, resnet50 or "
+                        "tf_efficientnet_lite2") from None
     return model.train()
 
 

@@ -40,6 +40,16 @@ class EpochBatches:
                     yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
 
 
+class Whole(torch.utils.data.Dataset):
+    """A dataset whose item is a whole batch: a list of items, as dataset.batch makes it."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, items: list) -> dict:
+        return self.dataset.batch(items)
+
+
 def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], workers: int,
                device: torch.device) -> Iterator[dict]:
     """One pass over a sampler's batches; no more workers than there are cores for this process.
@@ -48,10 +58,9 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
     workers' seeds from a generator of its own: the global one is a backbone's dropout's.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=min(workers, cores),
-                                         collate_fn=torch.utils.data.default_convert,  # collated already
-                                         worker_init_fn=quiet_worker, pin_memory=device.type == "cuda",
-                                         generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(Whole(dataset), batch_size=None, sampler=sampler,
+                                         num_workers=min(workers, cores), worker_init_fn=quiet_worker,
+                                         pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent

@@ -5,7 +5,7 @@ import hashlib
 import io
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +192,25 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     return resumed
 
 
+def in_short(error: Exception) -> str:
+    """PyTorch's list of what does not fit, as far as a line holds it."""
+    return single_line(" ".join(str(error).split()), 160)
+
+
+def restore(parts: dict, resumed: dict):
+    """Give a run's model, optimizer, ... their states of last.pth. UserError where they do not fit."""
+    try:
+        for name in filter(resumed.get, parts):  # without float16 the scaler's state is empty
+            parts[name].load_state_dict(resumed[name])
+        optimizer = parts["optimizer"]
+        for group in optimizer.param_groups:
+            if lacks := optimizer.defaults.keys() - group.keys():
+                raise KeyError(f"its optimizer has no {', '.join(sorted(lacks))}")
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f"--resume: last.pth does not fit this code's model or optimizer ({in_short(e)}); go "
+                        "on with the code that wrote it, or begin from it with --weights") from None
+
+
 def upgraded(state: dict) -> dict:
     """Weights of either format as today's: the stem, which had no lateral, gets one that changes nothing."""
     if "mean" in state:
@@ -220,9 +239,9 @@ class TrainedModel:
     """What a checkpoint holds: model (in eval mode), scheme, config, size of its crops in pixels, metrics,
     epoch; `whole` where it looks at whole pictures (`--crop image`).
 
-    Files know plain types alone; a subclass says what to make of them: Config, Scheme, Network, and how to
-    crop(image, box, size, padding, rotation) and predict_crops(model, crops, matrices, config, flip_index,
-    amp). Raises UserError for a file that does not fit together.
+    Files know plain types alone; a subclass says what to make of them: Config, Scheme, and how to
+    build_model(config, scheme), crop(image, box, size, padding, rotation) and predict_crops(model, crops,
+    matrices, config, flip_index, amp). Raises UserError for a file that does not fit together.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = 32):
@@ -237,12 +256,14 @@ class TrainedModel:
                 raise ValueError("room")
             if not 64 <= self.size <= 1024 or self.size % 32:
                 raise ValueError("size")
-            self.model = self.Network(self.config.backbone, len(self.scheme.names))
+            untrained = replace(self.config, pretrained=False, weights=None)
+            with torch.random.fork_rng(devices=[]):  # its new weights, replaced at once, cost no one's seed
+                self.model = self.build_model(untrained, self.scheme)
             self.model.load_state_dict(upgraded(checkpoint["model"]))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"{path}: weights, scheme and settings do not fit together "
-                            f"({single_line(e)})") from None
-        self.model.eval().to(device, memory_format=torch.channels_last)
+            raise UserError(f"{path}: weights, scheme and settings do not fit together ({in_short(e)}); what "
+                            "edited code has made needs that code") from None
+        self.model.eval().to(device, torch.float32, memory_format=torch.channels_last)
         self.amp, self.whole = choose_amp(self.device, self.config.amp), self.config.crop == "image"
 
     def flip_index(self, wanted: bool = True) -> torch.Tensor | None:

@@ -162,7 +162,7 @@ class Progress:
 
 def setting(default, help: str, within: str | None = None, *, group: str | None = None,
             choices: list | None = None, multiple: int | None = None, free: bool = False):
-    """A field of a settings dataclass that is also a flag.
+    """A field (int, float, str, bool or Path, perhaps None) of a settings dataclass that is also a flag.
 
     within: an interval such as "[0, 1)" that a number must lie in; multiple: what it must divide by. group:
     the heading in --help from here on. free: a resumed run may have another value. A default of None is
@@ -174,7 +174,7 @@ def setting(default, help: str, within: str | None = None, *, group: str | None 
 
 def in_words(interval: str) -> str:
     """What an interval asks for: "[0, 1)" -> "from 0 to below 1"."""
-    low, high = interval[1:-1].split(", ")
+    low, high = re.split(", *", interval[1:-1])
     if high == "inf":
         return f"{'at least' if interval[0] == '[' else 'above'} {low}"
     start, end = "from" if interval[0] == "[" else "above", "to" if interval[-1] == "]" else "to below"
@@ -183,7 +183,7 @@ def in_words(interval: str) -> str:
 
 def is_within(value: float, interval: str) -> bool:
     """Whether a number lies in an interval such as "[0, 1)"; NaN lies in none."""
-    low, high = map(float, interval[1:-1].split(", "))
+    low, high = map(float, interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
     return above and (value <= high if interval[-1] == "]" else value < high)
 
@@ -210,7 +210,9 @@ def add_settings(parser: argparse.ArgumentParser, settings: type):
         about, kind, default = field.metadata, kind_of(field), field.default
         if about["group"]:
             group = parser.add_argument_group(about["group"])
-        flag, text = flag_of(field.name), about["help"]
+        if kind not in (int, float, str, bool, Path):
+            raise TypeError(f"{field.name}: a setting is an int, a float, a str, a bool or a Path, or None")
+        flag, text = flag_of(field.name), about["help"].replace("%", "%%")  # argparse's own sign
         shown = "on" if default is True else default
         text += f"; a multiple of {about['multiple']}" if about["multiple"] else ""
         text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
@@ -290,7 +292,8 @@ def changed_settings(settings, stored: dict) -> list[str]:
     """What a stored run had otherwise, among the settings that are not free: one text each."""
     now = as_plain(settings)
     fields = [f for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    before = {f.name: stored.get(f.name, f.default) for f in fields}  # of older code it lacks new settings
+    # Of older code it lacks new settings; of one that is worked out nothing is known then.
+    before = {f.name: stored.get(f.name, now[f.name] if f.default is None else f.default) for f in fields}
     return [f"{flag_of(name)} was {value}, now {now[name]}"
             for name, value in before.items() if value != now[name]]
 

@@ -112,13 +112,14 @@ class CocoFaces:
     room: list  # how the boxes lie around the landmarks, of room_of
 
 
-def read_coco(path: Path, root: Path, category: str | int | None = None) -> CocoFaces:
+def read_coco(path: Path | str, root: Path | str, category: str | int | None = None) -> CocoFaces:
     """Read a COCO keypoint file whose pictures lie in the folder `root` -> CocoFaces.
 
     category: name or id of the category that trains, needed only where several have different landmarks.
     Raises UserError naming the file, the entry and what is wrong.
     """
-    notes, data = Notes(), open_coco(path)
+    path, root, notes = Path(path), Path(root), Notes()
+    data = open_coco(path)
     chosen, k = choose_categories(data, category, path)
     scheme = read_scheme(chosen, k, path, notes)
     images = read_images(data["images"], path)

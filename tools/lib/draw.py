@@ -152,7 +152,7 @@ def mean_face(faces) -> np.ndarray:
 
 def face_sheet(dataset, points: np.ndarray | None = None) -> np.ndarray:
     """A dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines to the truth."""
-    tiles, batch = [], {k: v.numpy() for k, v in dataset.__getitems__(range(min(16, len(dataset)))).items()}
+    tiles, batch = [], {k: v.numpy() for k, v in dataset.batch(range(min(16, len(dataset)))).items()}
     for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
         matrix = batch["matrix"][i]
         drawn = truth if points is None else points[i] @ matrix[:, :2].T + matrix[:, 2]

@@ -1,5 +1,6 @@
 """Finding faces by looking at windows of a picture; boxes (N, 4) are x, y, width, height."""
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.lib.boxes import TIGHT, box_around, intersections, overlaps, upright
-from tools.lib.cli import UserError
+from tools.lib.cli import UserError, single_line
 from tools.lib.coco import MAX_NUMBER
 from tools.lib.files import ROOT
 from tools.lib.runtime import choose_device
@@ -36,12 +37,20 @@ SAME = 0.7  # IoU of two findings from which on they are one at first; which of 
 OVERLAP = 0.5
 
 
-def or_bundled(checkpoint: Path | str | None) -> Path:
-    """A checkpoint's path; None is the bundled model. Raises UserError where this copy has none."""
-    if checkpoint is None and not BUNDLED.is_file():
+def checkpoint_file(given: Path | str | None) -> Path:
+    """A checkpoint's path: of a run's folder its best_model.pth; of None the bundled model.
+
+    Raises UserError where there is none.
+    """
+    path = BUNDLED if given is None else Path(given)
+    if path == BUNDLED and not path.is_file():
         raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; "
                         "name a checkpoint with --checkpoint")
-    return Path(checkpoint or BUNDLED)
+    if path.is_dir():
+        path = path / "best_model.pth"
+        if not path.is_file():
+            raise UserError(f"{path.parent}: no best_model.pth in it; name a run's folder or a checkpoint")
+    return path
 
 
 # ---------------------------------------------------------------- the looks' boxes
@@ -223,14 +232,17 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"a picture must be an array (H, W, 3) of uint8, RGB, not {what}")
     try:
-        sides = np.reshape(np.asarray([] if boxes is None else boxes, dtype=float), (-1, 4))
+        sides = np.asarray([] if boxes is None else boxes, dtype=float)
+        sides = sides.reshape(-1, 4) if sides.ndim < 3 and sides.shape[-1] in (0, 4) else np.zeros((1, 4))
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor that is on no CPU or needs a gradient
         sides = np.zeros((1, 4))
     if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # NaN is below nothing
-        raise UserError(f"boxes must be x, y, width, height with positive sides, not {boxes}")
+        raise UserError("boxes must be numbers (N, 4): x, y, width, height with positive sides, not "
+                        f"{single_line(str(boxes))}")
     if not intersections(sides, whole_box(image.shape[1::-1])[None]).all():
         width, height = image.shape[1::-1]
-        raise UserError(f"a box lies outside the picture of {width} x {height} pixels: {boxes}")
+        raise UserError(f"a box lies outside the picture of {width} x {height} pixels: "
+                        f"{single_line(str(boxes))}")
     return sides
 
 
@@ -271,7 +283,7 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
-    device, checkpoint = choose_device(device), or_bundled(checkpoint)
+    device, checkpoint = choose_device(device), checkpoint_file(checkpoint)
     locator = None if locator is True else locator
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
     neighbour = checkpoint.absolute().parent.parent / "locator/best_model.pth"
@@ -279,7 +291,14 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     if locator is None:
         places = (*beside, BUNDLED.with_name("locator.pth"))
         path = next((p for p in places if p.is_file() and p.resolve() != checkpoint.resolve()), None)
-    finder = open_checkpoint(path, device, batch_size) if path and not face.whole else None
+    finder = None
+    if path and not face.whole:
+        try:
+            finder = open_checkpoint(checkpoint_file(path), device, batch_size)
+        except UserError as e:  # with edited code the bundled one may not fit
+            if locator is not None or path in beside:
+                raise
+            print(f"{e}; faces are looked for without it", file=sys.stderr)
     if finder and not finder.whole:
         raise UserError(f"{path}: was trained on faces; train a locator with: train_simple.py --crop image")
     if finder and locator is None and path not in beside and finder.scheme.names != face.scheme.names:

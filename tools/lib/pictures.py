@@ -17,7 +17,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
 GREY = (124, 116, 104)  # seen through transparent pixels; the same lies outside a picture in crops
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
 LARGEST_JPEG = 500_000_000  # pixels: a progressive one takes three bytes each, however small it is read
-warnings.filterwarnings("ignore", module="PIL")  # Pillow's remarks about odd but readable files
+# Pillow's remarks about odd but readable files; a program's own filters come first.
+warnings.filterwarnings("ignore", module="PIL", append=True)
 
 # What Pillow does not read, and the way on.
 UNREAD = {
