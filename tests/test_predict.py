@@ -7,8 +7,10 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -26,6 +28,7 @@ from tools.lib import draw, find, video
 from tools.lib.boxes import TIGHT, box_around, hull_boxes, intersections, lean, overlaps, room_of, upright
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
+from tools.lib.files import output_folder
 from tools.lib.pictures import read_image
 from tools.lib.runtime import Processes
 from tools.lib.windows import apply_matrix
@@ -297,11 +300,15 @@ def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
 @pytest.mark.parametrize("image,boxes,word", [
     (np.zeros((9, 9), np.uint8), None, "uint8, RGB, not uint8 (9, 9)"), (np.zeros((9, 9, 4), np.uint8), None, "(9, 9, 4)"),
     (np.zeros((9, 9, 3)), None, "not float64"), ("a.jpg", None, "not str"),
-    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive"),
+    (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"),
+    *((np.zeros((9, 9, 3), np.uint8), boxes, "boxes must be numbers (N, 4)") for boxes in (
+        [1, 1, 3, 3] * 2, [[[1, 1], [3, 3]]], [[1, 1], [3, 3]], np.ones((60, 5)))),
+    (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive"),
     (np.zeros((9, 9, 3), np.uint8), [[2, 2, 5, 5], [50, 50, 5, 5]], "lies outside the picture of 9 x 9"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 1e9, 1e9]], "positive")])
 def test_what_is_no_picture_and_no_box_is_refused(image, boxes, word):
-    with pytest.raises(UserError, match=re.escape(word)):
+    with pytest.raises(UserError, match=re.escape(word)) as e:
         find.Predictor(Eye(np.zeros((1, 4, 2))))(image, boxes)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 200
 
 
 def test_whole_pictures_keep_to_the_least_score():
@@ -398,6 +405,26 @@ def test_which_locator_looks(tmp_path, monkeypatch):
         path.touch()
         assert seen() == path and seen(locator=False) is None and seen(locator=bundled) == bundled
         assert seen("cat") == (None if path == bundled else path) and seen("cat", locator=bundled) == bundled
+
+
+def test_a_bundled_locator_that_edited_code_cannot_load_is_done_without(tmp_path, monkeypatch, capsys):
+    """An own one must load."""
+    face, bundled = tmp_path / "mine/best_model.pth", tmp_path / "bundled/locator.pth"
+    monkeypatch.setattr(find, "BUNDLED", bundled.with_name("best_model.pth"))
+
+    def open_one(path, *_):
+        if path != face:
+            raise UserError(f"{path}: weights do not fit")
+        return SimpleNamespace(whole=False, scheme=None)
+    bundled.parent.mkdir()
+    bundled.touch()
+    assert find.predictor_of(open_one, face, None, "cpu").locator is None
+    assert capsys.readouterr().err == f"{bundled}: weights do not fit; faces are looked for without it\n"
+    (own := face.with_name("locator.pth")).parent.mkdir()
+    own.touch()
+    for locator in (bundled, None):
+        with pytest.raises(UserError, match="do not fit"):
+            find.predictor_of(open_one, face, locator, "cpu")
 
 
 def test_squares_cover_every_shape_of_picture():
@@ -826,6 +853,21 @@ def test_notebook_function(run, picture):
     for image, boxes in ((picture[0], torch.ones(1, 4, requires_grad=True)), (np.zeros((0, 0, 3), np.uint8), None)):
         with pytest.raises(UserError, match="^boxes must be|^a picture must be"):
             predictor(image, boxes)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for place in (str(run.work_dir), run.work_dir):  # a run's folder; and no one's random numbers are drawn
+        again = tool.load_predictor(place, device="cpu")
+        assert (again(picture[0], picture[1])[0]["points"] == face["points"]).all()
+    assert torch.equal(torch.rand(3), expected)
+    torch.set_default_dtype(torch.float64)  # of the program around it
+    try:
+        for one in (predictor, tool.load_predictor(run.work_dir, device="cpu")):
+            assert np.abs(one(picture[0], picture[1])[0]["points"] - face["points"]).max() < 1e-3
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(UserError, match="no best_model.pth in it"):
+        tool.load_predictor(run.ann_root, device="cpu")
     with pytest.raises(UserError, match="batch_size 0: must be"):
         tool.load_predictor(run.work_dir / "best_model.pth", device="cpu", batch_size=0)
 
@@ -842,6 +884,52 @@ def test_a_second_run_takes_another_folder_and_a_lacking_locator_is_said(run, pi
     predict(run.work_dir / "best_model.pth", "dog.png", "--force", "--box", *picture[1])
     said = capsys.readouterr()
     assert "-> predictions;" in said.out and "locator" not in said.err
+    assert not list(tmp_path.glob("*/.lock"))
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from tools.lib.files import output_folder
+with output_folder(Path(sys.argv[1]) if sys.argv[1] else None, "found", False) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+    if sys.argv[2]:
+        (folder / "result").touch()
+"""
+
+
+def test_two_runs_at_once_never_share_a_folder(tmp_path, monkeypatch):
+    """What two processes find must not end in one predictions.json, of which the later one has the last word."""
+    monkeypatch.chdir(tmp_path)
+
+    def holder(out, writes):
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, out, writes], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   env=os.environ | {"PYTHONPATH": str(find.ROOT)})
+        return process, process.stdout.readline().strip()
+
+    def end(process):
+        process.communicate("")
+        assert process.returncode == 0
+    first, folder = holder("", "writes")
+    assert folder == "found"
+    with output_folder(None, "found", False) as second:
+        assert second.name == "found_2"
+    assert not second.exists()  # nothing came into it
+    for force in (False, True):
+        with pytest.raises(UserError, match="--out found: another run is writing there"), output_folder(Path("found"), "", force):
+            pass
+    end(first)
+    assert [p.name for p in Path("found").iterdir()] == ["result"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    end(holder("mine", "")[0])
+    assert mine.is_dir() and not list(mine.iterdir())  # which it did not make
+    (mine / ".lock").touch()  # of a run that was killed
+    with output_folder(mine, "", False):
+        (mine / "result").touch()
+    with pytest.raises(UserError, match="--out .*mine: not empty"), output_folder(mine, "", False):
+        pass
 
 
 def test_pictures_of_a_coco_file_are_those_of_the_fetched_dogflw(run, tmp_path, monkeypatch):
@@ -989,7 +1077,7 @@ def boxes_file(path, images, faces, landmarks=True):
 
 def planned(*args):
     """What is to be predicted, without a model: each picture is read."""
-    args = tool.parse_args([*map(str, args)])
+    args = tool.parse_args([*map(str, args), "--out", "predictions"])
     sources, _, category = tool.plan(args)
     queue = tool.PictureQueue(None, None, args)
     for source in sources:
@@ -1250,9 +1338,9 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
         Image.fromarray(picture[0]).save(tmp_path / name)
     with pytest.raises(UserError, match="overlay of two; rename one of them"):
         predict(tmp_path / "a.gif", tmp_path / "a.gif.png", *out)
-    for wanted, args in {"exists; name another": (folder, "--coco", coco), "the file of --boxes": (
+    for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "exists; name another": (folder, "--coco", coco), "the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
-            tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "one of --out": (
+            tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "or of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (
             folder, "--coco", folder, "--force"), "is an INPUT": (
             coco, "--data-root", folder, "--coco", coco, "--force"), "--category: says which": (

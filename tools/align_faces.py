@@ -25,7 +25,7 @@ from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_scri
 from tools.lib.coco import MAX_NUMBER
 from tools.lib.draw import encode_picture
 from tools.lib.files import TRANSFORMS, atomic_write, data_root, load_json, output_folder, picture_path
-from tools.lib.find import or_bundled
+from tools.lib.find import checkpoint_file
 from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, crop_of, invert_matrix, read_described
 from train_simple import Trained
@@ -111,7 +111,7 @@ def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list, dict]:
             print(note)
         rows = list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
         return faces.scheme, rows, dict(zip(faces.files, faces.sizes))
-    scheme = Trained(or_bundled(args.checkpoint)).scheme
+    scheme = Trained(checkpoint_file(args.checkpoint)).scheme
     return scheme, read_predictions(args.predictions, len(scheme.names)), {}
 
 
@@ -167,12 +167,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.data_root = data_root(args.data_root)
     if args.out and args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")
-    args.out = output_folder(args.out, "aligned", args.force)
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def align_all(args: argparse.Namespace) -> None:
+    """Write what can be aligned, and what became of each face. Raises UserError for unread pictures."""
     scheme, faces, sizes = read_faces(args)
     aligner, by_file, unread = Aligner(scheme, faces, args.out, args.size, args.margin), {}, []
     for face in faces:
@@ -206,6 +205,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"left out: {len(left_out)} faces, all in transforms.json: {named}")
     if unread:
         raise UserError(f"{len(unread)} of {len(by_file)} pictures could not be read; they are named above")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with output_folder(args.out, "aligned", args.force) as args.out:
+        align_all(args)
 
 
 if __name__ == "__main__":

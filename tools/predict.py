@@ -317,6 +317,9 @@ def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
 
 def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
     """What is to be predicted, checked before a model is loaded: (Sources, folder of the names, category)."""
+    taken = [args.boxes, args.out, args.out / PREDICTIONS, args.out / TABLE, *map(Path, args.input)]
+    if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
+        raise UserError(f"--coco {args.coco}: is an INPUT, the file of --boxes, or of --out; name another")
     fixed = [(None, check_box(b, "--box")) for b in args.box] if args.box else None
     sources, category = list_inputs(args.input, args.data_root, args.out)
     paths = [s.place for s in sources if isinstance(s.place, Path)]
@@ -570,7 +573,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "picture, a folder, a video")
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
-    args.out = output_folder(args.out, OUT, args.force)
     if args.data_root or any(map(is_listing, args.input)):
         args.data_root = data_root(args.data_root)
     if args.coco and args.coco.exists() and not args.force:
@@ -581,16 +583,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.coco.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
     if args.category and not args.boxes:
         raise UserError("--category: says which faces of --boxes; give both, or leave it out")
-    taken = [args.boxes, args.out / PREDICTIONS, args.out / TABLE, *map(Path, args.input)]
-    if args.coco and args.coco.resolve() in [file.resolve() for file in taken if file]:
-        raise UserError(f"--coco {args.coco}: is an INPUT, the file of --boxes or one of --out; name another")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    with contextlib.suppress(ValueError):  # not in a thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
+def run(args: argparse.Namespace) -> None:
+    """Find, predict, write. Raises UserError at the end for what could not be predicted."""
     sources, root, category = plan(args)
     predictor = load_predictor(args.checkpoint, args.locator, args.device, args.batch_size)
     if predictor.face.whole and (args.box or args.boxes):
@@ -620,6 +617,14 @@ def main(argv: list[str] | None = None) -> None:
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
                         "are named above")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with contextlib.suppress(ValueError):  # not in a thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
+    with output_folder(args.out, OUT, args.force) as args.out:
+        run(args)
 
 
 if __name__ == "__main__":

@@ -58,16 +58,37 @@ def put_in_place(temporary: Path, path: Path):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is empty, or not there."""
-    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    """Whether a folder is empty but for a lock, or not there."""
+    return not folder.exists() or folder.is_dir() and all(p.name == ".lock" for p in folder.iterdir())
 
 
-def output_folder(given: Path | None, name: str, force: bool) -> Path:
-    """The folder of --out, as `check_free` allows it; by default `name`, or the free one of name_2, ..."""
+@contextlib.contextmanager
+def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
+    """The folder of --out, this process's alone meanwhile; by default `name`, or the free one of name_2, ...
+
+    Raises UserError as `check_free` does, and where another process is writing. A new one that stays empty
+    is removed.
+    """
     names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
-    folder = given or next(folder for folder in map(Path, names) if force or is_free(folder))
-    check_free("--out", folder, force)
-    return folder
+    with contextlib.ExitStack() as stack:
+        for folder in [given] if given else map(Path, names):
+            new, busy = not folder.exists(), f"--out {folder}: another run is writing there; name another"
+            try:
+                check_free("--out", folder, force)
+                stack.enter_context(file_lock(folder / ".lock", busy))
+                check_free("--out", folder, force)  # one that wrote there may just have ended
+                break
+            except UserError:
+                stack.close()
+                if given or force:
+                    raise
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps an open file, and no system drops full folders
+                (folder / ".lock").unlink()
+                if new:
+                    folder.rmdir()
 
 
 def check_free(flag: str, folder: Path, force: bool):
@@ -244,7 +265,7 @@ def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextMan
     """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
     if place_in_job()[0] > 0:
         return contextlib.nullcontext()
-    if not resume and work_dir.is_dir() and any(p.name != ".lock" for p in work_dir.iterdir()):
+    if not resume and work_dir.is_dir() and not is_free(work_dir):
         raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")
     check_free("--work-dir", work_dir, force=True)
     busy = f"--work-dir {work_dir}: another run is writing there; wait for it or name another"
