@@ -129,8 +129,8 @@ class Augmentation:
     rotation: float = setting(20.0, "degrees, uniform in +-", "[0, 180]")
     scale: float = setting(0.2, "the crop's side, log-uniform in 1 / (1 + X) .. 1 + X", "[0, 3]")
     shift: float = setting(0.05, "of the crop's side, uniform in +-", "[0, 1]")
-    colour: float = setting(0.25, "strength of contrast, brightness, saturation and channel gain", "[0, 1]")
-    occlusion: float = setting(0.2, "chance of one flat rectangle over the crop", "[0, 1]")
+    colour: float = setting(0.25, "contrast e^+-X, saturation e^+-2X, gain 1+-X/4, light +-128X", "[0, 1]")
+    occlusion: float = setting(0.2, "chance of one flat rectangle, 0.1 to 0.4 of the crop a side", "[0, 1]")
     empty: float = setting(0.0, "a locator's chance of a crop without a face; needs --kl-weight", "[0, 0.9]")
 
     @property

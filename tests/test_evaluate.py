@@ -1,4 +1,5 @@
 """The evaluation: numbers against an independent implementation, results of other programs, the report."""
+import csv
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dataset as data
 from dataset import Scheme
@@ -95,6 +97,11 @@ def test_scores_equal_an_independent_implementation(tmp_path, seed):
     scores, extra = reference(content, points, 1.4, range(7))
     assert report["metrics"] == pytest.approx({**scores, **extra}, rel=1e-12) and report["main"] == "nme_iod"
     assert report["faces"] == 9 and report["faces_by_main"] == 8
+    errors = np.array([row["nme_iod"] for row in report["face"]])
+    assert report["standard_error"] == pytest.approx(np.nanstd(errors, ddof=1) / math.sqrt(8))
+    table = {row["name"]: row for row in csv.DictReader(as_table(report).decode().splitlines())}
+    assert table["all"]["faces"] == "9" and table["all"]["faces_by_main"] == "8" and table["all"]["standard_error"]
+    assert sum(int(table[f"b{b}"]["faces_by_main"]) for b in range(3)) == 8  # one lacks an interocular landmark
 
     def same(row, scores):
         for name, value in scores.items():
@@ -362,6 +369,64 @@ def test_results_of_a_face_finder_are_matched_by_place(tmp_path):
     assert list(tool.read_results(path, faces, match=True)[0]) == [3]
 
 
+@pytest.mark.parametrize("faces_of_pictures", [[1, 1, 1, 1], [1, 2, 1, 3]])
+def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path, faces_of_pictures, capsys):
+    """Its own ids, its landmarks in another order, some of them missing, a face left out; its v are no scores."""
+    ours, rng = coco(np.random.default_rng(6), faces_of_pictures), np.random.default_rng(7)
+    theirs, order, common, several = json.loads(json.dumps(ours)), rng.permutation(7), [], max(faces_of_pictures) > 1
+    theirs["categories"][0]["keypoints"] = [f"p{i}" for i in order]
+    for category in ours["categories"] + theirs["categories"]:
+        category["regions"] = {}
+    theirs["categories"][0]["interocular"] = []
+    theirs["images"] = theirs["images"][1:] + theirs["images"][:1]
+    for number, image in enumerate(theirs["images"]):
+        Image.new("RGB", (300, 200)).save(tmp_path / image["file_name"])
+        for a in theirs["annotations"]:
+            if ours["images"][(number + 1) % 4]["id"] == ours["annotations"][theirs["annotations"].index(a)]["image_id"]:
+                a["image_id"] = number
+        image["id"] = number
+    for n, (a, b) in enumerate(zip(ours["annotations"], theirs["annotations"])):
+        mine, triples = np.reshape(a["keypoints"], (-1, 3)), np.reshape(b["keypoints"], (-1, 3))
+        triples[:, :2] += np.array([3, 4]) * (triples[:, 2:] > 0)
+        triples[[n % 7, (n + 3) % 7]] = 0
+        common.append(int(((mine[:, 2] > 0) & (triples[:, 2] > 0)).sum()))
+        b["keypoints"] = triples[order].ravel().tolist()
+        x, y, w, h = b["bbox"]
+        b["bbox"] = [x - 5, y - 5, w + 20, h + 20]
+    if several:
+        del theirs["annotations"][1], common[1]
+    for name, content in (("a", ours), ("b", theirs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    command = ["--results", str(tmp_path / "b.json"), "--ann", str(tmp_path / "a.json"), "--data-root", str(tmp_path)]
+    if several:
+        with pytest.raises(UserError, match="--match"):
+            tool.main(command)
+    tool.main([*command, *["--match"] * several])
+    report = json.loads((tmp_path / "evaluation/report.json").read_text())
+    faces = data.load_coco(tmp_path / "a.json", tmp_path)
+    kept = [i for i in range(len(faces)) if not several or i != 1]
+    assert [row["labelled"] for row in report["face"]] == common and report["reliability"] == {}
+    assert report["metrics"]["nme_box"] == pytest.approx(np.mean(5 / np.linalg.norm(faces.boxes[kept, 2:], axis=1)), rel=1e-3)
+    assert "where both have one" in capsys.readouterr().out
+    theirs["categories"][0]["keypoints"][0] = "other"
+    (tmp_path / "b.json").write_text(json.dumps(theirs))
+    with pytest.raises(UserError, match="data set with other landmarks"):
+        tool.main([*command, "--force"])
+
+
+def test_names_that_could_be_ids_are_said(tmp_path, capsys):
+    content = coco(np.random.default_rng(4), [1, 1, 1])
+    for image, stem in zip(content["images"], (101, 102, 100)):
+        image["file_name"] = f"{stem}.png"
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    for suffix, said in (("", True), (".png", False)):
+        path.write_text(json.dumps([{"image_id": image["file_name"].removesuffix(".png") + suffix, "score": 1, "keypoints": [9] * 21}
+                                    for image in content["images"]]))
+        tool.read_results(path, faces)
+        assert ("taken for ids of the COCO file" in capsys.readouterr().out) == said
+
+
 def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     content = coco(np.random.default_rng(4), [1, 1])
     content["categories"] = [{"id": 1, "name": "dog", "keypoints": ["nose"]}]
@@ -455,7 +520,7 @@ def test_interocular_and_regions_are_the_files_where_it_names_them(run, tmp_path
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{name}.json"), *out])
         seen[name], said = json.loads((tmp_path / "out/report.json").read_text()), capsys.readouterr().out
-        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod)" in said
+        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod, whose standard error is 0." in said
     assert seen["inner"]["metrics"]["nme_iod"] > 1.2 * seen["same"]["metrics"]["nme_iod"]  # the inner corners are closer together
     assert [*seen["inner"]["region"]] == ["nose"] and seen["none"]["metrics"] == seen["same"]["metrics"] == {
         **seen["inner"]["metrics"], **{n: v for n, v in seen["same"]["metrics"].items() if n not in ("nme", "nme_box")}}

@@ -1,4 +1,5 @@
 """What is in checkpoints; no code of theirs runs."""
+import json
 import os
 import pickle
 import re
@@ -63,6 +64,17 @@ def test_several_and_their_curves(run, other, tmp_path, capsys):
         tool.main([str(run.work_dir), "--plot", str(plot)])
     tool.main([str(run.work_dir), str(run.work_dir), "--plot", str(plot), "--force"])
     assert "are the same" in capsys.readouterr().out
+
+
+def test_errors_on_faces_that_chose_nothing_are_told_apart(run, other, tmp_path, capsys):
+    shutil.copytree(run.work_dir, held := tmp_path / "held")
+    (held / "test.json").write_text(json.dumps({"faces": 12, "chosen_on": "held out of train", "nme": 0.0456, "nme_iod": None}))
+    tool.main([str(held)])
+    assert re.search(r"^ *test nme +0.0456$", text := capsys.readouterr().out, re.M) and "test nme_iod" not in text
+    tool.main([str(other), str(held), str(held / "last.pth")])
+    head, _, first, second, last, *_ = capsys.readouterr().out.splitlines()
+    at = head.index("test nme")
+    assert [line[at:].split()[0] for line in (first, second, last)] == ["-", "0.0456", "-"]
 
 
 def test_without_arguments_the_model_in_the_box(run, tmp_path, monkeypatch, capsys):

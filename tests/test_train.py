@@ -558,8 +558,14 @@ def test_what_cannot_be_together_is_said_at_once():
 def test_args_json_tells_how_a_run_went_on(flags, tmp_path):
     options = [*map(str, [*flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / "w"])]
     trainer.main(options)
-    trainer.main([*options, "--resume", "--accumulate", "2"])
-    assert json.loads((tmp_path / "w/args.json").read_text())["accumulate"] == 2
+    path = tmp_path / "w/args.json"
+    first = json.loads(path.read_text())
+    path.write_text(json.dumps({**first, "versions": first["versions"] | {"git": "older"}}))
+    for _ in range(2):
+        trainer.main([*options, "--resume", "--accumulate", "2"])
+    now = json.loads(path.read_text())
+    assert now["accumulate"] == 2 and now["versions"] == first["versions"]
+    assert now["former_versions"] == [first["versions"] | {"git": "older"}]
 
 
 def test_a_picture_that_is_trained_on_and_chooses_is_said(sample, flags, tmp_path, capsys):
@@ -896,9 +902,12 @@ def test_resuming_where_nothing_is_says_so(flags, tmp_path, capsys):
 
 
 def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
-    assert runtime.versions()["git"] not in ("", "unknown") or not (ROOT / ".git").exists()
+    made = runtime.versions(torch.device("cpu"), torch.bfloat16)
+    assert made["git"] not in ("", "unknown") or not (ROOT / ".git").exists()
+    assert (made["device"], made["precision"]) == ("1 x cpu", "bfloat16")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runtime.versions()["git"] == "unknown"
+    made = runtime.versions(torch.device("cpu"), None)
+    assert made["git"] == "unknown" and made["precision"] == "float32"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -38,7 +38,7 @@ from tools.lib.find import checkpoint_file
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, plots, print_report
-from tools.lib.runtime import Processes, enough_memory
+from tools.lib.runtime import Processes, enough_memory, versions
 from train_simple import METRICS, NORMALIZERS, Config, Trained, crop_side, nan_mean, predict
 
 LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
@@ -53,14 +53,20 @@ DEFINITIONS = {
     "nme_box": "the same / the diagonal of the face's box",
     "beware": "all errors are in the picture's pixels; some public figures are measured in a crop that was "
               "stretched to a square, where the same predictions have another error (8.57 there was 8.04)",
-    "pck": "share of all labelled landmarks whose error is at most 0.05 (0.10) of MAIN's length",
-    "failure_rate": "share of faces whose MAIN is above 0.10",
+    "faces": "those with a labelled landmark there; faces_by_main: those behind MAIN",
+    "pck": "share of the labelled landmarks, in faces that have MAIN, whose error is at most 0.05 (0.10) of "
+           "MAIN's length",
+    "failure_rate": "share of the faces that have MAIN in which it is above 0.10",
+    "standard_error": "of MAIN's mean over the faces: their standard deviation / the root of their number. "
+                      "Of the difference of two models take it over the faces' differences: it is smaller",
     "along, across": "mean error / MAIN's length in the outline's direction and square to it, of landmarks "
                      "with two drawn neighbours",
-    "auc": "area under the curve 'share of faces whose MAIN is at most e', e from 0 to 0.10, divided by 0.10",
+    "auc": "area under the curve 'share of the faces that have MAIN in which it is at most e', e from 0 to "
+           "0.10, divided by 0.10",
     "ear": "kinds by the true landmarks, each ear for itself: the tip of an erect ear stands up, no part of "
            "a hanging ear rises far above its base, a folded ear rises and bends or stands out to the side",
-    "pose": "turned: the nose is at least a quarter of the eyes' distance away from the middle of the eyes",
+    "pose": "turned: along the line through the eyes, the nose is at least a quarter of their distance away "
+            "from their middle",
     "reliability": "landmarks by their score: the mean score, and the share that is within RADIUS of the "
                    "crop's side of the truth, in x and in y, which is what the score predicts; the "
                    "calibration error is the mean difference of the two over all landmarks",
@@ -148,8 +154,9 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
         labelled = ((faces.visible > 0) & some)[rows]
-        return {"faces": int(labelled.any(1).sum()), "labelled": int(labelled.sum()),
-                **{name: nan_mean(METRICS[name](points, faces, padding, some)[rows]) for name in errors}}
+        values = {name: METRICS[name](points, faces, padding, some)[rows] for name in errors}
+        return {"faces": int(labelled.any(1).sum()), "faces_by_main": int(np.isfinite(values[main]).sum()),
+                "labelled": int(labelled.sum()), **{name: nan_mean(e) for name, e in values.items()}}
 
     names, breeds = faces.scheme.names, np.array(faces.breeds)
     k, directions = np.arange(len(names)), along_and_across(points, faces, length)
@@ -159,9 +166,10 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
         along, across = map(nan_mean, directions[index].T)
         return {**part(np.isin(k, index)), "along": along, "across": across}
 
+    counted = errors[main][np.isfinite(errors[main])]
     report = {
-        "main": main, "errors": list(errors), "faces": len(faces),
-        "faces_by_main": int(np.isfinite(errors[main]).sum()),
+        "main": main, "errors": list(errors), "faces": len(faces), "faces_by_main": len(counted),
+        "standard_error": counted.std(ddof=1).item() / math.sqrt(len(counted)) if counted[1:].size else None,
         "metrics": {**{name: nan_mean(e) for name, e in errors.items()},
                     "pck_0.05": pck(points, faces, length, 0.05),
                     "pck_0.10": pck(points, faces, length, 0.10),
@@ -198,17 +206,21 @@ def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
     return triples, certainty, None if named is None else str(identity(named)), str(image), picture
 
 
-def faces_of_result(where: str, points: np.ndarray, certainty: float, picture: tuple, faces: Faces,
+def faces_of_result(where: str, triples: np.ndarray, certainty: float, picture: tuple, faces: Faces,
                     candidates: list[int], match: bool) -> list[tuple[float, int]]:
-    """[(how well it fits, index), ...]: which of the candidate faces a result is of. Raises UserError."""
+    """[(how well it fits, index), ...]: which of the candidate faces a result is of. Raises UserError.
+
+    A landmark that is NaN in triples (K, 3) is one that another annotator did not label.
+    """
     for theirs in (PurePosixPath(faces.files[i]).parts for i in candidates):
         if any(a != b for a, b in zip(reversed(picture), reversed(theirs))):
             raise UserError(f"{where} is of {'/'.join(picture)}, but its id is that of {'/'.join(theirs)} in "
                             "the COCO file; predict with that file, as INPUT or with --boxes")
     if match:
-        seen = [faces.visible[i] > 0 for i in candidates]
-        pairs = [[box_around(p[v], faces.boxes[i], 0, faces.room)[None] for p in (points, faces.points[i])]
-                 for i, v in zip(candidates, seen)]
+        seen = [(faces.visible[i] > 0) & np.isfinite(triples[:, 0]) for i in candidates]
+        pairs = [[box_around(p[v], faces.boxes[i], 0, faces.room)[None]
+                  for p in (triples[:, :2], faces.points[i])] for i, v in zip(candidates, seen) if v.any()]
+        candidates = [i for i, v in zip(candidates, seen) if v.any()]
         fits = [overlaps(*pair).item() for pair in pairs]
         return [(fit, i) for fit, i in zip(fits, candidates) if fit >= SAME_FACE]
     if len(candidates) > 1:
@@ -224,10 +236,26 @@ def faceless(ann: Path) -> set[str]:
     return {i for image in content["images"] if (i := str(identity(image.get("id")))) not in taken}
 
 
-def read_results(path: Path, faces: Faces, match: bool = False,
-                 empty: Collection = ()) -> tuple[dict[int, np.ndarray], int]:
+def other_annotation(path: Path, faces: Faces) -> Faces | None:
+    """A COCO data set's faces, of another annotator, landmarks in our order; None for results. UserError."""
+    content = load_json(path)
+    if not (isinstance(content, dict) and content.get("images") and content.get("categories")):
+        return None
+    theirs, ours = data.load_coco(path, faces.root), faces.scheme.names
+    for note in theirs.notes:
+        print(note)
+    if sorted(theirs.scheme.names) != sorted(ours):
+        raise UserError(f"{path}: is a data set with other landmarks; rename them as in the COCO file")
+    order = [theirs.scheme.names.index(name) for name in ours]
+    return replace(theirs, points=theirs.points[:, order], visible=theirs.visible[:, order])
+
+
+def read_results(path: Path, faces: Faces, match: bool = False, empty: Collection = (),
+                 other: Faces | None = None) -> tuple[dict[int, np.ndarray], int]:
     """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file, and the number of results of its
     pictures, and of the `empty` ones, that are of no face. Raises UserError.
+
+    other: what `other_annotation` read of it; then NaN is where that has no label.
 
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
     best. A result's image_id is the picture's, or its file's name, with or without the suffix.
@@ -236,21 +264,30 @@ def read_results(path: Path, faces: Faces, match: bool = False,
     rows = rows.get("annotations") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
+    if other:
+        rows = [{"image_id": file, "keypoints": np.column_stack([xy, v])}
+                for file, xy, v in zip(other.files, other.points, other.visible, strict=True)]
     files = [PurePosixPath(file) for file in faces.files]
     by_file = [file.name for file in files], [file.stem for file in files]
     ways = [*map(str, faces.image_ids)], faces.files, *by_file
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
     by_name = next((way for way in ways if wanted & {*way}), ways[0])
     known = ways[0] if wanted & {*empty} else by_name
+    unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
+    if known is ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed:
+        print(f"{path}: its image_id are taken for ids of the COCO file; if they are pictures' names, write "
+              "them with their suffixes")
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
     for i, image in enumerate(known):
         by_image.setdefault(image, []).append(i)
     found, elsewhere = [], 0  # (how well it fits, -number of the result, face, keypoints)
     for number, row in enumerate(rows):
         triples, certainty, named, image, picture = parse_result(path, number, row, k)
+        if other:
+            triples[triples[:, 2] == 0] = math.nan
         candidates = by_image.get(image, []) if named is None else by_id.get(named, [])
         where = f"{path}: result {number}"
-        fits = faces_of_result(where, triples[:, :2], certainty, picture, faces, candidates, match)
+        fits = faces_of_result(where, triples, certainty, picture, faces, candidates, match)
         found += [(fit, -number, i, triples) for fit, i in fits]
         elsewhere += not candidates and image not in empty
     best, used = {}, set()
@@ -370,10 +407,15 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
                processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
     empty, total, finding = faceless(ann) if args.match else (), len(faces), {}
-    found, others = read_results(args.results, faces, args.match, empty)
+    other = other_annotation(args.results, faces)
+    found, others = read_results(args.results, faces, args.match, empty, other)
     index = sorted(found)
     faces, triples = faces.take(index), np.stack([found[i] for i in index])
     points, scores, source = triples[..., :2], triples[..., 2], f"results of {args.results}"
+    if other:
+        labelled = np.isfinite(scores)
+        faces, points = replace(faces, visible=faces.visible * labelled), np.nan_to_num(points)
+        source, scores = f"labels of {args.results}, where both have one", np.full_like(scores, math.nan)
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
         source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) and {others} "
@@ -457,7 +499,8 @@ def main(argv: list[str] | None = None) -> None:
     if not processes.first:
         return
     report, errors = score(points, faces, padding, scores, radius)
-    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
+    made = versions(processes.device, trained and trained.amp)
+    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding, "versions": made,
               "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}
     content = as_json(report)
     report = json.loads(content)  # None for NaN

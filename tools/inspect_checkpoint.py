@@ -5,7 +5,7 @@
     uv run python tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot c.png
 
 A checkpoint may also be a run's folder, which stands for its best_model.pth. Curves come from metrics.csv
-beside it.
+beside it; "test" are the errors on faces that chose nothing, of test.json beside it.
 """
 import argparse
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import all_regions, plot_curves
+from tools.lib.files import load_json
 from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained
 
@@ -35,6 +36,9 @@ def read_run(path: Path) -> dict:
     versions = stored.get("versions")
     parameters = sum(p.numel() for p in trained.model.parameters())
     values = {k: show(metrics.get(k, "-")) for k in (*METRICS, "val_loss", "train_loss", "chosen_on")}
+    once = file.with_name("test.json")
+    if file.name == "best_model.pth" and once.is_file():  # of faces that chose nothing
+        values |= {f"test {k}": show(v) for k, v in load_json(once).items() if k in METRICS and v is not None}
     return {"path": file, "scheme": trained.scheme, "args": stored["args"],
             "versions": versions if isinstance(versions, dict) else {}, "summary": {
                 "epoch": f"{show(trained.epoch)} of {show(stored['args'].get('epochs'))}", **values,
@@ -79,8 +83,9 @@ def print_one(run: dict) -> None:
 
 def print_several(names: list[str], runs: list[dict]) -> None:
     """A table of the runs, and what differs between their settings, versions and landmarks."""
-    columns = list(runs[0]["summary"])
-    print_table(["run", *columns], [[show(n), *run["summary"].values()] for n, run in zip(names, runs)])
+    columns = list(dict.fromkeys(name for run in runs for name in run["summary"]))
+    print_table(["run", *columns], [[show(n), *(run["summary"].get(name, "-") for name in columns)]
+                                    for n, run in zip(names, runs)])
     different = []
     for kind in ("args", "versions"):
         for key in dict.fromkeys(k for run in runs for k in run[kind]):

@@ -15,7 +15,7 @@ from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, si
 from tools.lib.coco import checked_scheme, shared_pictures
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
-from tools.lib.runtime import choose_amp, versions
+from tools.lib.runtime import choose_amp, choose_device, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
@@ -50,7 +50,9 @@ class Saver:
     """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
 
     def __init__(self, config, metrics: list, *faces):
-        self.config, self.metrics, self.versions, self.next = config, metrics, versions(), 0.0
+        device = choose_device(config.device)
+        self.config, self.metrics, self.next = config, metrics, 0.0
+        self.versions = versions(device, choose_amp(device, config.amp))
         self.labels, self.seen = digest_of(faces), SEEN if shared_pictures(*faces) else ""
         self.room = faces[0].room
 
@@ -168,7 +170,7 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         raise UserError(f"--resume {e}; of best_model.pth beside it: {from_best}") from None
     if "raw" not in resumed or resumed["format"] != FORMAT:
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
-    ours = asdict(faces.scheme) | {"skeleton": resumed["scheme"]["skeleton"]}  # it is only drawn
+    ours = asdict(faces.scheme) | {"skeleton": resumed["scheme"]["skeleton"]}  # nothing trains on it
     if changed := [name for name in ours if resumed["scheme"][name] != ours[name]]:
         raise UserError(f"--resume {path}: the category's {', '.join(changed)} in {config.ann_root} are not "
                         "that run's; name another --work-dir")

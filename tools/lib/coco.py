@@ -266,8 +266,8 @@ def lend_names(categories: dict, number: dict):
 def checked_scheme(category: dict, where: Path | str) -> dict:
     """A COCO category's names, flip_pairs, regions, interocular and skeleton, checked: a dict of plain types.
 
-    Landmark numbers count from 0; the skeleton from 1 as COCO has it, or from 0. It is only drawn: one that
-    does not fit is left out. Takes untrusted input. Raises UserError naming `where`.
+    Landmark numbers count from 0; the skeleton from 1 as COCO has it, or from 0. Nothing trains on it: one
+    that does not fit is left out. Takes untrusted input. Raises UserError naming `where`.
     """
     names = category.get("keypoints")
     if not isinstance(names, list) or not 0 < len(names) <= MAX_LANDMARKS or not all(
@@ -325,7 +325,8 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
     if all(isinstance(n, str) for n in names):
         category["flip_pairs"] = read_flip_pairs(category["flip_pairs"], names, notes)
     if fitting_lines(category["skeleton"], k) is None:
-        notes.said.append(f"the skeleton does not fit {k} landmarks and is left out; it is only drawn")
+        notes.said.append(f"the skeleton does not fit {k} landmarks and is left out; it is drawn, and gives "
+                          "evaluate.py outlines")
     return checked_scheme(category, path)
 
 

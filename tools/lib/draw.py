@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.lib.cli import UserError, as_text
-from tools.lib.files import as_csv, atomic_write
+from tools.lib.files import as_csv, atomic_write, load_json
 
 REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (171, 71, 188), (0, 172, 193),
                   (255, 112, 67))
@@ -179,8 +179,13 @@ class Log:
 
     def begin(self, dataset, settings: dict):
         """args.json, a new run's train_batch.jpg, and what a kill kept from being written of a run."""
+        path = self.config.work_dir / "args.json"
+        if self.rows and not self.quiet and path.is_file():  # who made the epochs until now
+            before = load_json(path)
+            former = [*before.get("former_versions", []), before.get("versions")]
+            settings["former_versions"] = [made for made in former if made and made != settings["versions"]]
         if not self.quiet:
-            atomic_write(self.config.work_dir / "args.json", [json.dumps(settings, indent=1).encode()])
+            atomic_write(path, [json.dumps(settings, indent=1).encode()])
         if self.rows and not self.quiet:
             for half_written in self.config.work_dir.glob(".*.tmp"):
                 half_written.unlink()

@@ -98,11 +98,12 @@ def draw_mean_face(figure, values: np.ndarray, faces, main: str):
 def as_table(report: dict) -> bytes:
     """report.csv: one row for all faces, every region, kind of ear, pose, landmark, breed and face."""
     total = sum(row["labelled"] for row in report["face"])
-    rows = [{"group": "all", "name": "all", "faces": report["faces"], "labelled": total, **report["metrics"]}]
+    rows = [{"group": "all", "name": "all", "labelled": total, **report, **report["metrics"]}]
     for group in GROUPS:
         rows += [{"group": group, "name": name, **row} for name, row in report[group].items()]
     rows += [{"group": "face", "name": row["file"], **row} for row in report["face"]]
-    return as_csv(["group", "name", "faces", "labelled", *report["metrics"], "along", "across", "id"], rows)
+    columns = ["faces", "faces_by_main", "labelled", *report["metrics"], "standard_error", "along", "across"]
+    return as_csv(["group", "name", *columns, "id"], rows)
 
 
 def html_table(title: str, rows: list[dict]) -> str:
@@ -116,7 +117,8 @@ def html_table(title: str, rows: list[dict]) -> str:
 def as_html(report: dict, pictures: dict[str, bytes]) -> bytes:
     """One page that needs no other file; every text from outside is escaped."""
     main = report["main"]
-    metrics = {**report["metrics"], f"faces with {main}": report["faces_by_main"]}
+    metrics = {**report["metrics"], "standard_error": report["standard_error"],
+               f"faces with {main}": report["faces_by_main"]}
     parts = [f"<h1>{len(report['face'])} faces of {escape(report['ann'])}</h1>",
              f"<p>{escape(report['source'])}</p>", html_table("All faces", [metrics]), "<dl>"]
     parts += [f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in report["definitions"].items()] + ["</dl>"]
@@ -139,7 +141,8 @@ def as_html(report: dict, pictures: dict[str, bytes]) -> bytes:
 def print_report(report: dict):
     """The report in the terminal: all faces, regions, kinds of ear, poses, scores."""
     main, metrics = report["main"], report["metrics"]
-    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main})")
+    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main}, "
+          f"whose standard error is {show(report['standard_error'])})")
     if report["faces_by_main"] < report["faces"]:
         print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an "
               "interocular landmark, or have both in one place")

@@ -418,12 +418,14 @@ class FiniteWatch:
                             f"{named}; look at these faces, lower --lr, or try --no-amp{earlier}")
 
 
-def versions() -> dict[str, str]:
-    """What a run was made with, as plain strings."""
+def versions(device: torch.device, amp: torch.dtype | None) -> dict[str, str]:
+    """What a run was made with, as plain strings; rounding depends on the device and the precision, too."""
     try:
         command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         git = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,
-            "numpy": np.__version__, "git": git or "unknown"}
+            "numpy": np.__version__, "git": git or "unknown",
+            "device": f"{place_in_job()[1]} x {name}", "precision": str(amp or torch.float32).split(".")[1]}
