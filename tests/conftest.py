@@ -73,7 +73,7 @@ def script(start):
 @pytest.fixture(autouse=True)
 def handlers():
     """A run in this process leaves its answers to signals behind; here they go."""
-    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield
     for number, handler in before:
         signal.signal(number, handler)

@@ -19,6 +19,7 @@ from dataset import load_coco
 from tools import convert_dogflw_to_coco as convert
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import run_script
+from tools.lib.files import find_dogflw
 from tools.lib.find import BUNDLED
 
 WIDTH, HEIGHT, FACES = 120, 90, {"train": 6, "test": 3}
@@ -476,6 +477,13 @@ def test_the_cache_is_the_default(run, tmp_path, monkeypatch):
     make(versions / "10/DogFLW")
     code, out, _ = run("--out_dir", tmp_path / "out")
     assert code == 0 and "6 faces" in out
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch):
+    for name in ("HOME", "USERPROFILE", "KAGGLEHUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # as a container's user without a name
+    assert find_dogflw() is None
 
 
 def test_download(run, root, tmp_path, monkeypatch):

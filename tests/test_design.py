@@ -4,7 +4,9 @@ import ast
 import errno
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -255,8 +257,25 @@ def test_a_name_that_the_terminal_lacks_is_escaped(monkeypatch):
     assert end.value.code is None and sys.stdout.buffer.getvalue().strip() == b"\\u0416.png"
 
 
+def test_streams_that_the_shell_has_closed_are_no_error(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: print("done"))
+    assert end.value.code is None
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_a_name_that_the_locale_does_not_know_is_one_line():
+    code = "from tools.lib.files import picture_path; picture_path('.', 'h\\xfcnd.png', 'a.json: ')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode and "UserError: a.json: file_name 'h\\xfcnd.png' does not exist in this system's encoding" in done.stderr
+
+
 @pytest.mark.parametrize("number,advice", [
-    (errno.EACCES, "mend its permissions, or name another; "), (errno.EEXIST, "it is a file where a folder must be; name another; "),
+    (errno.EACCES, "mend its permissions, or name another (--out, --work-dir, --cache); "), (errno.EEXIST, "it is a file where a folder must be; name another; "),
     (errno.EMFILE, "raise `ulimit -n`, or lower --num-workers; "), (errno.ESTALE, ""), (errno.ENOTCONN, "")])
 def test_what_a_disk_refuses_is_one_line(capsys, number, advice):
     def main():

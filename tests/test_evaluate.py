@@ -414,6 +414,15 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
         tool.main([*command, "--force"])
 
 
+def test_a_full_disk_loses_no_numbers(run, tmp_path, monkeypatch, capsys):
+    def full(path, parts):
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(tool, "atomic_write", full)
+    with pytest.raises(OSError, match="No space"):
+        tool.main([str(run.work_dir / "best_model.pth"), "--out", str(tmp_path / "out")])
+    assert "12 faces of" in (said := capsys.readouterr().out) and "nme_iod" in said
+
+
 def test_names_that_could_be_ids_are_said(tmp_path, capsys):
     content = coco(np.random.default_rng(4), [1, 1, 1])
     for image, stem in zip(content["images"], (101, 102, 100)):

@@ -24,7 +24,7 @@ from PIL import Image
 import dataset as data
 import train_simple as trainer
 from tools import predict as tool
-from tools.lib import draw, find, video
+from tools.lib import draw, files, find, video
 from tools.lib.boxes import TIGHT, box_around, hull_boxes, intersections, lean, overlaps, room_of, upright
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
@@ -779,7 +779,7 @@ def test_a_stopped_video_is_kept_up_to_there(run, picture, tmp_path, monkeypatch
     assert cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_pictures_are_kept_up_to_where_a_signal_ends_them(run, picture, tmp_path, monkeypatch, number):
     (tmp_path / "photos").mkdir()
     for name in "abc":
@@ -798,6 +798,19 @@ def test_pictures_are_kept_up_to_where_a_signal_ends_them(run, picture, tmp_path
     monkeypatch.setattr(tool.PictureQueue, "add", real)
     predict(run.work_dir / "best_model.pth", ".", "--min-score", 1)
     assert sorted(p.name for p in (tmp_path / "photos/predictions_2").iterdir()) == ["a.png", "b.png", "c.png", "predictions.csv", "predictions.json"]
+
+
+def test_what_was_found_is_written_on_the_way(run, picture, tmp_path, monkeypatch, capsys):
+    """A machine that stops, or a disk that fills up, leaves what is older than a minute; a log shows life."""
+    for name in "abc":
+        Image.fromarray(picture[0]).save(tmp_path / f"{name}.png")
+    seen, write = [], tool.Results.write
+    monkeypatch.setattr(tool.Results, "write", lambda self, *given: seen.append(len(self.rows)) or write(self, *given))
+    for every, counts in ((-1, [1, 2, 3, 3]), (60, [3])):
+        monkeypatch.setattr(tool, "EVERY", every)
+        predict(tmp_path, "--checkpoint", run.work_dir / "best_model.pth", "--box", *picture[1], "--batch-size", 1, "--out", tmp_path / f"o{every}")
+        assert seen == counts
+        seen.clear()
 
 
 def test_the_newest_frame_of_a_camera_comes_next(monkeypatch):
@@ -921,6 +934,18 @@ def test_two_runs_at_once_never_share_a_folder(tmp_path, monkeypatch):
             pass
     end(first)
     assert [p.name for p in Path("found").iterdir()] == ["result"]
+
+    def another_users(path, busy):
+        if path.parent.name == "others":
+            raise PermissionError(path)
+        return lock(path, busy)
+    lock = files.file_lock
+    monkeypatch.setattr(files, "file_lock", another_users)
+    Path("others").mkdir()
+    with output_folder(None, "others", False) as second:
+        assert second.name == "others_2"
+    with pytest.raises(PermissionError), output_folder(Path("others"), "", False):
+        pass
     mine = tmp_path / "mine"
     mine.mkdir()
     end(holder("mine", "")[0])
@@ -1160,12 +1185,16 @@ def test_folders_in_a_folder(tmp_path, capsys):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (60, 40)).save(tmp_path / folder / "a.png")
     (tmp_path / "in/before/predictions.json").touch()
+    (tmp_path / "in/now").mkdir()
+    for name in ("a.png", ".lock"):  # what a killed run has left
+        (tmp_path / "in/now" / name).touch()
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     sources = tool.expand(str(tmp_path / "in"), tmp_path / "in/out")
     assert [s.place.relative_to(tmp_path).as_posix() for s in sources] == ["in/sub/a.png"]
     assert sorted(capsys.readouterr().err.splitlines()) == [
         f"{tmp_path}/in/before: is left out: predictions of before",
-        f"{tmp_path}/in/link: is left out: a link to a folder; name it, too"]
+        f"{tmp_path}/in/link: is left out: a link to a folder; name it, too",
+        f"{tmp_path}/in/now: is left out: another run is writing there, or was killed"]
     for text in (f"{tmp_path}/in", f"{tmp_path}/in/sub", f"{tmp_path}/in/s*/*.png"):
         with pytest.raises(UserError, match="--out .*/in: the pictures of .* are in it; name another folder"):
             tool.expand(text, tmp_path / "in")

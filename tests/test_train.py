@@ -905,6 +905,9 @@ def test_versions_where_there_is_no_git(monkeypatch, tmp_path):
     made = runtime.versions(torch.device("cpu"), torch.bfloat16)
     assert made["git"] not in ("", "unknown") or not (ROOT / ".git").exists()
     assert (made["device"], made["precision"]) == ("1 x cpu", "bfloat16")
+    monkeypatch.setattr(runtime, "ROOT", ROOT / "tests")  # an unpacked archive in another repository
+    assert runtime.versions(torch.device("cpu"), None)["git"] == "unknown"
+    monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
     made = runtime.versions(torch.device("cpu"), None)
     assert made["git"] == "unknown" and made["precision"] == "float32"

@@ -154,7 +154,8 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
         labelled = ((faces.visible > 0) & some)[rows]
-        values = {name: METRICS[name](points, faces, padding, some)[rows] for name in errors}
+        values = {name: (e if some is True else METRICS[name](points, faces, padding, some))[rows]
+                  for name, e in errors.items()}
         return {"faces": int(labelled.any(1).sum()), "faces_by_main": int(np.isfinite(values[main]).sum()),
                 "labelled": int(labelled.sum()), **{name: nan_mean(e) for name, e in values.items()}}
 
@@ -489,6 +490,7 @@ def main(argv: list[str] | None = None) -> None:
     with Processes(args.device, training=False) as processes, enough_memory():
         trained = Trained(args.checkpoint, processes.device) if args.checkpoint else None
         faces, ann = read_faces(args, trained)
+        args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
         padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
         if trained:
             padding, radius = trained.config.padding, trained.config.score_radius
@@ -507,10 +509,10 @@ def main(argv: list[str] | None = None) -> None:
     files = {**plots(report, faces, errors, LIMIT), "worst.jpg": worst_faces(points, faces, errors, padding)}
     files |= {"report.csv": as_table(report), "report.html": as_html(report, files),
               "report.json": content}
-    for name, content in files.items():
-        atomic_write(args.out / name, [content])
     print(f"{len(faces)} faces of {ann}; {source}")
     print_report(report)
+    for name, content in files.items():
+        atomic_write(args.out / name, [content])
     print(f"report: {args.out / 'report.html'}")
 
 

@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,16 @@ from tqdm import tqdm
 
 from dataset import Scheme
 from tools.lib.boxes import intersections
-from tools.lib.cli import Parser, UserError, add_checkpoint, as_argument, check_name, printable, run_script
+from tools.lib.cli import (
+    Parser,
+    Progress,
+    UserError,
+    add_checkpoint,
+    as_argument,
+    check_name,
+    printable,
+    run_script,
+)
 from tools.lib.coco import (
     MAX_NUMBER,
     Notes,
@@ -63,7 +73,9 @@ from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
 OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
-MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before"}
+MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before",
+        ".lock": "another run is writing there, or was killed"}
+EVERY = 60  # seconds after which what was found is written, in case that the end comes suddenly
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -369,6 +381,7 @@ class Results:
 
     def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
         self.scheme, self.category, self.rows, self.images, self.begun = scheme, category, [], [], False
+        self.written = time.monotonic()
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
@@ -404,6 +417,7 @@ class Results:
         atomic_write(out / TABLE, [text.getvalue().encode(errors="backslashreplace")])
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
+        self.written = time.monotonic()
 
     def as_dataset(self) -> dict:
         """A COCO keypoint data set for labelling tools and train_simple.py: v is 2 in the picture, else 1."""
@@ -481,6 +495,8 @@ class PictureQueue:
             drawn = draw_faces(image, faces, self.predictor.scheme)
             atomic_write(source.target, [encode_picture(drawn, source.target.suffix.lower())])
         self.waiting.clear()
+        if images and time.monotonic() - self.results.written > EVERY:
+            self.results.write(self.args.out)
 
 
 def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
@@ -524,16 +540,18 @@ def predict_all(sources: list[Source], predictor: Predictor, results: Results,
                 args: argparse.Namespace) -> int:
     """Predict every source; names those that fail, in one line each, and returns how many did."""
     failed, pictures = 0, PictureQueue(predictor, results, args)
-    for source in tqdm(sources, unit="file", disable=None):
-        try:
-            if source.kind == "picture":
-                pictures.add(source)
-            else:
-                pictures.finish()  # what waits would be lost if the video is stopped
-                predict_video(predictor, source, results, args.min_score)
-        except UserError as e:
-            failed += 1
-            tqdm.write(f"error: {printable(e)}", file=sys.stderr)
+    with Progress(len(sources), "files") as progress:
+        for number, source in enumerate(sources, 1):
+            try:
+                if source.kind == "picture":
+                    pictures.add(source)
+                else:
+                    pictures.finish()  # what waits would be lost if the video is stopped
+                    predict_video(predictor, source, results, args.min_score)
+            except UserError as e:
+                failed += 1
+                tqdm.write(f"error: {printable(e)}", file=sys.stderr)
+            progress.update(number)
     pictures.finish()
     return failed
 
@@ -622,7 +640,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with contextlib.suppress(ValueError):  # not in a thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
+        for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: what is done is kept
+            number = getattr(signal, name, None)  # Windows has no terminal that hangs up
+            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+                signal.signal(number, signal.default_int_handler)
     with output_folder(args.out, OUT, args.force) as args.out:
         run(args)
 

@@ -27,7 +27,7 @@ MENDABLE = {getattr(errno, name, None) for name in (
     "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
     "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO")} - {None}
 ADVICE = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
-          errno.EACCES: "mend its permissions, or name another; ",
+          errno.EACCES: "mend its permissions, or name another (--out, --work-dir, --cache); ",
           errno.EEXIST: "it is a file where a folder must be; name another; ",
           errno.ENOTDIR: "a part of it is a file; name another; ",
           errno.EMFILE: "raise `ulimit -n`, or lower --num-workers; "}
@@ -106,6 +106,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable):
     """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell's >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

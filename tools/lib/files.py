@@ -78,9 +78,9 @@ def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
                 stack.enter_context(file_lock(folder / ".lock", busy))
                 check_free("--out", folder, force)  # one that wrote there may just have ended
                 break
-            except UserError:
+            except (UserError, PermissionError):  # the latter: it is another user's
                 stack.close()
-                if given or force:
+                if given or force or new:
                     raise
         try:
             yield folder
@@ -140,6 +140,11 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
     """The path of a picture that a file names, which must lie in the data root. Raises UserError."""
     if not is_text(name):
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{where}file_name {name!a} does not exist in this system's encoding; set "
+                        "PYTHONUTF8=1") from None
     path = Path(root, name)
     # The names of other systems too: a file written on Windows must not mean another place there than here.
     if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name):
@@ -161,7 +166,7 @@ class RecordFile:
     def __init__(self, path: Path | str, lengths: list, make: Callable):
         self.path, self.offsets = Path(path), np.cumsum([0, *lengths], dtype=np.int64)
         if not self._is_whole():
-            with file_lock(self.path.with_name(".cache.lock")):  # not a run's .lock, should it be that folder
+            with file_lock(self.path.with_suffix(".lock")):  # each its own: another user's may not be opened
                 if not self._is_whole():
                     # Locks of some shared disks end at the machine; some have none.
                     writer = f".{platform.node()[:50]}.{place_in_job()[0]}"
@@ -234,8 +239,10 @@ def find_dogflw(*folders) -> Path | None:
     Looked for by default in kagglehub's cache (newest version first), and where Kaggle and Colab put it.
     """
     if not folders:
-        cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
-        versions = (cache / "datasets/georgemartvel/dogflw/versions").glob("*")
+        # Unlike Path.home, it knows what to do without a home.
+        cache = Path(os.environ.get("KAGGLEHUB_CACHE") or os.path.expanduser("~/.cache/kagglehub"))
+        kept = cache / "datasets/georgemartvel/dogflw/versions"
+        versions = kept.glob("*") if os.access(kept, os.R_OK) else ()
         folders = [*sorted(versions, key=lambda p: (len(p.name), p.name), reverse=True),  # 10 is newer than 9
                    Path("/kaggle/input/dogflw"), Path("/kaggle/input/datasets/georgemartvel/dogflw")]
     found = (images for folder in folders for images in sorted(folder.glob("**/train/images")))

@@ -44,8 +44,8 @@ def checkpoint_file(given: Path | str | None) -> Path:
     """
     path = BUNDLED if given is None else Path(given)
     if path == BUNDLED and not path.is_file():
-        raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; "
-                        "name a checkpoint with --checkpoint")
+        raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; name a checkpoint with "
+                        "--checkpoint, or install a clone by: pip install -e .")
     if path.is_dir():
         path = path / "best_model.pth"
         if not path.is_file():

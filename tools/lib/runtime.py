@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tools.lib.cli import UserError, flag_of, place_in_job, single_line
+from tools.lib.files import ROOT
 
 # ---------------------------------------------------------------- device and precision
 
@@ -421,7 +422,8 @@ class FiniteWatch:
 def versions(device: torch.device, amp: torch.dtype | None) -> dict[str, str]:
     """What a run was made with, as plain strings; rounding depends on the device and the precision, too."""
     try:
-        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        # Not a repository around this one. Named like this, another user's checkout counts, too.
+        command = ["git", "--git-dir", ROOT / ".git", "--work-tree", ROOT, "describe", "--always", "--dirty"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         git = ""
