@@ -62,7 +62,7 @@ class Faces:
 
     def take(self, index):
         """The faces of `index`, in its order: numbers, or a mask (N,) of bool."""
-        index = np.arange(len(self))[index]
+        index = np.arange(len(self))[[*index]]
         return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
                        **{name: getattr(self, name)[index]
                           for name in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
@@ -237,7 +237,7 @@ def normalize(images, mean, std, colour=None):
     colour (B, 3, 4): an affine map of RGB in 0..255, the colour augmentation; folded into the normalisation.
     """
     if colour is None:
-        colour = torch.eye(3, 4).to(mean).expand(len(images), 3, 4)
+        colour = torch.eye(3, 4, device=mean.device, dtype=mean.dtype).expand(len(images), 3, 4)
     matrix = torch.cat([colour[..., :3], colour[..., 3:] - 255 * mean[:, None]], 2) / (255 * std[:, None])
     pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
     pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))

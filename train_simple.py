@@ -475,7 +475,7 @@ def train(config: Config, processes):
     run = Run(config, faces.scheme, plan, processes,
               processes.from_first(lambda: load_resumable(last, config, faces, select)))
     done = run.progress["epoch"]
-    saver = Saver(config, list(METRICS), faces, select)
+    saver = Saver(run, list(METRICS), faces, select)
     log = Log(config, COLUMNS, METRICS, run.progress["rows"], quiet=not processes.first)
     cut = partial(DogFLWDataset, padding=config.padding, seed=config.seed, cache=config.cache)
     train_set = cut(faces, config.input_size, augment=config)  # a Config is an Augmentation

@@ -328,7 +328,7 @@ def test_any_data_loader_gives_the_samples(faces, workers):
 def test_faces_are_taken_by_number_or_mask(faces):
     ids = np.array(faces.ids)
     mask = np.arange(len(faces)) % 3 == 1
-    for index, wanted in ((mask, ids[mask]), (mask.tolist(), ids[mask]), ([-1, 0], ids[[-1, 0]]), (range(2), ids[:2]), ([], ids[:0])):
+    for index, wanted in ((mask, ids[mask]), (mask.tolist(), ids[mask]), ([-1, 0], ids[[-1, 0]]), (range(2), ids[:2]), ((0, 1), ids[:2]), ([], ids[:0]), (np.array([]), ids[:0]), (torch.tensor([2, 0]), ids[[2, 0]])):
         some = faces.take(index)
         assert [*some.ids] == [*wanted] and len(some.files) == len(some.points) == len(some.breeds) == len(wanted)
     assert faces.take(mask).files == [file for file, taken in zip(faces.files, mask) if taken]

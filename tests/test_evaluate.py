@@ -399,7 +399,7 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     command = ["--results", str(tmp_path / "b.json"), "--ann", str(tmp_path / "a.json"), "--data-root", str(tmp_path)]
     if several:
-        with pytest.raises(UserError, match="--match"):
+        with pytest.raises(UserError, match="several faces; add --match"):
             tool.main(command)
     tool.main([*command, *["--match"] * several])
     report = json.loads((tmp_path / "evaluation/report.json").read_text())
@@ -408,6 +408,16 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
     assert [row["labelled"] for row in report["face"]] == common and report["reliability"] == {}
     assert report["metrics"]["nme_box"] == pytest.approx(np.mean(5 / np.linalg.norm(faces.boxes[kept, 2:], axis=1)), rel=1e-3)
     assert "where both have one" in capsys.readouterr().out
+    assert report["versions"] == {}  # no model ran
+    for a in theirs["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["keypoints"] = [0] * 18 + [x + w / 2, y + h / 2, 2]
+    for a in ours["annotations"]:  # what is common was labelled by one of the two alone
+        a["keypoints"][3 * order[6]:3 * order[6] + 3] = [0] * 3
+    for name, content in (("a", ours), ("b", theirs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="labels none of the landmarks|none of its .* results is of a face"):
+        tool.main([*command, "--force", *["--match"] * several])
     theirs["categories"][0]["keypoints"][0] = "other"
     (tmp_path / "b.json").write_text(json.dumps(theirs))
     with pytest.raises(UserError, match="data set with other landmarks"):
@@ -529,7 +539,7 @@ def test_interocular_and_regions_are_the_files_where_it_names_them(run, tmp_path
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{name}.json"), *out])
         seen[name], said = json.loads((tmp_path / "out/report.json").read_text()), capsys.readouterr().out
-        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod, whose standard error is 0." in said
+        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod; standard error of nme_iod 0." in said
     assert seen["inner"]["metrics"]["nme_iod"] > 1.2 * seen["same"]["metrics"]["nme_iod"]  # the inner corners are closer together
     assert [*seen["inner"]["region"]] == ["nose"] and seen["none"]["metrics"] == seen["same"]["metrics"] == {
         **seen["inner"]["metrics"], **{n: v for n, v in seen["same"]["metrics"].items() if n not in ("nme", "nme_box")}}

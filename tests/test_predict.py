@@ -302,7 +302,7 @@ def test_a_face_is_followed_upright_and_is_what_a_photo_of_it_would_be():
     (np.zeros((9, 9, 3)), None, "not float64"), ("a.jpg", None, "not str"),
     (np.zeros((9, 9, 3), np.uint8), [[0, 0, 0, 5]], "positive sides"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 5]], "positive"),
     *((np.zeros((9, 9, 3), np.uint8), boxes, "boxes must be numbers (N, 4)") for boxes in (
-        [1, 1, 3, 3] * 2, [[[1, 1], [3, 3]]], [[1, 1], [3, 3]], np.ones((60, 5)))),
+        0.5, [1, 1, 3, 3] * 2, [[[1, 1], [3, 3]]], [[1, 1], [3, 3]], np.ones((60, 5)))),
     (np.zeros((9, 9, 3), np.uint8), [[0, 0, float("nan"), 5]], "positive"),
     (np.zeros((9, 9, 3), np.uint8), [[2, 2, 5, 5], [50, 50, 5, 5]], "lies outside the picture of 9 x 9"), (np.zeros((9, 9, 3), np.uint8), [[0, 0, 1e9, 1e9]], "positive")])
 def test_what_is_no_picture_and_no_box_is_refused(image, boxes, word):
@@ -808,6 +808,7 @@ def test_what_was_found_is_written_on_the_way(run, picture, tmp_path, monkeypatc
     monkeypatch.setattr(tool.Results, "write", lambda self, *given: seen.append(len(self.rows)) or write(self, *given))
     for every, counts in ((-1, [1, 2, 3, 3]), (60, [3])):
         monkeypatch.setattr(tool, "EVERY", every)
+        monkeypatch.setattr(tool, "time", SimpleNamespace(monotonic=lambda: 0.0))
         predict(tmp_path, "--checkpoint", run.work_dir / "best_model.pth", "--box", *picture[1], "--batch-size", 1, "--out", tmp_path / f"o{every}")
         assert seen == counts
         seen.clear()
@@ -1194,7 +1195,7 @@ def test_folders_in_a_folder(tmp_path, capsys):
     assert sorted(capsys.readouterr().err.splitlines()) == [
         f"{tmp_path}/in/before: is left out: predictions of before",
         f"{tmp_path}/in/link: is left out: a link to a folder; name it, too",
-        f"{tmp_path}/in/now: is left out: another run is writing there, or was killed"]
+        f"{tmp_path}/in/now: is left out: a run is writing there, or was"]
     for text in (f"{tmp_path}/in", f"{tmp_path}/in/sub", f"{tmp_path}/in/s*/*.png"):
         with pytest.raises(UserError, match="--out .*/in: the pictures of .* are in it; name another folder"):
             tool.expand(text, tmp_path / "in")

@@ -31,7 +31,7 @@ from dataset import Scheme
 from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.draw import draw_faces, encode_picture, region_colours, resized
 from tools.lib.files import ROOT
-from tools.lib.find import FAINT, MIN_SCORE
+from tools.lib.find import FAINT, MIN_SCORE, checkpoint_file
 from tools.lib.pictures import read_picture
 from train_simple import load_predictor
 
@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--port {args.port}: must be from 1 to 65535")
     models = {"pretrained": None}
     if args.checkpoint:
+        args.checkpoint = checkpoint_file(args.checkpoint)
         run, name = args.checkpoint.resolve().parent.name, args.checkpoint.stem
         name = run if name == "best_model" else f"{run}/{name}"
         models = {name: args.checkpoint, **({} if name == "pretrained" else models)}

@@ -53,7 +53,7 @@ DEFINITIONS = {
     "nme_box": "the same / the diagonal of the face's box",
     "beware": "all errors are in the picture's pixels; some public figures are measured in a crop that was "
               "stretched to a square, where the same predictions have another error (8.57 there was 8.04)",
-    "faces": "those with a labelled landmark there; faces_by_main: those behind MAIN",
+    "faces": "of a group, those with a labelled landmark in it; faces_by_main: those behind MAIN",
     "pck": "share of the labelled landmarks, in faces that have MAIN, whose error is at most 0.05 (0.10) of "
            "MAIN's length",
     "failure_rate": "share of the faces that have MAIN in which it is above 0.10",
@@ -144,7 +144,8 @@ def reliability(points: np.ndarray, scores: np.ndarray, faces: Faces, padding: f
 def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray | None = None,
           radius: float = RADIUS) -> tuple[dict, np.ndarray]:
     """All numbers of a report, as plain types; and every face's error under the main normaliser."""
-    if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc"}:
+    if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc", "standard_error", "faces",
+                                  "faces_by_main", "labelled", "along", "across", "id", "file"}:
         raise UserError(f"METRICS in train_simple.py: {taken.pop()} is a number of this report; rename it")
     errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
@@ -237,12 +238,17 @@ def faceless(ann: Path) -> set[str]:
     return {i for image in content["images"] if (i := str(identity(image.get("id")))) not in taken}
 
 
-def other_annotation(path: Path, faces: Faces) -> Faces | None:
-    """A COCO data set's faces, of another annotator, landmarks in our order; None for results. UserError."""
+def other_annotation(path: Path, faces: Faces, category: str | None = None) -> Faces | None:
+    """A COCO data set's faces, of another annotator, landmarks in our order; None for results. UserError.
+
+    Results may come as a data set, too; then their annotations have a score or an annotation_id.
+    """
     content = load_json(path)
     if not (isinstance(content, dict) and content.get("images") and content.get("categories")):
         return None
-    theirs, ours = data.load_coco(path, faces.root), faces.scheme.names
+    if any({"score", "annotation_id"} & row.keys() for row in content.get("annotations") or []):
+        return None
+    theirs, ours = data.load_coco(path, faces.root, category), faces.scheme.names
     for note in theirs.notes:
         print(note)
     if sorted(theirs.scheme.names) != sorted(ours):
@@ -266,8 +272,8 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
     if other:
-        rows = [{"image_id": file, "keypoints": np.column_stack([xy, v])}
-                for file, xy, v in zip(other.files, other.points, other.visible, strict=True)]
+        rows = [{"image_id": i, "keypoints": np.column_stack([xy, v])}
+                for i, xy, v in zip(other.image_ids, other.points, other.visible, strict=True)]
     files = [PurePosixPath(file) for file in faces.files]
     by_file = [file.name for file in files], [file.stem for file in files]
     ways = [*map(str, faces.image_ids)], faces.files, *by_file
@@ -408,7 +414,12 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
                processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
     empty, total, finding = faceless(ann) if args.match else (), len(faces), {}
-    other = other_annotation(args.results, faces)
+    if other := other_annotation(args.results, faces, args.category):
+        if not args.match and len({*other.files}) < len(other):
+            raise UserError(f"{args.results}: some of its pictures have several faces; add --match")
+        ids = {image.get("file_name"): image.get("id") for image in open_coco(ann)["images"]}
+        ids |= dict(zip(faces.files, faces.image_ids))
+        other = replace(other, image_ids=[ids.get(file, file) for file in other.files])
     found, others = read_results(args.results, faces, args.match, empty, other)
     index = sorted(found)
     faces, triples = faces.take(index), np.stack([found[i] for i in index])
@@ -417,6 +428,8 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
         labelled = np.isfinite(scores)
         faces, points = replace(faces, visible=faces.visible * labelled), np.nan_to_num(points)
         source, scores = f"labels of {args.results}, where both have one", np.full_like(scores, math.nan)
+        if not faces.visible.any():
+            raise UserError(f"{args.results}: labels none of the landmarks that {ann} labels on these faces")
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
         source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) and {others} "
@@ -450,7 +463,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder for the report (default: evaluation, beside --checkpoint or --results; of the "
              "bundled model, here)")
     add("--results", type=Path, metavar="FILE",
-        help="score these COCO keypoint results; --checkpoint lends its defaults, with --match its errors")
+        help="score these COCO keypoint results, or another annotator's data set; --checkpoint lends its "
+             "defaults, with --match its errors")
     add("--match", action="store_true", help="the results are of a program that found the faces itself")
     add("--padding", type=float,
         help="of --results without --checkpoint: the side that nme divides by / the box's longer one "
@@ -501,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     if not processes.first:
         return
     report, errors = score(points, faces, padding, scores, radius)
-    made = versions(processes.device, trained and trained.amp)
+    made = versions(processes.device, trained.amp) if trained else {}
     report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding, "versions": made,
               "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}
     content = as_json(report)
@@ -509,10 +523,12 @@ def main(argv: list[str] | None = None) -> None:
     files = {**plots(report, faces, errors, LIMIT), "worst.jpg": worst_faces(points, faces, errors, padding)}
     files |= {"report.csv": as_table(report), "report.html": as_html(report, files),
               "report.json": content}
-    print(f"{len(faces)} faces of {ann}; {source}")
-    print_report(report)
-    for name, content in files.items():
-        atomic_write(args.out / name, [content])
+    try:
+        print(f"{len(faces)} faces of {ann}; {source}")
+        print_report(report)
+    finally:  # neither a full disk nor a closed pipe costs both
+        for name, content in files.items():
+            atomic_write(args.out / name, [content])
     print(f"report: {args.out / 'report.html'}")
 
 

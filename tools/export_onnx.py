@@ -245,16 +245,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     take_checkpoint(args)
+    checkpoint = checkpoint_file(args.checkpoint)
     if args.light and (args.out or args.safetensors or not args.flip):
         raise UserError("--light: writes a checkpoint alone; leave out --out, --safetensors and --no-flip")
     if args.light:
-        return write_light(checkpoint_file(args.checkpoint), args.light, args.force)
-    path = args.out or (args.checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
+        return write_light(checkpoint, args.light, args.force)
+    path = args.out or (checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
     if path.exists() and (path.is_dir() or not args.force):
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)
-    trained = Trained(checkpoint_file(args.checkpoint))
+    trained = Trained(checkpoint)
     trained.model.requires_grad_(False)
     export_onnx(trained, args.flip, path)
     if args.safetensors:

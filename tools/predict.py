@@ -68,14 +68,14 @@ from tools.lib.files import PREDICTIONS, TRANSFORMS, atomic_write, data_root, ou
 from tools.lib.find import MIN_SCORE, Predictor
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
-from tools.lib.video import Tracker, Video, VideoWriter, name_of, until_stopped
+from tools.lib.video import HANG_UP, Tracker, Video, VideoWriter, name_of, until_stopped
 from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
 OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
 MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before",
-        ".lock": "another run is writing there, or was killed"}
-EVERY = 60  # seconds after which what was found is written, in case that the end comes suddenly
+        ".lock": "a run is writing there, or was"}
+EVERY = 60  # seconds, or more, after which what was found is written, in case that the end comes suddenly
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
@@ -221,7 +221,7 @@ def files_in(folder: Path, out: Path) -> list[Path]:
         for name in [*folders]:
             path = Path(at, name)
             why = "a link to a folder; name it, too" if path.is_symlink() else made_before(path)
-            if why:
+            if why and (os.path.realpath(path) != output or why != MADE[".lock"]):  # our own lock
                 folders.remove(name)
                 if os.path.realpath(path) != output:
                     print(f"{printable(path)}: is left out: {why}", file=sys.stderr)
@@ -381,7 +381,7 @@ class Results:
 
     def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
         self.scheme, self.category, self.rows, self.images, self.begun = scheme, category, [], [], False
-        self.written = time.monotonic()
+        self.due = time.monotonic() + EVERY
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
@@ -406,7 +406,7 @@ class Results:
 
     def write(self, out: Path, coco: Path | None = None) -> None:
         """predictions.json, a list of COCO keypoint results; predictions.csv; the data set `coco`."""
-        text = io.StringIO()
+        begin, text = time.monotonic(), io.StringIO()
         table, first = csv.writer(text, lineterminator="\n"), ("frame", "time", "face", "score")
         table.writerow(["file", *first, "box_x", "box_y", "box_w", "box_h",
                         *(f"{name}_{part}" for name in self.scheme.names for part in ("x", "y", "score"))])
@@ -417,7 +417,8 @@ class Results:
         atomic_write(out / TABLE, [text.getvalue().encode(errors="backslashreplace")])
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
-        self.written = time.monotonic()
+        now = time.monotonic()
+        self.due = now + max(EVERY, 19 * (now - begin))  # so writing takes a twentieth of the time at most
 
     def as_dataset(self) -> dict:
         """A COCO keypoint data set for labelling tools and train_simple.py: v is 2 in the picture, else 1."""
@@ -495,8 +496,6 @@ class PictureQueue:
             drawn = draw_faces(image, faces, self.predictor.scheme)
             atomic_write(source.target, [encode_picture(drawn, source.target.suffix.lower())])
         self.waiting.clear()
-        if images and time.monotonic() - self.results.written > EVERY:
-            self.results.write(self.args.out)
 
 
 def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
@@ -552,6 +551,8 @@ def predict_all(sources: list[Source], predictor: Predictor, results: Results,
                 failed += 1
                 tqdm.write(f"error: {printable(e)}", file=sys.stderr)
             progress.update(number)
+            if results.begun and time.monotonic() >= results.due:
+                results.write(args.out)
     pictures.finish()
     return failed
 
@@ -637,13 +638,18 @@ def run(args: argparse.Namespace) -> None:
                         "are named above")
 
 
+def stop_once(number: int, _) -> None:
+    """A signal as Ctrl-C, by which what is done is kept; while that is written, the next one is not heard."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with contextlib.suppress(ValueError):  # not in a thread
-        for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: what is done is kept
-            number = getattr(signal, name, None)  # Windows has no terminal that hangs up
+        for number in (signal.SIGTERM, HANG_UP):
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
-                signal.signal(number, signal.default_int_handler)
+                signal.signal(number, stop_once)
     with output_folder(args.out, OUT, args.force) as args.out:
         run(args)
 

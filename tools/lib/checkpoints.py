@@ -15,7 +15,7 @@ from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, si
 from tools.lib.coco import checked_scheme, shared_pictures
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
-from tools.lib.runtime import choose_amp, choose_device, versions
+from tools.lib.runtime import choose_amp, is_out_of_memory, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
@@ -49,10 +49,9 @@ def lightened(checkpoint: dict) -> dict:
 class Saver:
     """Writes the checkpoints of a run: best_model.pth, epoch_N.pth every so often, last.pth."""
 
-    def __init__(self, config, metrics: list, *faces):
-        device = choose_device(config.device)
-        self.config, self.metrics, self.next = config, metrics, 0.0
-        self.versions = versions(device, choose_amp(device, config.amp))
+    def __init__(self, run, metrics: list, *faces):
+        self.config, self.metrics, self.next = run.config, metrics, 0.0
+        self.versions = versions(run.processes.device, run.amp)
         self.labels, self.seen = digest_of(faces), SEEN if shared_pictures(*faces) else ""
         self.room = faces[0].room
 
@@ -207,8 +206,10 @@ def restore(parts: dict, resumed: dict):
         optimizer = parts["optimizer"]
         for group in optimizer.param_groups:
             if lacks := optimizer.defaults.keys() - group.keys():
-                raise KeyError(f"its optimizer has no {', '.join(sorted(lacks))}")
-    except (RuntimeError, ValueError, KeyError) as e:
+                raise ValueError(f"last.pth's optimizer has no {', '.join(sorted(lacks))}")
+    except (RuntimeError, ValueError, LookupError) as e:
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"--resume: last.pth does not fit this code's model or optimizer ({in_short(e)}); go "
                         "on with the code that wrote it, or begin from it with --weights") from None
 

@@ -191,8 +191,9 @@ def is_within(value: float, interval: str) -> bool:
 
 
 def kind_of(field: dataclasses.Field) -> type:
-    """The type of a setting: `Path | None` is a Path."""
-    return next((k for k in typing.get_args(field.type) if k is not types.NoneType), field.type)
+    """The type of a setting: `Path | None` is a Path, any other union or list itself."""
+    kinds = [k for k in typing.get_args(field.type) if k is not types.NoneType]
+    return kinds[0] if isinstance(field.type, types.UnionType) and len(kinds) == 1 else field.type
 
 
 def path_or_none(text: str) -> Path | None:
@@ -214,10 +215,11 @@ def add_settings(parser: argparse.ArgumentParser, settings: type):
             group = parser.add_argument_group(about["group"])
         if kind not in (int, float, str, bool, Path):
             raise TypeError(f"{field.name}: a setting is an int, a float, a str, a bool or a Path, or None")
-        flag, text = flag_of(field.name), about["help"].replace("%", "%%")  # argparse's own sign
+        flag, text = flag_of(field.name), about["help"]
         shown = "on" if default is True else default
         text += f"; a multiple of {about['multiple']}" if about["multiple"] else ""
         text += "" if default is None or default is False or "(default" in text else f" (default: {shown})"
+        text = text.replace("%", "%%")  # argparse's own sign
         if kind is bool:
             action = argparse.BooleanOptionalAction if default else "store_true"
             group.add_argument(flag, action=action, default=default, help=text)

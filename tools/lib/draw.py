@@ -1,5 +1,6 @@
 """Landmarks on pictures, contact sheets, curves, the log of a run."""
 
+import contextlib
 import io
 import json
 import math
@@ -181,9 +182,11 @@ class Log:
         """args.json, a new run's train_batch.jpg, and what a kill kept from being written of a run."""
         path = self.config.work_dir / "args.json"
         if self.rows and not self.quiet and path.is_file():  # who made the epochs until now
-            before = load_json(path)
-            former = [*before.get("former_versions", []), before.get("versions")]
-            settings["former_versions"] = [made for made in former if made and made != settings["versions"]]
+            with contextlib.suppress(UserError, AttributeError, TypeError):  # it may have been edited
+                before = load_json(path)
+                former = [*before.get("former_versions", []), before.get("versions")]
+                former = [made for made in former if made and made != settings["versions"]]
+                settings["former_versions"] = former
         if not self.quiet:
             atomic_write(path, [json.dumps(settings, indent=1).encode()])
         if self.rows and not self.quiet:

@@ -78,14 +78,16 @@ def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
                 stack.enter_context(file_lock(folder / ".lock", busy))
                 check_free("--out", folder, force)  # one that wrote there may just have ended
                 break
-            except (UserError, PermissionError):  # the latter: it is another user's
+            except (UserError, OSError) as e:  # PermissionError: it is another user's
                 stack.close()
-                if given or force or new:
+                if given or force or isinstance(e, OSError) and new:
                     raise
         try:
             yield folder
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps an open file, and no system drops full folders
+            if os.name == "nt":
+                stack.close()  # an open file cannot be deleted there
+            with contextlib.suppress(OSError):  # a folder that is full stays
                 (folder / ".lock").unlink()
                 if new:
                     folder.rmdir()

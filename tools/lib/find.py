@@ -234,7 +234,7 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
     try:
         sides = np.asarray([] if boxes is None else boxes, dtype=float)
         sides = sides.reshape(-1, 4) if sides.ndim < 3 and sides.shape[-1] in (0, 4) else np.zeros((1, 4))
-    except (TypeError, ValueError, RuntimeError):  # the last: a tensor that is on no CPU or needs a gradient
+    except (TypeError, ValueError, IndexError, RuntimeError):  # the last: of a tensor with a gradient
         sides = np.zeros((1, 4))
     if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # NaN is below nothing
         raise UserError("boxes must be numbers (N, 4): x, y, width, height with positive sides, not "

@@ -141,8 +141,8 @@ def as_html(report: dict, pictures: dict[str, bytes]) -> bytes:
 def print_report(report: dict):
     """The report in the terminal: all faces, regions, kinds of ear, poses, scores."""
     main, metrics = report["main"], report["metrics"]
-    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main}, "
-          f"whose standard error is {show(report['standard_error'])})")
+    print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main}; "
+          f"standard error of {main} {show(report['standard_error'])})")
     if report["faces_by_main"] < report["faces"]:
         print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an "
               "interocular landmark, or have both in one place")

@@ -33,6 +33,7 @@ FASTEST = 60.0  # frames a second that a video of a variable rate is written wit
 PLAYED = ("aac", "mp3", "opus")  # sound in an mp4 that browsers play
 # In a session of its own: Ctrl-C is for us, and ffmpeg ends whole when its input does.
 ALONE = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+HANG_UP = getattr(signal, "SIGHUP", None)  # a terminal that went away; Windows has none
 INSTALL = "install ffmpeg (apt, brew or winget install ffmpeg)"
 
 
@@ -240,15 +241,17 @@ class Tracker:
 
 @contextlib.contextmanager
 def until_stopped() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM only sets the Event that this yields: a loop ends after a whole frame."""
+    """The first Ctrl-C, SIGTERM or SIGHUP only sets the Event that this yields: so a frame is done whole."""
     stopped, before = threading.Event(), {}
 
-    def stop(*_):
-        if stopped.is_set():
+    def stop(number, _):
+        if stopped.is_set() and number != HANG_UP:  # a shell and the system may both say that
             raise KeyboardInterrupt
         stopped.set()
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM, HANG_UP
+        heard = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield stopped
     finally:
