@@ -207,6 +207,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
         return matrix, points, labelled, colour
 
     def batch(self, items):
+        """Several items at once, {name: (B, ...)}; image (B, S, S, 3) uint8, colour, the rest as above."""
         items = [item if isinstance(item, tuple) else (0, range(len(self))[item]) for item in items]
         n, k, size = len(items), len(self.faces.scheme.names), items[0][2] if len(items[0]) > 2 else self.size
         crops = np.empty((n, size, size, 3), np.uint8)
