@@ -418,6 +418,11 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="labels none of the landmarks|none of its .* results is of a face"):
         tool.main([*command, "--force", *["--match"] * several])
+    for wrong in (3, [7], [{**theirs["annotations"][0], "image_id": 99}]):
+        (tmp_path / "b.json").write_text(json.dumps({**theirs, "annotations": wrong}))
+        with pytest.raises(UserError, match="b.json") as e:
+            tool.main([*command, "--force", *["--match"] * several])
+        assert "\n" not in str(e.value)
     theirs["categories"][0]["keypoints"][0] = "other"
     (tmp_path / "b.json").write_text(json.dumps(theirs))
     with pytest.raises(UserError, match="data set with other landmarks"):

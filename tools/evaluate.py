@@ -246,7 +246,9 @@ def other_annotation(path: Path, faces: Faces, category: str | None = None) -> F
     content = load_json(path)
     if not (isinstance(content, dict) and content.get("images") and content.get("categories")):
         return None
-    if any({"score", "annotation_id"} & row.keys() for row in content.get("annotations") or []):
+    rows = content.get("annotations")
+    scored = {"score", "annotation_id"}
+    if not isinstance(rows, list) or any(isinstance(row, dict) and scored & row.keys() for row in rows):
         return None
     theirs, ours = data.load_coco(path, faces.root, category), faces.scheme.names
     for note in theirs.notes:
@@ -267,21 +269,22 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
     The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
     best. A result's image_id is the picture's, or its file's name, with or without the suffix.
     """
-    rows, k = load_json(path), len(faces.scheme.names)
-    rows = rows.get("annotations") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
     if other:
         rows = [{"image_id": i, "keypoints": np.column_stack([xy, v])}
                 for i, xy, v in zip(other.image_ids, other.points, other.visible, strict=True)]
-    files = [PurePosixPath(file) for file in faces.files]
+    else:
+        rows = load_json(path)
+        rows = rows.get("annotations") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
+    k, files = len(faces.scheme.names), [PurePosixPath(file) for file in faces.files]
     by_file = [file.name for file in files], [file.stem for file in files]
     ways = [*map(str, faces.image_ids)], faces.files, *by_file
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
     by_name = next((way for way in ways if wanted & {*way}), ways[0])
     known = ways[0] if wanted & {*empty} else by_name
     unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
-    if known is ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed:
+    if known is ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed and not other:
         print(f"{path}: its image_id are taken for ids of the COCO file; if they are pictures' names, write "
               "them with their suffixes")
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
@@ -515,8 +518,8 @@ def main(argv: list[str] | None = None) -> None:
     if not processes.first:
         return
     report, errors = score(points, faces, padding, scores, radius)
-    made = versions(processes.device, trained.amp) if trained else {}
-    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding, "versions": made,
+    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
+              "versions": versions(processes.device, trained.amp) if trained else {},
               "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}
     content = as_json(report)
     report = json.loads(content)  # None for NaN
