@@ -98,7 +98,8 @@ def draw_mean_face(figure, values: np.ndarray, faces, main: str):
 def as_table(report: dict) -> bytes:
     """report.csv: one row for all faces, every region, kind of ear, pose, landmark, breed and face."""
     total = sum(row["labelled"] for row in report["face"])
-    rows = [{"group": "all", "name": "all", "labelled": total, **report, **report["metrics"]}]
+    whole = {name: report[name] for name in ("faces", "faces_by_main", "standard_error")}
+    rows = [{"group": "all", "name": "all", "labelled": total, **whole, **report["metrics"]}]
     for group in GROUPS:
         rows += [{"group": group, "name": name, **row} for name, row in report[group].items()]
     rows += [{"group": "face", "name": row["file"], **row} for row in report["face"]]
