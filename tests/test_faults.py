@@ -252,6 +252,16 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
         assert (tmp_path / "a" / ".lock").exists()
 
 
+def test_links_of_someones_archive_lead_nothing_elsewhere(tmp_path):
+    (tmp_path / "mine").write_bytes(b"precious")
+    for link in (".report.csv.tmp", ".lock"):
+        (tmp_path / link).symlink_to("mine")
+    files.atomic_write(tmp_path / "report.csv", [b"theirs"])
+    assert (tmp_path / "report.csv").read_bytes() == b"theirs" and not (tmp_path / "report.csv").is_symlink()
+    with file_lock(tmp_path / ".lock", "held"):
+        assert (tmp_path / "mine").read_bytes() == b"precious"
+
+
 def test_writers_of_a_cache_whom_no_lock_parts_each_write_it_whole(tmp_path, monkeypatch):
     """Two machines on a disk whose locks end at the machine."""
     monkeypatch.setattr(files, "file_lock", lambda _: nullcontext())

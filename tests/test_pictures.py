@@ -1,4 +1,5 @@
 """tools/lib/pictures.py: pictures of every kind come as one sees them, and what cannot be read is called by its name."""
+import struct
 import sys
 import types
 
@@ -129,6 +130,27 @@ def test_a_large_picture_is_read_smaller(image, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "LARGEST_JPEG", 1000)
     with pytest.raises(UserError, match="too many pixels"):
         read_picture(tmp_path / "large.jpg", 100_000)
+
+
+def test_a_small_file_of_too_much_work_is_refused(image, tmp_path, monkeypatch):
+    """Colours of 32 bits, which OpenCV reads, in a TIFF and a BigTIFF; the scans of a progressive JPEG."""
+    cv2.imwrite(str(tmp_path / "deep.tif"), image.astype(np.float32))
+    tags = {256: (4, 64), 257: (4, 48)}
+    entries = b"".join(struct.pack("<HHQQ", tag, kind, 1, value) for tag, (kind, value) in tags.items())
+    (tmp_path / "big.tif").write_bytes(struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(tags)) + entries + bytes(8))
+    assert read_image(tmp_path / "deep.tif").shape == image.shape
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2 - 1)
+    for name in ("deep.tif", "big.tif"):
+        with pytest.raises(UserError, match=f"{name}: has too many pixels"):
+            read_image(tmp_path / name)
+    monkeypatch.undo()
+    for name, progressive in (("plain.jpg", False), ("progressive.jpg", True)):
+        Image.fromarray(image).save(tmp_path / name, progressive=progressive)
+        assert read_image(tmp_path / name).shape == image.shape
+    monkeypatch.setattr(pictures, "MOST_SCANS", 5)
+    assert read_image(tmp_path / "plain.jpg").shape == image.shape
+    with pytest.raises(UserError, match="more than 5 scans"):
+        read_image(tmp_path / "progressive.jpg")
 
 
 def test_a_file_is_what_its_content_says(image, tmp_path):

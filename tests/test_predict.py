@@ -657,6 +657,14 @@ def test_videos_of_a_phone(tmp_path):
     assert cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) == 10
 
 
+def test_an_odd_duration_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(video.shutil, "which", lambda name: name)
+    for said, seconds in (("00:01:02.500000000", 62.5), ("00:00:00.5.0", 7), ("9" * 5000 + ":00:00", 7)):
+        stream = json.dumps({"streams": [{"tags": {"DURATION": said}}]})
+        monkeypatch.setattr(video.subprocess, "run", lambda *_, said=stream, **__: SimpleNamespace(stdout=said))
+        assert video.duration(tmp_path / "a.mkv", 7) == seconds
+
+
 def test_a_video_whose_sound_cannot_be_copied_is_written_without(tmp_path, monkeypatch):
     if not video.has_h264():
         pytest.skip("needs an ffmpeg with libx264")

@@ -591,8 +591,8 @@ def test_a_checkpoint_knows_how_boxes_lie_around_landmarks(sample, flags, tmp_pa
     assert len(stored["room"]) == 4 and all(0.2 < v < 2 for v in stored["room"])
     folders = {f.name for f in fields(trainer.Config) if Path in (f.type, *typing.get_args(f.type))}
     assert folders == set(checkpoints.PATHS)
-    light = checkpoints.lightened({**stored, "args": stored["args"] | {"weights": "a/b.pth"}})  # a relative one, too
-    assert light["args"]["weights"] == "b.pth" and not any("/" in str(light["args"][name]) for name in folders)
+    light = checkpoints.lightened({**stored, "args": stored["args"] | {"weights": "a/b.pth", "cache": r"C:\me\c"}})
+    assert light["args"]["weights"] == "b.pth" and light["args"]["cache"] == "c" and not any("/" in str(light["args"][name]) for name in folders)
     for name, value in light["model"].items():  # vectors stay: a variance may be beyond 16 bits
         assert value.dtype == (torch.float16 if value.ndim > 1 else stored["model"][name].dtype), name
         torch.testing.assert_close(value.to(stored["model"][name].dtype), stored["model"][name], rtol=1e-3, atol=1e-4)
@@ -776,6 +776,20 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path, monkeypatch, refused, fla
             checkpoints.load_checkpoint(tmp_path / name)
         assert name in refused(*flags, "--weights", tmp_path / name, "--work-dir", tmp_path / name[:5])
     assert not (tmp_path / "ran").exists()
+
+
+class Forged:
+    def __reduce__(self):
+        return np.ndarray, ((1,), "O", bytearray(8))
+
+
+def test_a_file_gives_numpy_no_pointers(run, tmp_path):
+    checkpoint = torch.load(run.work_dir / "best_model.pth", weights_only=True)
+    checkpoint["args"]["seed"] = checkpoint["epoch_of_another"] = Forged()
+    torch.save(checkpoint, tmp_path / "forged.pth")
+    assert not isinstance(checkpoints.load_checkpoint(tmp_path / "forged.pth")["epoch_of_another"], np.ndarray)
+    with pytest.raises(UserError, match="do not fit together"):
+        trainer.Trained(tmp_path / "forged.pth")
 
 
 def test_mistakes_are_one_line(run, refused, tmp_path, sample):

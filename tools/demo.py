@@ -14,6 +14,7 @@ import contextlib
 import functools
 import html
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,10 +30,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dataset import Scheme
 from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.coco import seen_size
 from tools.lib.draw import draw_faces, encode_picture, region_colours, resized
 from tools.lib.files import ROOT
 from tools.lib.find import FAINT, MIN_SCORE, checkpoint_file
-from tools.lib.pictures import read_picture
+from tools.lib.pictures import read_image
 from train_simple import load_predictor
 
 OLDEST = 6, 18  # gradio whose page this is, as pyproject.toml has it
@@ -76,10 +78,12 @@ def read_photo(path: str) -> np.ndarray:
     if not Path(path).is_file():
         raise UserError("The photo was deleted after an hour; drop it again.")
     try:
-        image, size = read_picture(path, MAX_PIXELS)
+        size = seen_size(path)  # None of a kind that only OpenCV reads
+        image = read_image(path) if not size or math.prod(size) <= MAX_PIXELS else None
     except UserError as e:
         raise UserError(str(e).replace(str(path), Path(path).name)) from None
-    if image.shape[1::-1] != size:
+    size = size or image.shape[1::-1]
+    if math.prod(size) > MAX_PIXELS:
         raise UserError(f"{Path(path).name}: has {size[0]} x {size[1]} pixels; the most is {MAX_PIXELS:,}")
     return image
 

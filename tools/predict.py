@@ -473,15 +473,16 @@ class PictureQueue:
             out = (boxes[:, :2] + boxes[:, 2:] > 1.05 * np.array(size)).any(1) & corners.all(1)
             if out.any() and not self.warned:
                 self.warned = True
-                tqdm.write(f"{source.file}: box {boxes[out][0].tolist()} leaves its picture; if it is "
-                           "x1, y1, x2, y2, write x, y, width, height", file=sys.stderr)
+                tqdm.write(f"{printable(source.file)}: box {boxes[out][0].tolist()} leaves its picture; if "
+                           "it is x1, y1, x2, y2, write x, y, width, height", file=sys.stderr)
             boxes = np.concatenate([(boxes[:, :2] + 0.5) / scale - 0.5, boxes[:, 2:] / scale], axis=1)
         if max(image.shape) > MOST_SIDE:
             raise UserError(f"{source.place}: its {size[0]} x {size[1]} pixels are too long for an overlay; "
                             "cut it into parts")
         if scale.max() > 1:
-            tqdm.write(f"{source.file}: its {size[0]} x {size[1]} pixels are looked at, and drawn on, as "
-                       f"{image.shape[1]} x {image.shape[0]}; coordinates are in its own", file=sys.stderr)
+            tqdm.write(f"{printable(source.file)}: its {size[0]} x {size[1]} pixels are looked at, and drawn "
+                       f"on, as {image.shape[1]} x {image.shape[0]}; coordinates are in its own",
+                       file=sys.stderr)
         self.waiting.append((source, image, size, boxes))
         held = sum(image.size for _, image, _, _ in self.waiting)
         if len(self.waiting) == self.args.batch_size or held > CHUNK_BYTES:

@@ -6,7 +6,7 @@ import io
 import math
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -19,10 +19,21 @@ from tools.lib.runtime import choose_amp, is_out_of_memory, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
 PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
+
+
+class Unread:
+    """Stands for numpy's objects in a file: called by it, numpy.ndarray would take its bytes for pointers."""
+
+    def __init__(self, *_):
+        """Take, and leave, whatever the file gives."""
+
+    __setstate__ = __init__
+
+
 # What other programs store beside tensors: their settings, numbers of numpy (under its old name, too).
-PLAIN = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLefd"),
-         *((made, f"numpy.{core}.multiarray.{made.__name__}") for core in ("core", "_core")
-           for made in (np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]))]
+PLAIN = [argparse.Namespace, *((Unread, f"numpy.{name}") for name in (
+    "ndarray", "dtype", *(f"dtypes.{type(np.dtype(kind)).__name__}" for kind in "?bBhHiIlLefd"),
+    *(f"{core}.multiarray.{made}" for core in ("core", "_core") for made in ("_reconstruct", "scalar"))))]
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
@@ -40,7 +51,7 @@ def lightened(checkpoint: dict) -> dict:
     """
     light, args = dict(checkpoint["model"]), dict(checkpoint["args"])
     light |= {k: v.half() for k, v in light.items() if v.ndim > 1 and v.is_floating_point()}
-    args |= {k: Path(v).name for k, v in args.items() if k in PATHS and isinstance(v, str)}
+    args |= {k: PureWindowsPath(v).name for k, v in args.items() if k in PATHS and isinstance(v, str)}
     names = ("format", "epoch", "scheme", "size", "metrics", "versions", "room")
     kept = {k: checkpoint[k] for k in names if k in checkpoint}
     return kept | {"model": light, "args": args}

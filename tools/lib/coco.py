@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -216,7 +216,7 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         annotation["category_id"] = named[0] if own is None and len(named) == 1 else own
         landmarks = annotation.get("keypoints")
         if isinstance(landmarks, list) and landmarks and all(isinstance(xyv, list) for xyv in landmarks):
-            landmarks = annotation["keypoints"] = sum(landmarks, [])  # [[x, y, v], ...]
+            landmarks = annotation["keypoints"] = [*chain.from_iterable(landmarks)]  # [[x, y, v], ...]
         if isinstance(landmarks, list) and any(v not in (0, -1) for v in landmarks[2::3]):
             lengths[str(annotation["category_id"])][len(landmarks) // 3] += 1
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
@@ -288,7 +288,7 @@ def checked_scheme(category: dict, where: Path | str) -> dict:
         return value
 
     pairs = [indices(pair, "flip_pairs", 2) for pair in content("flip_pairs")]
-    indices(sum(pairs, []), "flip_pairs")  # no landmark has two partners
+    indices([*chain.from_iterable(pairs)], "flip_pairs")  # no landmark has two partners
     regions = {printable(key): v for key, v in content("regions", dict).items()}
     regions = {key: indices(v, f"regions.{key}") for key, v in regions.items()}
     interocular = indices(content("interocular"), "interocular", 2 if category.get("interocular") else 0)
@@ -389,7 +389,7 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
                               f"{names[named[0][0]]} and {names[named[0][1]]}")
         return named
     if not isinstance(given, list) or not all(isinstance(p, list) and len(p) == 2 for p in given) or not (
-            are_indices(sum(given, []), k + 1)):  # k itself: they may count from 1
+            are_indices([*chain.from_iterable(given)], k + 1)):  # k itself: they may count from 1
         return given
 
     def lacking(pairs):

@@ -35,7 +35,8 @@ def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: 
     # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
     temporary = path.with_name(f".{path.name[-50:]}{writer}.tmp")  # shorter than any name may be
     try:
-        with open(temporary, "wb") as f:
+        temporary.unlink(missing_ok=True)  # a link there, in someone's archive, leads to another file
+        with open(temporary, "xb") as f:
             f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
@@ -105,7 +106,7 @@ def check_free(flag: str, folder: Path, force: bool):
 def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold a file's lock, which ends with the process. Where another has it: wait, or UserError(busy)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
+    with open(path, "a") as handle:  # "w" would empty what a link leads to
         try:
             import fcntl
 

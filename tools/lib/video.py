@@ -142,7 +142,7 @@ def duration(source: Path | int | str, otherwise: float) -> float:
     said = json.loads(subprocess.run(command, capture_output=True).stdout or "{}")
     stream = (said.get("streams") or [{}])[0]
     written = stream.get("tags", {}).get("DURATION", "")  # of Matroska and WebM
-    clock = re.fullmatch(r"(\d+):(\d+):([\d.]+)", written)
+    clock = re.fullmatch(r"(\d{1,6}):(\d\d?):(\d+(?:\.\d+)?)", written)
     tag = clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
     return float(stream.get("duration") or tag or said.get("format", {}).get("duration") or otherwise)
 
