@@ -316,7 +316,7 @@ def test_a_landmark_that_nobody_labelled_is_named(tmp_path):
         a["keypoints"][6:9] = [0, 0, 0]
     (tmp_path / "train.json").write_text(json.dumps(data))
     faces = load_coco(tmp_path / "train.json", tmp_path)
-    assert any("labelled in no face: p2;" in note for note in coco.notes_of(faces, None, (Path("train.json"), None)))
+    assert any("labelled in no face: p2 (1 in all);" in note for note in coco.notes_of(faces, None, (Path("train.json"), None)))
 
 
 def test_an_absolute_name_in_the_data_root_is_that_picture(read, tmp_path):
@@ -927,6 +927,46 @@ def test_sides_that_only_a_letter_tells_end_mirroring(read, pair):
     assert faces.flip_pairs in ([], [[0, 1], [3, 4]]) and (faces.flip_pairs or f"{pair[0]} has no other side" in faces.notes[0])
 
 
+def dlib(n, pairs):
+    """Faces of a jaw's outline, brows numbered from the picture's left to its right, and a nose."""
+    names = [*(f"jaw_{i}" for i in range(5)), *(f"left_brow_{i}" for i in range(3)), *(f"right_brow_{i}" for i in range(3)), "nose"]
+    x = [0, 10, 20, 30, 40, 5, 10, 15, 25, 30, 35, 20]
+    y = [10, 30, 40, 30, 10, 5, 3, 5, 5, 3, 5, 20]
+    data = plain(n, 12, names)
+    for i, a in enumerate(data["annotations"]):
+        a["keypoints"] = [v for place in zip(np.add(x, 30 + i), np.add(y, 30)) for v in (*map(float, place), 2)]
+        a.pop("bbox")
+    data["categories"][0]["flip_pairs"] = pairs
+    return data
+
+
+def test_partners_may_be_numbered_along_the_face(read):
+    """Given, they are believed; where they are guessed, from names, or wrong, the places tell so."""
+    true = [[0, 4], [1, 3], [5, 10], [6, 9], [7, 8]]
+    for pairs in (true, [p[::-1] for p in true], [[i + 1, j + 1] for i, j in true]):
+        faces = read(dlib(12, pairs))
+        assert [*map(sorted, faces.flip_pairs)] == true and not any("mirrored" in note for note in faces.notes), faces.notes
+    faces = read(dlib(12, []))
+    assert faces.flip_pairs == [[5, 8], [6, 9], [7, 10]]
+    assert "6 are their own mirror image, as jaw_0" in faces.notes[0]
+    assert any("in nine of ten faces 4 landmarks, as jaw_0, would lie elsewhere" in note for note in faces.notes), faces.notes
+    assert not any("nine of ten" in note for note in read(dlib(9, [])).notes)  # too few to tell
+    faces = read(dlib(12, [*true[:2], [5, 2]]))
+    assert faces.flip_pairs == [[0, 4], [1, 3], [5, 8], [6, 9], [7, 10]] and "does not pair left_brow_0" in faces.notes[0]
+    spaced = [f"{name} " for name in ("left_eye", "right_eye")]
+    assert named_pairs(spaced) == [[0, 1]]
+
+
+def test_landmarks_with_a_place_but_v_0_and_orphans_are_counted(read):
+    data = plain(4)
+    data["annotations"][1]["keypoints"][2::3] = [0, 0, 2, 2, 2]
+    data["annotations"][2]["image_id"] = 99
+    faces = read(data)
+    assert faces.visible.sum() == 2 * 13 and len(faces.ids) == 3
+    assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3)",
+                           "read as they are: 2 landmarks with a place, but v 0, as not labelled (annotation 2)"]
+
+
 def test_letters_are_no_sides(read):
     assert read(plain(names=["left_eye", "right_eye", "L", "M", "R"])).flip_pairs == [[0, 1]]
 
@@ -991,8 +1031,9 @@ REFUSED = {
     "v NaN": (first(keypoints=[1, 2, float("nan")] * 5), "annotation 1", "v cannot be nan"),
     "far away": (first(keypoints=[1e9, 2, 2] * 5), "annotation 1", "a landmark cannot be at 1e+09"),
     "endless": (first(keypoints=[float("inf"), 2, 2] * 5), "annotation 1", "a landmark cannot be at inf"),
-    "no image": (first(image_id=99), "annotation 1", "image that is not in the file"),
-    "image a list": (first(image_id=[1]), "annotation 1", "image that is not in the file"),
+    "image a list": (first(image_id=[1]), "annotation 1", "names no image"),
+    "x and y alone": (lambda d: [categories({"keypoints": [*"abcdef"]})(d), first(keypoints=[9.0] * 12)(d)], "18 numbers, not 12", "write a 2"),
+    "all images gone": (each(lambda a: a.update(image_id=99)), "no face in it can be used (left out: 6 of an image that is not"),
     "an id twice": (first(id=2), "annotation 2", "the id of another"),
     "a category's id twice": (lambda d: d["categories"].append(dict(d["categories"][0], name="cat")), "two of its categories"),
     "an id a list": (first(id=[1]), "annotation None", "neither number nor text"),
@@ -1105,6 +1146,11 @@ def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
 def test_an_export_that_is_not_clear_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ann-root .*train.json.*there are none.*data/README.md"):
         find_annotations(tmp_path)
+    for name, says in (("data.yaml", "data/README.md shows the form"), ("data.json", "export or download it again")):
+        (tmp_path / name).write_text("names: [dog]")
+        with pytest.raises(UserError, match=f"{name}: not a JSON file .*{says}"):
+            read_coco(tmp_path / name, tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(UserError, match="--ann-root .*nowhere: no such file or folder"):
         find_annotations(tmp_path / "nowhere")
     for name in ("ap10k-train-split1.json", "ap10k-train-split2.json"):
@@ -1189,6 +1235,41 @@ def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, c
     shutil.copytree(folder, tmp_path / "labeled-data/later", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.csv"))
     faces = read(snippet("DeepLabCut", [tmp_path], monkeypatch, capsys), "mine.json")
     assert faces.names == [*parts, "tail"] and (faces.visible[-1] > 0).tolist() == [True, True, False, True]
+
+
+def test_the_way_from_yolo(read, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.yaml").write_text("kpt_shape: [3, 3]\nflip_idx: [1, 0, 2]\nnames: {0: dog, 1: cat}\nkpt_names:\n"
+                                        "  0: [left_eye, right_eye, nose]\n  1: [left_eye, right_eye, nose]\n")
+    lines = ["0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.4 1 0.5 0.6 2", "1 0.3 0.5 0.4 0.4 0.2 0.4 2 0.4 0.4 2 0 0 0"]
+    draw(tmp_path / "images/train/a/pic.jpg")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    draw(tmp_path / "images/train/turned.jpg", exif=exif)
+    (tmp_path / "labels/train/a").mkdir(parents=True)
+    (tmp_path / "labels/train/a/pic.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "labels/train/turned.txt").write_text(lines[0])
+    ways = [tmp_path / "data.yaml", tmp_path / "images/train", tmp_path / "labels/train"]
+    faces = read(snippet("YOLO", ways, monkeypatch, capsys), root=ways[1])
+    assert faces.files == ["a/pic.jpg", "a/pic.jpg", "turned.jpg"] and faces.flip_pairs == [[0, 1]] and faces.breeds == ["dog", "cat", "dog"]
+    assert faces.names == ["left_eye", "right_eye", "nose"] and faces.visible.tolist() == [[2, 1, 2], [2, 2, 0], [2, 1, 2]]
+    assert np.allclose(faces.points[0], [[64, 48], [96, 48], [80, 72]]) and np.allclose(faces.boxes[0], [48, 36, 64, 48])
+    assert np.allclose(faces.points[2], [[48, 64], [72, 64], [60, 96]]) and faces.notes == []
+    (tmp_path / "data.yaml").write_text("kpt_shape: [3, 2]\nnames: [dog]\n")
+    (tmp_path / "labels/train/turned.txt").write_text("0 0.5 0.5 0.4 0.4 0.4 0.4 0.6 0.4 0 0")
+    with pytest.raises(SystemExit, match="pic.txt: a line has not 5"):
+        snippet("YOLO", ways, monkeypatch, capsys)
+    (tmp_path / "labels/train/a/pic.txt").unlink()
+    assert read(snippet("YOLO", ways, monkeypatch, capsys), root=ways[1]).visible.tolist() == [[2, 2, 0]]
+    (tmp_path / "labels/train/other.txt").touch()
+    with pytest.raises(SystemExit, match="other.txt: no such picture"):
+        snippet("YOLO", ways, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("heading", ["labelme", "DeepLabCut", "YOLO"])
+def test_a_way_from_nothing_ends_with_a_word(heading, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.yaml").write_text("kpt_shape: [3, 2]\nnames: [dog]\n")
+    with pytest.raises(SystemExit, match="^no "):
+        snippet(heading, [tmp_path / "data.yaml", tmp_path, tmp_path] if heading == "YOLO" else [tmp_path], monkeypatch, capsys)
 
 
 def test_the_smallest_file_of_the_readme(read, tmp_path):

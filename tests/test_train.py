@@ -933,7 +933,8 @@ def test_a_missing_picture_shows_at_the_start(sample, tmp_path, refused, flags, 
     shutil.copytree(sample.data_root, tmp_path / "d")
     victim = next((tmp_path / f"d/{split}/images").iterdir())
     victim.unlink()
-    assert victim.name in refused(*flags, "--data-root", tmp_path / "d", "--holdout", 0.2, "--work-dir", tmp_path / "w")
+    line = refused(*flags, "--data-root", tmp_path / "d", "--holdout", 0.2, "--work-dir", tmp_path / "w")
+    assert victim.name in line and "missing); fetch it, or take it and its annotations out of the file" in line
     assert not (tmp_path / "w/args.json").exists()
 
 

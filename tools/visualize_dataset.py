@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         print(note)
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
           f"({(faces.visible > 0).mean():.1%} labelled), {len({*faces.breeds} - {''})} breeds, "
-          f"{len(repaired)} boxes repaired")
+          f"{len(repaired)} boxes repaired by the converter")
     never = [f"{i} {name}" for i, name in enumerate(faces.scheme.names) if not faces.visible[:, i].any()]
     if never:
         print(f"never labelled: {printable(', '.join(never))}")

@@ -10,6 +10,7 @@ import posixpath
 import re
 import struct
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -49,12 +50,14 @@ KINDS = {
     "crowds": ("left out", "marked iscrowd"),
     "unlabelled": ("left out", "with no landmark labelled"),
     "away": ("left out", "with no landmark in their picture"),
+    "orphans": ("left out", "of an image that is not in the file"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
+    "zeros": ("read as they are", "landmarks with a place, but v 0, as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
     "outside": ("read otherwise", "names that lead out of the data root by how they end"),
@@ -152,6 +155,11 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     beyond = (visible == 2) & ((points < -slack) | (points > sizes[:, None] + slack)).any(2)
     for i in np.flatnonzero(beyond.any(1)):
         notes.add("beyond", f"annotation {ids[i]}", int(beyond[i].sum()))
+    wrong = lopsided(points, visible, scheme["flip_pairs"]) if scheme["flip_pairs"] else ()
+    if len(wrong):
+        notes.said.append(f"flip_pairs: in nine of ten faces {len(wrong)} landmarks, as "
+                          f"{printable(scheme['names'][wrong[0]])}, would lie elsewhere when mirrored; are "
+                          "all their partners right?")
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
                      ids=np.array(ids, object), image_ids=np.array(image_ids, object),
@@ -234,8 +242,8 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         if k == 1 and not names and len(chosen) > 1:  # CVAT's and Segments.ai's single points
             first = printable(next(iter(chosen.values())).get("name"))
             raise UserError(f"{path}: each of its {len(chosen)} categories is one landmark ({first}); label "
-                            "a face's landmarks as one skeleton, choose one with --category, or, if it is "
-                            "the same in all, give it a name")
+                            "a face's landmarks as one skeleton, or write the form of data/README.md; else "
+                            "choose one with --category, or, if it is the same in all, give it a name")
         return chosen, k
     if not lengths:
         raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0); export "
@@ -361,13 +369,23 @@ def has_other_letter(name: str, names: list) -> bool:
 
 def named_pairs(names: list) -> list:
     """[[left, right], ...] of the landmarks whose names differ in their side alone."""
-    index, pairs = {name.lower(): i for i, name in enumerate(names)}, []
+    index, pairs = {name.strip().lower(): i for i, name in enumerate(names)}, []
     for i, name in enumerate(names):
         side = None if is_letter(name, names) else SIDE.search(name)
-        partner = index.get(SIDE.sub(lambda m: OTHER_SIDE[m[0].lower()], name).lower(), i)
+        partner = index.get(SIDE.sub(lambda m: OTHER_SIDE[m[0].lower()], name).strip().lower(), i)
         if side and side[0][0] in "lL" and partner != i:
             pairs.append([i, partner])
     return pairs if len(index) == len(names) else []  # equal names say nothing
+
+
+def left_first(pair: list, names: list) -> list | None:
+    """[left, right] of two landmarks whose names differ in their side, and perhaps in digits; else None.
+
+    Outlines may be numbered along the face: left_brow_1 is then right_brow_5's partner.
+    """
+    sides = "".join(m[0][0].lower() for m in (SIDE.search(names[i]) for i in pair) if m)
+    parts = {re.sub(r"\d", "", SIDE.sub("", names[i])).strip().lower() for i in pair}
+    return {"lr": pair, "rl": pair[::-1]}.get(sides) if len(parts) == 1 else None
 
 
 def read_flip_pairs(given: object, names: list, notes: Notes):
@@ -385,15 +403,17 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
                               "without mirroring: name it alike, or give flip_pairs")
             return []
         if named:
+            own = f"; {len(rest)} are their own mirror image, as {rest[0]}" if rest else ""
             notes.said.append(f"no flip_pairs; {len(named)} taken from left and right in the names, as "
-                              f"{names[named[0][0]]} and {names[named[0][1]]}")
+                              f"{names[named[0][0]]} and {names[named[0][1]]}{own}")
         return named
     if not isinstance(given, list) or not all(isinstance(p, list) and len(p) == 2 for p in given) or not (
             are_indices([*chain.from_iterable(given)], k + 1)):  # k itself: they may count from 1
         return given
 
     def lacking(pairs):
-        return [p for p in named if p not in pairs and p[::-1] not in pairs]
+        believed = {i for p in pairs if left_first(p, names) for i in p}
+        return [p for p in named if p not in pairs and p[::-1] not in pairs and not believed & {*p}]
     lowered = [[i - 1, j - 1] for i, j in given]
     beyond, fits = any(k in p for p in given), min(map(min, lowered)) >= 0
     if fits and (beyond or lacking(given) and not lacking(lowered)):
@@ -404,9 +424,28 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
         return given
     if wrong := lacking(given):
         notes.said.append(f"flip_pairs does not pair {names[wrong[0][0]]} with {names[wrong[0][1]]}; "
-                          f"{len(named)} taken from left and right in the names")
-        given = sorted([p for p in given if not sided & set(p)] + named)
-    return [p[::-1] if p[::-1] in named else p for p in given]  # left first: align_faces.py needs to know
+                          f"{len(wrong)} taken from left and right in the names")
+        given = sorted([p for p in given if left_first(p, names) or not sided & {*p}] + wrong)
+    return [left_first(p, names) or p for p in given]  # align_faces.py needs to know
+
+
+def lopsided(points: np.ndarray, visible: np.ndarray, pairs: list) -> np.ndarray:
+    """The landmarks that, mirrored with their partner or alone, would lie elsewhere: wrong pairs show so.
+
+    points (N, K, 2), visible (N, K). The middle of a landmark and its partner lies over a quarter of what
+    parts left from right to the same side, in nine of ten faces or more, and in ten at least.
+    """
+    (a, b), partner = np.transpose(pairs), np.arange(points.shape[1])
+    partner[a], partner[b] = b, a
+    places = np.where(visible[..., None] > 0, points, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of means of nothing
+        across = np.nanmean(places[:, b] - places[:, a], axis=1)[:, None]
+        centre = np.nanmean((places[:, a] + places[:, b]) / 2, axis=1)[:, None]
+        off = (((places + places[:, partner]) / 2 - centre) * across).sum(2) / (across**2).sum(2)
+    number = np.isfinite(off).sum(0)
+    aside = np.maximum((off > 0.25).sum(0), (off < -0.25).sum(0))
+    return np.flatnonzero((number >= 10) & (aside >= 0.9 * number))
 
 
 # ---------------------------------------------------------------- images
@@ -721,8 +760,9 @@ def notes_of(train, val, paths: tuple) -> list[str]:
     """
     notes = train.notes + (val.notes if val else [])
     if never := list(compress(train.scheme.names, ~train.visible.any(0))):
-        named = ", ".join(map(printable, never))[:80]
-        notes.append(f"{paths[0]}: labelled in no face: {named}; what a model says of it means nothing")
+        named = ", ".join(map(printable, never[:4])) + (", ..." if len(never) > 4 else "")
+        notes.append(f"{paths[0]}: labelled in no face: {named} ({len(never)} in all); what a model says of "
+                     "it means nothing")
     if not train.scheme.flip_pairs and not any("trains without mirroring" in note for note in notes):
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val:
@@ -769,10 +809,12 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
             raise UserError(f"{where} has an id that is neither number nor text")
         if key in ids:
             raise UserError(f"{where} has the id of another; give each its own")
-        if picture not in images and (picture := written.get(str(picture))) is None:  # "1" for 1
-            raise UserError(f"{where} names an image that is not in the file")
+        if picture is None:
+            raise UserError(f"{where} names no image; give it the image_id of one")
+        picture = picture if picture in images else written.get(str(picture))  # "1" for 1
         ids.add(key)
-        reason = ("crowds" if entry.get("iscrowd") in (1, "1") else "boxes" if not entry.get("keypoints") else
+        reason = ("orphans" if picture is None else "crowds" if entry.get("iscrowd") in (1, "1") else
+                  "boxes" if not entry.get("keypoints") else
                   "others" if str(entry["category_id"]) not in categories else None)
         triples = None if reason else read_triples(entry["keypoints"], k, where, notes)
         if reason or not triples[:, 2].any():
@@ -791,17 +833,23 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         triples = np.array(values, dtype=np.float64).reshape(k, 3)
     except (TypeError, ValueError, OverflowError):
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
-        raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v") from None
+        even = "; behind x, y alone write a 2" if given and len(values) % 2 == 0 else ""
+        raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{even}"
+                        ) from None
     v, example = triples[:, 2], where.split(": ")[-1]  # v is a view
     nowhere = np.isnan(triples[:, :2]).any(axis=1) | np.isin(triples[:, :2], (0, -1)).all(axis=1)
     if (lost := nowhere & (abs(v) > 0)).any():
         notes.add("nowhere", example, int(lost.sum()))
+    zeros = int((~nowhere & (v == 0)).sum())
     v[nowhere] = 0
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
         if not ((v >= 0) & (v <= 1) | (v == 2)).all():  # COCO-WholeBody has both; NaN is neither
-            raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1")
+            raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1; "
+                            "behind x, y alone write a 2")
         notes.add("confidences", example)
         v[v > 0] = 2
+    elif zeros:
+        notes.add("zeros", example, zeros)
     triples[v == 0] = 0
     if (far := np.abs(triples) >= MAX_NUMBER).any():
         raise UserError(f"{where}: a landmark cannot be at {triples[far][0]:g}")
@@ -959,4 +1007,4 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
-                    f"are {found}; convert the data (data/README.md), or name one file")
+                    f"are {found}; name one file, or convert the data (data/README.md)")

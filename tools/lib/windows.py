@@ -184,7 +184,9 @@ class Windows:
         missing = [path for path in self.paths if not os.path.exists(path)]  # False of a name too long, too
         if missing:
             count = f"{len(missing)} of {len(self.paths)} missing"
-            raise UserError(f"{missing[0]}: no such picture ({count}); check --data-root")
+            some = len(missing) < len(self.paths) / 2
+            mend = "fetch it, or take it and its annotations out of the file" if some else "check --data-root"
+            raise UserError(f"{missing[0]}: no such picture ({count}); {mend}")
         if folder:
             stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path in self.paths
                      for s in [path.stat()]]
