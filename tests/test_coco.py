@@ -948,21 +948,38 @@ def test_partners_may_be_numbered_along_the_face(read):
         assert [*map(sorted, faces.flip_pairs)] == true and not any("mirrored" in note for note in faces.notes), faces.notes
     faces = read(dlib(12, []))
     assert faces.flip_pairs == [[5, 8], [6, 9], [7, 10]]
-    assert "6 are their own mirror image, as jaw_0" in faces.notes[0]
-    assert any("in nine of ten faces 4 landmarks, as jaw_0, would lie elsewhere" in note for note in faces.notes), faces.notes
+    assert "without a partner: jaw_0 (6 in all)" in faces.notes[0]
+    assert any("mirrored, jaw_0 would lie elsewhere in nine of ten faces (4 in all)" in note for note in faces.notes), faces.notes
     assert not any("nine of ten" in note for note in read(dlib(9, [])).notes)  # too few to tell
     faces = read(dlib(12, [*true[:2], [5, 2]]))
     assert faces.flip_pairs == [[0, 4], [1, 3], [5, 8], [6, 9], [7, 10]] and "does not pair left_brow_0" in faces.notes[0]
-    spaced = [f"{name} " for name in ("left_eye", "right_eye")]
-    assert named_pairs(spaced) == [[0, 1]]
+    faces = read(dlib(12, [[7, 8]]))  # of the brows one pair
+    assert faces.flip_pairs == [[6, 9], [7, 8]]
+    assert "does not pair left_brow_1" in faces.notes[0] and "leaves left_brow_0 without a partner (2 in all)" in faces.notes[1]
+    assert named_pairs(["left_eye ", "right_eye"]) == [[0, 1]]
+    ones = plain(8, names=["left_eye_1", "right_eye_1", "left_eye_2", "right_eye_2", "nose"])
+    ones["categories"][0]["flip_pairs"] = [[1, 2], [3, 4]]
+    faces = read(ones)
+    assert faces.flip_pairs == [[0, 1], [2, 3]] and "counts from 1" in faces.notes[0]
+
+
+def test_faces_that_look_to_either_side_say_nothing_of_pairs():
+    eyes_nose = np.array([[0.0, 0], [10, 0], [5, 8]])
+    turned = np.stack([eyes_nose + [[0, 0], [0, 0], [turn, 0]] for turn in (-4, 4) * 8])
+    assert coco.lopsided(turned, np.ones((16, 3)), [[0, 1]]).tolist() == []
+    assert coco.lopsided(turned[1::2].repeat(2, 0), np.ones((16, 3)), [[0, 1]]).tolist() == [2]
+    assert coco.lopsided(turned * np.nan, np.ones((16, 3)), [[0, 1]]).tolist() == []
 
 
 def test_landmarks_with_a_place_but_v_0_and_orphans_are_counted(read):
     data = plain(4)
-    data["annotations"][1]["keypoints"][2::3] = [0, 0, 2, 2, 2]
     data["annotations"][2]["image_id"] = 99
+    data["annotations"][1]["keypoints"][2::3] = [0, 0, 2, 2, 2]
+    assert read(data).notes == ["left out: 1 of an image that is not in the file (annotation 3)"]
+    for a in data["annotations"]:
+        a["keypoints"][2::3] = [min(v, 1) for v in a["keypoints"][2::3]]
     faces = read(data)
-    assert faces.visible.sum() == 2 * 13 and len(faces.ids) == 3
+    assert faces.visible.sum() == 13 and len(faces.ids) == 3
     assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3)",
                            "read as they are: 2 landmarks with a place, but v 0, as not labelled (annotation 2)"]
 
@@ -1146,9 +1163,9 @@ def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
 def test_an_export_that_is_not_clear_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ann-root .*train.json.*there are none.*data/README.md"):
         find_annotations(tmp_path)
-    for name, says in (("data.yaml", "data/README.md shows the form"), ("data.json", "export or download it again")):
+    for name, says in (("data.yaml", "is no JSON; data/README.md shows the form"), ("data.json", "not a JSON file .*download it again")):
         (tmp_path / name).write_text("names: [dog]")
-        with pytest.raises(UserError, match=f"{name}: not a JSON file .*{says}"):
+        with pytest.raises(UserError, match=f"{name}: {says}"):
             read_coco(tmp_path / name, tmp_path)
         (tmp_path / name).unlink()
     with pytest.raises(UserError, match="--ann-root .*nowhere: no such file or folder"):
@@ -1256,10 +1273,13 @@ def test_the_way_from_yolo(read, tmp_path, monkeypatch, capsys):
     assert np.allclose(faces.points[2], [[48, 64], [72, 64], [60, 96]]) and faces.notes == []
     (tmp_path / "data.yaml").write_text("kpt_shape: [3, 2]\nnames: [dog]\n")
     (tmp_path / "labels/train/turned.txt").write_text("0 0.5 0.5 0.4 0.4 0.4 0.4 0.6 0.4 0 0")
-    with pytest.raises(SystemExit, match="pic.txt: a line has not 5"):
+    with pytest.raises(SystemExit, match=r"pic.txt: a line does not hold 5 \+ 3 x 2 numbers"):
         snippet("YOLO", ways, monkeypatch, capsys)
     (tmp_path / "labels/train/a/pic.txt").unlink()
     assert read(snippet("YOLO", ways, monkeypatch, capsys), root=ways[1]).visible.tolist() == [[2, 2, 0]]
+    (tmp_path / "labels/train/classes.txt").write_text("dog")
+    (tmp_path / "images/train/turned.npy").touch()
+    assert len(snippet("YOLO", ways, monkeypatch, capsys)["annotations"]) == 1
     (tmp_path / "labels/train/other.txt").touch()
     with pytest.raises(SystemExit, match="other.txt: no such picture"):
         snippet("YOLO", ways, monkeypatch, capsys)

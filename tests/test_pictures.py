@@ -138,9 +138,11 @@ def test_a_small_file_of_too_much_work_is_refused(image, tmp_path, monkeypatch):
     tags = {256: (4, 64), 257: (4, 48)}
     entries = b"".join(struct.pack("<HHQQ", tag, kind, 1, value) for tag, (kind, value) in tags.items())
     (tmp_path / "big.tif").write_bytes(struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(tags)) + entries + bytes(8))
+    entries = b"".join(struct.pack(">HHQQ", tag, 16, 1, value) for tag, (_, value) in tags.items())
+    (tmp_path / "motorola.tif").write_bytes(struct.pack(">2sHHHQQ", b"MM", 43, 8, 0, 16, len(tags)) + entries + bytes(8))
     assert read_image(tmp_path / "deep.tif").shape == image.shape
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2 - 1)
-    for name in ("deep.tif", "big.tif"):
+    for name in ("deep.tif", "big.tif", "motorola.tif"):
         with pytest.raises(UserError, match=f"{name}: has too many pixels"):
             read_image(tmp_path / name)
     monkeypatch.undo()
@@ -149,8 +151,12 @@ def test_a_small_file_of_too_much_work_is_refused(image, tmp_path, monkeypatch):
         assert read_image(tmp_path / name).shape == image.shape
     monkeypatch.setattr(pictures, "MOST_SCANS", 5)
     assert read_image(tmp_path / "plain.jpg").shape == image.shape
-    with pytest.raises(UserError, match="more than 5 scans"):
-        read_image(tmp_path / "progressive.jpg")
+    head, scan = (tmp_path / "plain.jpg").read_bytes().split(b"\xff\xda")
+    (tmp_path / "scans.jpg").write_bytes(head + 9 * (b"\xff\xda" + scan[:-2]) + b"\xff\xd9")  # none of them progressive
+    for name, most in (("progressive.jpg", np.inf), ("scans.jpg", np.inf), ("progressive.jpg", 1000)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000 if most < np.inf else None)
+        with pytest.raises(UserError, match="more than 5 scans"):
+            read_picture(tmp_path / name, most)
 
 
 def test_a_file_is_what_its_content_says(image, tmp_path):

@@ -29,11 +29,14 @@ class Unread:
 
     __setstate__ = __init__
 
+    def __repr__(self):
+        return "a value of numpy, not read"
+
 
 # What other programs store beside tensors: their settings, numbers of numpy (under its old name, too).
 PLAIN = [argparse.Namespace, *((Unread, f"numpy.{name}") for name in (
-    "ndarray", "dtype", *(f"dtypes.{type(np.dtype(kind)).__name__}" for kind in "?bBhHiIlLefd"),
-    *(f"{core}.multiarray.{made}" for core in ("core", "_core") for made in ("_reconstruct", "scalar"))))]
+    "ndarray", "dtype", *(f"{core}.multiarray.{made}" for core in ("core", "_core")
+                          for made in ("_reconstruct", "scalar"))))]
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 

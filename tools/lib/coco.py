@@ -157,9 +157,9 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
         notes.add("beyond", f"annotation {ids[i]}", int(beyond[i].sum()))
     wrong = lopsided(points, visible, scheme["flip_pairs"]) if scheme["flip_pairs"] else ()
     if len(wrong):
-        notes.said.append(f"flip_pairs: in nine of ten faces {len(wrong)} landmarks, as "
-                          f"{printable(scheme['names'][wrong[0]])}, would lie elsewhere when mirrored; are "
-                          "all their partners right?")
+        notes.said.append(f"flip_pairs: mirrored, {printable(scheme['names'][wrong[0]])} would lie elsewhere "
+                          f"in nine of ten faces ({len(wrong)} in all); are all partners right, or do all "
+                          "faces look to one side?")
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
                      ids=np.array(ids, object), image_ids=np.array(image_ids, object),
@@ -186,6 +186,8 @@ def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *colum
 
 def read_file(path: Path):
     """What a JSON file holds; images are a list also where they are {id: name}, as Animal Pose has them."""
+    if path.suffix.lower() in (".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"):
+        raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("images"), dict):
         data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
@@ -403,7 +405,7 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
                               "without mirroring: name it alike, or give flip_pairs")
             return []
         if named:
-            own = f"; {len(rest)} are their own mirror image, as {rest[0]}" if rest else ""
+            own = f"; without a partner: {rest[0]} ({len(rest)} in all)" if rest else ""
             notes.said.append(f"no flip_pairs; {len(named)} taken from left and right in the names, as "
                               f"{names[named[0][0]]} and {names[named[0][1]]}{own}")
         return named
@@ -411,12 +413,15 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
             are_indices([*chain.from_iterable(given)], k + 1)):  # k itself: they may count from 1
         return given
 
+    def missed(pairs):
+        return [p for p in named if p not in pairs and p[::-1] not in pairs]
+
     def lacking(pairs):
         believed = {i for p in pairs if left_first(p, names) for i in p}
-        return [p for p in named if p not in pairs and p[::-1] not in pairs and not believed & {*p}]
+        return [p for p in missed(pairs) if not believed & {*p}]
     lowered = [[i - 1, j - 1] for i, j in given]
     beyond, fits = any(k in p for p in given), min(map(min, lowered)) >= 0
-    if fits and (beyond or lacking(given) and not lacking(lowered)):
+    if fits and (beyond or any(rule(given) and not rule(lowered) for rule in (missed, lacking))):
         notes.said.append(f"flip_pairs counts from 1; read so that {given[0]} is {names[lowered[0][0]]} and "
                           f"{names[lowered[0][1]]}")
         given = lowered
@@ -426,6 +431,8 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
         notes.said.append(f"flip_pairs does not pair {names[wrong[0][0]]} with {names[wrong[0][1]]}; "
                           f"{len(wrong)} taken from left and right in the names")
         given = sorted([p for p in given if left_first(p, names) or not sided & {*p}] + wrong)
+    if alone := sorted(sided - {*chain.from_iterable(given)}):
+        notes.said.append(f"flip_pairs leaves {names[alone[0]]} without a partner ({len(alone)} in all)")
     return [left_first(p, names) or p for p in given]  # align_faces.py needs to know
 
 
@@ -823,6 +830,8 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
             rows.append((entry, key, picture, triples))
     if not rows:
         raise notes.nothing_left(path)
+    if any((triples[:, 2] == 2).any() for *_, triples in rows):
+        notes.counts["zeros"] = 0  # where some have a 2, 0 surely means not labelled
     entries, ids, image_ids, triples = zip(*rows, strict=True)
     return entries, ids, image_ids, np.stack(triples)
 
@@ -833,7 +842,8 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         triples = np.array(values, dtype=np.float64).reshape(k, 3)
     except (TypeError, ValueError, OverflowError):
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
-        even = "; behind x, y alone write a 2" if given and len(values) % 2 == 0 else ""
+        bare = given and len(values) in (2 * k, 3 * k + 1, 3 * k + 2)  # k is a third of them, without names
+        even = "; if they are x and y alone, write a 2 behind each two" if bare else ""
         raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{even}"
                         ) from None
     v, example = triples[:, 2], where.split(": ")[-1]  # v is a view
@@ -845,7 +855,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     if (odd := v[~np.isin(v, (0, 1, 2))]).size:
         if not ((v >= 0) & (v <= 1) | (v == 2)).all():  # COCO-WholeBody has both; NaN is neither
             raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1; "
-                            "behind x, y alone write a 2")
+                            "if there are x and y alone, write a 2 behind each two")
         notes.add("confidences", example)
         v[v > 0] = 2
     elif zeros:

@@ -136,8 +136,6 @@ def load_json(path: Path | str):
         raise UserError(f"{path}: is a folder; name a JSON file in it") from None
     except (ValueError, RecursionError) as e:
         mend = "save it as UTF-8" if isinstance(e, UnicodeError) else "export or download it again"
-        if Path(path).suffix.lower() != ".json":
-            mend = "data/README.md shows the form that is needed, and ways to it"
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]}); {mend}") from None
 
 

@@ -16,7 +16,7 @@ AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
 GREY = (124, 116, 104)  # seen through transparent pixels; the same lies outside a picture in crops
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
-MOST_SCANS = 1000  # of a progressive JPEG; programs make about ten, and each takes time
+MOST_SCANS = 2000  # of a JPEG; programs make about ten, and each takes time
 LARGEST_JPEG = 500_000_000  # pixels: a progressive one takes three bytes each, however small it is read
 # Pillow's remarks about odd but readable files; a program's own filters come first.
 warnings.filterwarnings("ignore", module="PIL", append=True)
@@ -181,11 +181,11 @@ def open_picture(path: Path | str, file: BinaryIO, at_most: float) -> Image.Imag
     """The picture as Pillow opens it: its header is read, its pixels are not."""
     kind = format_of(path)
     readable = can_read(kind) if kind in UNREAD else True
+    if file.read(2) == b"\xff\xd8" and file.read().count(b"\xff\xda") > MOST_SCANS:
+        raise ValueError(f"more than {MOST_SCANS} scans")
+    file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS + (("HEIF",) if kind == "HEIC" and readable else ()))
-        if image.info.get("progressive") and Path(path).read_bytes().count(b"\xff\xda") > MOST_SCANS:
-            raise ValueError(f"more than {MOST_SCANS} scans")
-        return image
+        return Image.open(file, formats=FORMATS + (("HEIF",) if kind == "HEIC" and readable else ()))
     except Image.DecompressionBombError:
         if kind != "JPEG" or at_most == math.inf:
             raise
@@ -205,10 +205,13 @@ def check_tiff(file: BinaryIO):
     """Raises DecompressionBombError where Pillow would: OpenCV's own limit is six times as high."""
     file.seek(0)
     head = file.read(8)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if 43 in head[2:4] else b""))
+    order = head[:2]
+    if 43 in head[2:4]:  # a BigTIFF, which Pillow knows by the third byte, whatever the order
+        head = b"II+\0" + head[4:] + file.read(8)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(head, order)
     file.seek(tags.next)
     tags.load(file)
-    if tags[256] * tags[257] > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+    if tags.get(256, 0) * tags.get(257, 0) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError
 
 
