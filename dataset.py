@@ -46,12 +46,12 @@ class Faces:
     """N faces of a COCO file as arrays; pictures stay on disk."""
     scheme: Scheme
     root: Path
-    files: list  # N paths relative to the data root
+    files: list  # N paths relative to the data root, with /
     sizes: np.ndarray  # (N, 2) picture width, height
     boxes: np.ndarray  # (N, 4) x, y, w, h
     points: np.ndarray  # (N, K, 2) picture pixels
     visible: np.ndarray  # (N, K) COCO v: 0 not labelled, 1 hidden or outside the picture, 2 visible
-    ids: np.ndarray  # (N,) annotation ids
+    ids: np.ndarray  # (N,) annotation ids, as the file has them: int or str
     image_ids: np.ndarray  # (N,)
     breeds: list  # N strings, for stratified splits and reports
     notes: list = field(default_factory=list)  # what the reader repaired or left out, a line each
@@ -91,9 +91,8 @@ class Faces:
 
 def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
     """The faces of a COCO keypoint file, read by tools/lib/coco.py. Raises UserError naming the entry."""
-    read = vars(read_coco(path, root, category))
-    scheme = Scheme(**{f.name: read.pop(f.name) for f in fields(Scheme)})
-    return Faces(scheme, Path(root), **read)
+    scheme, columns = read_coco(path, root, category)
+    return Faces(Scheme(**scheme), Path(root), **columns)
 
 
 # ---------------------------------------------------------------- crops

@@ -26,7 +26,7 @@ import dataset as data
 from dataset import PADDING, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
 from tools.lib import runtime
 from tools.lib.backbones import feature_maps, normalization, take_imagenet, take_weights
-from tools.lib.batches import EpochBatches, batches_of, faces_a_step
+from tools.lib.batches import batches_of, epoch_batches, faces_a_step
 from tools.lib.checkpoints import Saver, TrainedModel, load_checkpoint, load_resumable, restore
 from tools.lib.cli import Progress, UserError, as_plain, as_text, parse_settings, run_script, setting
 from tools.lib.coco import find_annotations, notes_of
@@ -481,7 +481,7 @@ def train(config: Config, processes):
     train_set = cut(faces, config.input_size, augment=config)  # a Config is an Augmentation
     select_sets, test_sets = ({size: cut(some, size) for size in plan.sizes if some}
                               for some in (select, test))
-    sampler = EpochBatches(plan, done, processes.rank, processes.world)
+    sampler = epoch_batches(plan, done, processes.rank, processes.world)
     batches = batches_of(train_set, sampler, config.num_workers, processes.device)
     log.begin(train_set, as_plain(config) | {"versions": saver.versions})
     processes.say(f"{len(faces)} faces to train on, {len(select)} to choose on ({chosen_on}); "

@@ -6,6 +6,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def read(tmp_path):
     def read(data, path="train.json", root=tmp_path, **options):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(data))
-        return read_coco(tmp_path / path, root, **options)
+        scheme, columns = read_coco(tmp_path / path, root, **options)
+        return SimpleNamespace(**scheme, **columns)
     return read
 
 
@@ -497,7 +499,7 @@ def test_a_linked_annotation_file_counts_where_it_lies(tmp_path):
         for i in range(6):
             draw(tmp_path / "zip" / split / f"pic_{i}.jpg")
     (tmp_path / "val.json").symlink_to("zip/valid/_annotations.coco.json")
-    assert read_coco(tmp_path / "val.json", tmp_path / "zip").files == [f"valid/pic_{i}.jpg" for i in range(6)]
+    assert read_coco(tmp_path / "val.json", tmp_path / "zip")[1]["files"] == [f"valid/pic_{i}.jpg" for i in range(6)]
 
 
 def test_names_that_lead_out_count_by_how_they_end(read, tmp_path):

@@ -499,7 +499,7 @@ def test_download(run, root, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "dataset_download", lambda *_: 1 / 0)
     one_line(*run("--download", "--out_dir", tmp_path / "out"), "could not be downloaded", "division", "--dogflw_root")
     monkeypatch.setitem(sys.modules, "kagglehub", None)
-    one_line(*run("--download", "--out_dir", tmp_path / "out"), "needs kagglehub")
+    one_line(*run("--download", "--out_dir", tmp_path / "out"), "kagglehub", "pass --dogflw_root")
 
 
 # ---------------------------------------------------------------- fuzz

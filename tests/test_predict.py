@@ -437,7 +437,7 @@ def test_squares_cover_every_shape_of_picture():
         assert seen.all()
     wide = find.search_squares(np.zeros((300, 500, 3), np.uint8), find.FACE_SIDES)
     assert wide[0].tolist() == [0, 0, 499, 299] and {*wide[1:, 2] + 1} == {500 * part for part in find.FACE_SIDES}
-    assert find.frame(np.array([100.0, 100, 140, 70])).tolist() == [70, 35, 200, 200]  # half filled, around the same middle
+    assert find.closer_square(np.array([100.0, 100, 140, 70])).tolist() == [70, 35, 200, 200]  # half filled, around the same middle
 
 
 def test_suppression_keeps_the_best_of_nested_boxes():
@@ -1180,7 +1180,7 @@ def test_an_image_entry_for_every_face_is_one_picture(tmp_path, landmarks):
 
 @pytest.mark.parametrize("content,words", [
     ({"images": [], "annotations": 0.5}, "not a COCO file with images and bbox"),
-    ({"images": [], "annotations": [{"id": "\n", "bbox": 1}]}, r"annotation \?: its bbox must be four numbers"),
+    ({"images": [], "annotations": [{"id": "\n", "bbox": 1}]}, r"annotation \?: box 1 must be four numbers"),
     ([{"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.9}], "is only a list, as detectors write their boxes; put it")])
 def test_what_is_no_file_of_boxes_is_refused(tmp_path, content, words):
     (tmp_path / "f.json").write_text(json.dumps(content))

@@ -29,7 +29,7 @@ import train_simple as trainer
 from dataset import DogFLWDataset
 from tools import evaluate
 from tools.lib import checkpoints, draw, runtime
-from tools.lib.batches import EpochBatches
+from tools.lib.batches import epoch_batches
 from tools.lib.cli import UserError
 from tools.lib.draw import encode_picture
 from tools.lib.files import file_lock
@@ -308,7 +308,7 @@ def test_small_crops_and_validations_over_the_epochs():
 def test_processes_share_the_batch_exactly():
     def batches(*args, faces=37, first=1, world=1):
         plan = Plan(config_of("--epochs", 3, "--input-size", 160, "--progressive", 0.7, *args), faces, world)
-        parts = [list(EpochBatches(plan, first, r, world)) for r in range(world)]
+        parts = [list(epoch_batches(plan, first, r, world)) for r in range(world)]
         return [sorted(sum((part[i] for part in parts), [])) for i in range(len(parts[0]))]
     whole = batches("--batch-size", 8)
     assert len(whole) == 8 and all(len(b) == 8 for b in whole)

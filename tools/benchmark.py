@@ -19,7 +19,7 @@ import torch
 import train_simple as trainer
 from dataset import DogFLWDataset, Faces, normalize
 from tools.lib import runtime
-from tools.lib.batches import EpochBatches, batches_of
+from tools.lib.batches import batches_of, epoch_batches
 from tools.lib.cli import UserError, run_script
 from tools.lib.windows import with_background
 
@@ -68,7 +68,7 @@ def print_rate(what: str, faces: int, seconds: float, more: str = "") -> None:
 
 def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> float:
     """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
-    sampler = EpochBatches(bench.plan(len(bench.dataset)))
+    sampler = epoch_batches(bench.plan(len(bench.dataset)))
     batches = batches_of(bench.dataset, sampler, workers, torch.device("cpu"))
     for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
         next(batches)
@@ -216,7 +216,7 @@ def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
         used = used.take(range(min(len(used), bench.run.plan.batch_size * max(2, int(10 / bare)))))
     dataset, waits = dataset_of(used, bench.config, augment=bench.config), []
     bench.run.plan = plan = bench.plan(len(used))
-    sampler = EpochBatches(plan, bench.run.progress["epoch"])
+    sampler = epoch_batches(plan, bench.run.progress["epoch"])
     batches = timed(batches_of(dataset, sampler, workers, bench.device), waits)
     for _ in range(2):  # the second has its workers started
         waits.clear()
@@ -360,16 +360,15 @@ def measure(bench: Bench, search: bool) -> None:
           f"{verdict(bare, loop, waited, enqueue, config)}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__)
-        return 0
+        return
     config = trainer.parse_args(argv)
     with runtime.Processes(config.device) as processes, runtime.enough_memory():
         bench = set_up(config, processes)
         measure(bench, bench.device.type == "cuda" and not any(flag.startswith("--batch") for flag in argv))
-    return 0
 
 
 if __name__ == "__main__":

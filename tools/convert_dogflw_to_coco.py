@@ -234,9 +234,7 @@ def download() -> Path:
     """Fetch DogFLW with kagglehub, check that it came whole, and return its folder."""
     try:
         import kagglehub
-    except ImportError:
-        raise UserError("--download needs kagglehub: uv pip install kagglehub") from None
-    try:
+
         folder = Path(kagglehub.dataset_download(DATASET))
     except Exception as e:  # whatever the network, Kaggle or the disk says
         raise UserError(f"{DATASET} could not be downloaded ({' '.join(str(e).split())[:150]}); try again, "

@@ -88,14 +88,14 @@ def pck(points: np.ndarray, faces: Faces, length: np.ndarray, threshold: float) 
     return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
 
 
-def failure_rate(errors: np.ndarray, limit: float = LIMIT) -> float:
-    """The share of faces above the limit."""
-    return nan_mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > limit))
+def failure_rate(errors: np.ndarray) -> float:
+    """The share of faces above LIMIT."""
+    return nan_mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > LIMIT))
 
 
-def area_under_curve(errors: np.ndarray, limit: float = LIMIT) -> float:
-    """The area under the errors' distribution up to `limit`, / limit. A face adds what is right of it."""
-    return nan_mean(np.maximum(0, 1 - np.asarray(errors) / limit))
+def area_under_curve(errors: np.ndarray) -> float:
+    """The area under the errors' distribution up to LIMIT, / LIMIT. A face adds what is right of it."""
+    return nan_mean(np.maximum(0, 1 - np.asarray(errors) / LIMIT))
 
 
 def along_and_across(points: np.ndarray, faces: Faces, length: np.ndarray) -> np.ndarray:
@@ -218,13 +218,13 @@ def faces_of_result(where: str, triples: np.ndarray, certainty: float, picture: 
         if any(a != b for a, b in zip(reversed(picture), reversed(theirs))):
             raise UserError(f"{where} is of {'/'.join(picture)}, but its id is that of {'/'.join(theirs)} in "
                             "the COCO file; predict with that file, as INPUT or with --boxes")
+    def overlap(i):
+        both = (faces.visible[i] > 0) & np.isfinite(triples[:, 0])
+        boxes = (box_around(p[both], faces.boxes[i], 0, faces.room)[None]
+                 for p in (triples[:, :2], faces.points[i]))
+        return overlaps(*boxes).item() if both.any() else 0
     if match:
-        seen = [(faces.visible[i] > 0) & np.isfinite(triples[:, 0]) for i in candidates]
-        pairs = [[box_around(p[v], faces.boxes[i], 0, faces.room)[None]
-                  for p in (triples[:, :2], faces.points[i])] for i, v in zip(candidates, seen) if v.any()]
-        candidates = [i for i, v in zip(candidates, seen) if v.any()]
-        fits = [overlaps(*pair).item() for pair in pairs]
-        return [(fit, i) for fit, i in zip(fits, candidates) if fit >= SAME_FACE]
+        return [(fit, i) for i in candidates if (fit := overlap(i)) >= SAME_FACE]
     if len(candidates) > 1:
         raise UserError(f"{where}: its picture has {len(candidates)} faces; name one by annotation_id, or "
                         "let them be matched with --match")

@@ -109,8 +109,7 @@ def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
         raise UserError("onnx is missing: pip install onnx onnxruntime") from None
     file, names = io.BytesIO(), ("image", "landmarks", "scores")
     example = (torch.from_numpy(photographs(trained.size, 2)),)
-    # The exporter that traces: it needs no further package. Its remarks are about values that are constant
-    # here.
+    # The exporter that traces: it needs no further package. It warns of values that are constant here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
@@ -217,7 +216,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
         box="whole picture" if trained.whole else "face's box",
         epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n{listed}", licence=identifier,
         terms=terms, metrics=f"| on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}  # the model is on the CPU
     for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
                           ("config.json", json.dumps(config, indent=1).encode())):
         atomic_write(folder / name, [content])

@@ -57,7 +57,7 @@ def read_curves(checkpoint: Path) -> list[dict]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --plot draws the curves in it") from None
     except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise UserError(f"{path}: not a run's metrics.csv ({show(str(e))})") from None
+        raise UserError(f"{path}: not a run's metrics.csv ({show(str(e))}); leave --plot out") from None
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -150,8 +150,8 @@ def make_face(rng: Rng, breed: tuple) -> dict:
              (0, 0.5 * ny, 0.1 + 0.3 * long, 0.2, 0.4, 0.3 + 0.45 * long),  # bridge
              (0, ny + 0.08, 0.1 + 0.45 * long, 0.32 * wide, 0.28, 0.35 + 0.5 * long),  # muzzle
              (0, ny, 0.35 + 0.8 * long, 0.15, 0.13, 0.16),  # nose
-             # Jaw.
-             (0, ny + 0.36 + 0.95 * gape, 0.1 + 0.3 * long, 0.25 * wide, 0.16, 0.3 + 0.4 * long - 0.2 * gape)]
+             (0, ny + 0.36 + 0.95 * gape, 0.1 + 0.3 * long, 0.25 * wide, 0.16,
+              0.3 + 0.4 * long - 0.2 * gape)]  # jaw
     flew = rng.uniform(0, 0.06)
     for s in (-1, 1):  # brow, cheek, upper lip
         balls += [(s * 0.31, -0.17, 0.19, 0.2, 0.13, 0.15), (s * 0.42 * wide, 0.27, -0.26, 0.38, 0.50, 0.46),
@@ -437,7 +437,7 @@ def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int],
     px = lambda p: (p @ turn.T)[..., :2] * scale + origin
     light = np.float32([rng.uniform(-0.7, 0.7), rng.uniform(-0.9, -0.3), 0.9])
     light /= np.linalg.norm(light)
-    # Blurred, so half the size will do.
+    # The background is blurred, so half the size will do.
     canvas = cv2.resize(background(rng, w // 2, h // 2), (w * SS, h * SS))
     y, x = np.mgrid[0:h, 0:w].astype(np.float32) * SS
     hub = px(face["nose"][2].mean(0)).tolist()  # the fur grows away from the nose
@@ -446,7 +446,7 @@ def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int],
     fur = cv2.resize(fur, (w * SS, h * SS))
 
     shift, fuzz, ny = np.float32(rng.uniform(0, 512, 2)), rng.uniform(0.25, 0.8), face["ny"]
-    # Or out of sight.
+    # Its colour and height; 9 lower it is out of sight.
     collar = np.float32(rng.uniform(20, 230, 3)), rng.uniform(1.45, 1.6) + 9 * (rng.random() < 0.6)
 
     def body_coat(x, y, z):
@@ -605,7 +605,7 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to 1000000")
     check_free("--out", args.out, args.force)
     drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
-    # Such as the real DogFLW.
+    # What this tool did not draw: --out may be the real DogFLW.
     others = [p for p in args.out.rglob("*") if not drawn.fullmatch(p.relative_to(args.out).as_posix())]
     if others:
         raise UserError(f"--out {args.out}: holds more than a drawn sample ({min(others)}), which --force "

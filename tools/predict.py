@@ -37,7 +37,7 @@ from urllib.request import url2pathname
 import numpy as np
 from tqdm import tqdm
 
-from dataset import Scheme
+from dataset import Scheme, load_coco
 from tools.lib.boxes import intersections
 from tools.lib.cli import (
     Parser,
@@ -50,13 +50,12 @@ from tools.lib.cli import (
     run_script,
 )
 from tools.lib.coco import (
-    MAX_NUMBER,
     Notes,
+    box_of,
     choose_categories,
     open_coco,
     place_pictures,
     plainly,
-    read_coco,
     read_file,
     read_images,
     shows_upright,
@@ -90,7 +89,7 @@ class Source:
     place: Path | int | str  # a picture's or video's absolute path, a camera's number, a stream's address
     kind: str  # "picture" or "video", which a camera is too
     file: str = ""  # its name in what is written
-    target: Path = None  # its overlay
+    target: Path | None = None  # its overlay
     image_id: object = None  # its id in a COCO file
     boxes: list | None = None  # [(annotation id, box (4,)), ...] that are given; None: faces are to be found
     size: tuple = (0, 0)  # width and height that the boxes are of; 0 where the COCO file does not say it
@@ -104,20 +103,17 @@ class Listing:
     # file_name -> [(annotation id, box (4,)), ...]; the id is None of a detector's box, without keypoints
     boxes: dict
     category: dict  # its id and name
-    turned: bool = False  # whether read_coco has turned the boxes with the pictures that EXIF turns
+    turned: bool = False  # whether load_coco has turned the boxes with the pictures that EXIF turns
     upright: bool = False  # whether its program shows pictures upright
 
 
 def check_box(box: object, where: str) -> np.ndarray:
     """A box of four usable numbers as an array (4,) of x, y, width, height. Raises UserError."""
-    try:
-        box = np.array(box, dtype=float).reshape(4)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: its bbox must be four numbers: x, y, width, height") from None
-    if not (np.abs(box).max() < MAX_NUMBER and box[2:].min() > 0 and box[2:].max() >= 2):  # nor NaN
-        raise UserError(f"{where}: box {box.tolist()} needs a finite x and y, and a width and height "
-                        "above 0, in pixels")
-    return box
+    usable = box_of(box)
+    if usable is None or usable[2:].max() < 2:
+        raise UserError(f"{where}: box {printable(box)[:60]} must be four numbers, x, y, and width and "
+                        "height above 0, in pixels")
+    return usable
 
 
 def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) -> Listing:
@@ -176,7 +172,7 @@ def read_boxes(path: Path, root: Path, category: str | None = None, above: bool 
     levels = max((name.count("/") for name in listing.ids), default=0) if above else 0
     root = max((root, *root.parents[:-1][:levels]),
                key=lambda folder: sum(os.path.isfile(folder / name) for name in listing.ids))
-    faces = read_coco(path, root, category)
+    faces = load_coco(path, root, category)
     for note in faces.notes:
         print(note, file=sys.stderr)
     for file, size, image, own, box in zip(faces.files, faces.sizes.tolist(), faces.image_ids, faces.ids,
@@ -314,7 +310,7 @@ def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
 
 
 def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
-    """Turn boxes without landmarks with their pictures, where read_coco would turn faces (EXIF), in place."""
+    """Turn boxes without landmarks with their pictures, where load_coco would turn faces (EXIF), in place."""
     rows, notes = [(source, box) for source in sources for _, box in source.boxes], Notes()
     files, sizes = [source.file for source, _ in rows], np.array([source.size for source, _ in rows])
     boxes, labelled = np.array([box for _, box in rows]), np.ones((len(rows), 2))

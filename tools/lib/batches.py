@@ -19,25 +19,20 @@ def faces_a_step(config, faces: int, world: int) -> int:
     return min(config.batch_size, faces - faces % parts)
 
 
-class EpochBatches:
+def epoch_batches(plan, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[tuple]]:
     """Micro-batches of (epoch, index, crop size) from epoch `first` on, for one DataLoader and one pass.
 
     So workers start once and fetch ahead across the end of an epoch and during validation. The order is a
     pure function of (seed, epoch); a last, smaller batch is dropped. plan: faces, batch_size, steps,
     size(epoch) and config.
     """
-
-    def __init__(self, plan, first: int = 0, rank: int = 0, world: int = 1):
-        self.plan, self.first, self.rank, self.world = plan, first, rank, world
-
-    def __iter__(self) -> Iterator[list[tuple]]:
-        config, n = self.plan.config, self.plan.batch_size
-        for epoch in range(self.first, config.epochs):
-            order = np.random.default_rng((config.seed, epoch)).permutation(self.plan.faces)
-            for step in range(self.plan.steps):
-                mine = order[step * n:(step + 1) * n][self.rank::self.world]
-                for micro in np.array_split(mine, config.accumulate):
-                    yield [(epoch, int(i), self.plan.size(epoch)) for i in micro]
+    config, n = plan.config, plan.batch_size
+    for epoch in range(first, config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(plan.faces)
+        for step in range(plan.steps):
+            mine = order[step * n:(step + 1) * n][rank::world]
+            for micro in np.array_split(mine, config.accumulate):
+                yield [(epoch, int(i), plan.size(epoch)) for i in micro]
 
 
 class Whole(torch.utils.data.Dataset):

@@ -13,7 +13,7 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, compress, islice
 from pathlib import Path
 from urllib.parse import unquote
@@ -95,31 +95,12 @@ class Notes:
         return UserError(f"{path}: no face in it can be used ({'; '.join(self.lines())}); export it again")
 
 
-@dataclass
-class CocoFaces:
-    """N faces of K landmarks as a COCO file means them, in pixels of the pictures as they are seen (EXIF)."""
-    names: list  # K texts
-    flip_pairs: list  # [[i, j], ...] left/right partners, from 0
-    regions: dict  # name -> landmark numbers
-    interocular: list  # two landmark numbers, or none
-    skeleton: list  # [[i, j], ...] lines to draw, from 0
-    files: list  # N paths relative to the data root, with /
-    sizes: np.ndarray  # (N, 2) int, width and height of the picture
-    boxes: np.ndarray  # (N, 4) float64 x, y, width, height
-    points: np.ndarray  # (N, K, 2) float64
-    visible: np.ndarray  # (N, K) uint8: 0 not labelled, 1 hidden or outside, 2 visible
-    ids: np.ndarray  # (N,) of the annotations, as the file has them: int or str
-    image_ids: np.ndarray  # (N,)
-    breeds: list  # N texts, the strata; all "" where there are none
-    notes: list  # texts of one line: what was repaired, left out, read otherwise
-    room: list  # how the boxes lie around the landmarks, of room_of
-
-
-def read_coco(path: Path | str, root: Path | str, category: str | int | None = None) -> CocoFaces:
-    """Read a COCO keypoint file whose pictures lie in the folder `root` -> CocoFaces.
+def read_coco(path: Path | str, root: Path | str, category: str | int | None = None) -> tuple[dict, dict]:
+    """Read a COCO keypoint file whose pictures lie in `root`: the fields of Scheme and of Faces (dataset.py).
 
     category: name or id of the category that trains, needed only where several have different landmarks.
-    Raises UserError naming the file, the entry and what is wrong.
+    Coordinates are in pixels of the pictures as they are seen (EXIF). Raises UserError naming the file, the
+    entry and what is wrong.
     """
     path, root, notes = Path(path), Path(root), Notes()
     data = open_coco(path)
@@ -161,10 +142,10 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
                           f"in nine of ten faces ({len(wrong)} in all); are all partners right, or do all "
                           "faces look to one side?")
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
-    return CocoFaces(**scheme, files=files, sizes=sizes, boxes=boxes, points=points, visible=visible,
-                     ids=np.array(ids, object), image_ids=np.array(image_ids, object),
-                     breeds=read_breeds(files, breeds, kinds), notes=notes.lines(),
-                     room=room_of(points, visible, boxes))
+    return scheme, {"files": files, "sizes": sizes, "boxes": boxes, "points": points, "visible": visible,
+                    "ids": np.array(ids, object), "image_ids": np.array(image_ids, object),
+                    "breeds": read_breeds(files, breeds, kinds), "notes": notes.lines(),
+                    "room": room_of(points, visible, boxes)}
 
 
 def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -578,9 +559,8 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
     missing the one counts that is only spelt otherwise (a.JPG, %20, an accent as two characters), or lies in
     another folder, if no picture of the file is there twice; one that two names can mean is neither's, unless
-    it is in the place of one. A name that leads out of the data root, another
-    machine's or a server's, is the picture that shares the longest end with it. Pictures that are nowhere
-    keep their name.
+    it is in the place of one. A name that leads out of the data root, another machine's or a server's, is the
+    picture that shares the longest end with it. Pictures that are nowhere keep their name.
     """
     placed, outside, known, base = {}, {}, defaultdict(list), Path(os.path.abspath(root))
     for name in dict.fromkeys(names):

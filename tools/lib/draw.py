@@ -180,23 +180,23 @@ class Log:
 
     def begin(self, dataset, settings: dict):
         """args.json, a new run's train_batch.jpg, and what a kill kept from being written of a run."""
-        path = self.config.work_dir / "args.json"
-        if self.rows and not self.quiet and path.is_file():  # who made the epochs until now
+        if self.quiet:
+            return
+        folder, path = self.config.work_dir, self.config.work_dir / "args.json"
+        if self.rows and path.is_file():  # who made the epochs until now
             with contextlib.suppress(UserError, AttributeError, TypeError):  # it may have been edited
                 before = load_json(path)
                 former = [*before.get("former_versions", []), before.get("versions")]
                 former = [made for made in former if made and made != settings["versions"]]
                 settings["former_versions"] = former
-        if not self.quiet:
-            atomic_write(path, [json.dumps(settings, indent=1).encode()])
-        if self.rows and not self.quiet:
-            for half_written in self.config.work_dir.glob(".*.tmp"):
+        atomic_write(path, [json.dumps(settings, indent=1).encode()])
+        if self.rows:
+            for half_written in folder.glob(".*.tmp"):
                 half_written.unlink()
-            atomic_write(self.config.work_dir / "metrics.csv", [as_csv(self.columns, self.rows)])
+            atomic_write(folder / "metrics.csv", [as_csv(self.columns, self.rows)])
             self.curves()
-        elif not self.quiet:
-            sheet = encode_picture(face_sheet(dataset), ".jpg")
-            atomic_write(self.config.work_dir / "train_batch.jpg", [sheet])
+        else:
+            atomic_write(folder / "train_batch.jpg", [encode_picture(face_sheet(dataset), ".jpg")])
 
     def epoch(self, best: bool, dataset, points: np.ndarray | None):
         """Write and print the last row. points: predictions for the dataset; None without validation."""

@@ -94,12 +94,15 @@ def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def check_free(flag: str, folder: Path, force: bool):
-    """Raises UserError for an output folder that is a file, or that holds something, unless `force`."""
+def check_free(flag: str, folder: Path, force: bool, way: str = "write into it with --force"):
+    """Raises UserError for an output folder that is a file, or that holds something, unless `force`.
+
+    way: how to use a folder that holds something all the same.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {folder}: is a file; name a folder")
     if not force and not is_free(folder):
-        raise UserError(f"{flag} {folder}: not empty; name another folder, or write into it with --force")
+        raise UserError(f"{flag} {folder}: not empty; name another folder, or {way}")
 
 
 @contextlib.contextmanager
@@ -254,8 +257,6 @@ def find_dogflw(*folders) -> Path | None:
 
 def make_sample(data_root: Path, ann_root: Path):
     """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
-    tools = ROOT / "tools"
-    convert = ["convert_dogflw_to_coco.py", "--dogflw_root", data_root, "--out_dir", ann_root]
     ours = [path.is_relative_to(ROOT / "data/sample") for path in (data_root, ann_root)]
     if ours[0] != ours[1]:
         raise UserError("--sample: --data-root and --ann-root belong together; give both, or neither")
@@ -264,19 +265,18 @@ def make_sample(data_root: Path, ann_root: Path):
     if not is_free(data_root) and not any(data_root.glob("train/images/s0[0-9]*_*.png")):
         raise UserError(f"--sample: --data-root {data_root} holds other pictures; leave --sample out")
     with file_lock(ann_root.parent / ".sample.lock"):  # every process of a job comes here
-        for made, command in ((data_root, ["make_sample_dataset.py", "--out", data_root]),
-                              (ann_root / "val.json", convert)):
-            words = [sys.executable, tools / command[0], *command[1:]]
-            if is_free(made) and subprocess.run(words).returncode:
-                raise UserError(f"--sample: tools/{command[0]} failed; its message is above")
+        for made, tool, *flags in (
+                (data_root, "make_sample_dataset.py", "--out", data_root),
+                (ann_root / "val.json", "convert_dogflw_to_coco.py", "--dogflw_root", data_root,
+                 "--out_dir", ann_root)):
+            if is_free(made) and subprocess.run([sys.executable, ROOT / "tools" / tool, *flags]).returncode:
+                raise UserError(f"--sample: tools/{tool} failed; its message is above")
 
 
 def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextManager:
     """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
     if place_in_job()[0] > 0:
         return contextlib.nullcontext()
-    if not resume and work_dir.is_dir() and not is_free(work_dir):
-        raise UserError(f"--work-dir {work_dir}: not empty; go on with --resume or name another folder")
-    check_free("--work-dir", work_dir, force=True)
+    check_free("--work-dir", work_dir, resume, "go on with --resume")
     busy = f"--work-dir {work_dir}: another run is writing there; wait for it or name another"
     return file_lock(work_dir / ".lock", busy)

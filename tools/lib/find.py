@@ -55,7 +55,7 @@ def checkpoint_file(given: Path | str | None) -> Path:
 
 # ---------------------------------------------------------------- the looks' boxes
 
-def frame(box: np.ndarray) -> np.ndarray:
+def closer_square(box: np.ndarray) -> np.ndarray:
     """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
     side = max(box[2:]) / (1 + 2 * MARGIN) * CLOSER
     return np.array([*(box[:2] + box[2:] / 2 - side / 2), side, side])
@@ -119,8 +119,8 @@ class Look:
         return box_around(self.points, self.box, margin, self.network.room)
 
     @cached_property
-    def tight(self) -> np.ndarray:
-        """That box as the next look needs it."""
+    def next_box(self) -> np.ndarray:
+        """That box as the next look needs it: roomier than a face's own."""
         return self.around(MARGIN)
 
     def upright(self, margin: float) -> tuple[np.ndarray, float]:
@@ -131,7 +131,7 @@ class Look:
     @cached_property
     def stability(self) -> float:
         """How well the box reproduced itself: its IoU with the box around the landmarks."""
-        return float(overlaps(self.box[None], self.tight[None])[0, 0])
+        return float(overlaps(self.box[None], self.next_box[None])[0, 0])
 
     def as_face(self, box: np.ndarray) -> dict:
         """What a Predictor returns of it."""
@@ -202,11 +202,12 @@ class Predictor:
         found = best_of(see(network, images, boxes, flip=False), faint)
         if self.locator:
             turned = [(look.picture, *look.upright(MARGIN)) for look in found]
-            closer = see(network, images, [(i, frame(box), turn) for i, box, turn in turned], flip=False)
-            found = [look for look in closer if look.score >= faint]
+            closer = [(i, closer_square(box), turn) for i, box, turn in turned]
+            found = [look for look in see(network, images, closer, flip=False) if look.score >= faint]
             if self.locator.scheme.names != self.face.scheme.names:  # and so other boxes: a look between
-                found = self._again(images, found, [(look.picture, look.tight) for look in found], flip=False)
-        boxes = [(look.picture, look.tight) for look in found]
+                boxes = [(look.picture, look.next_box) for look in found]
+                found = self._again(images, found, boxes, flip=False)
+        boxes = [(look.picture, look.next_box) for look in found]
         second = best_of(self._again(images, found, boxes, flip=False), faint, again=True)
         stable = [look for look in second if look.score >= 0.8 * min_score and look.stability >= STABLE]
         boxes = [(look.picture, *look.upright(TIGHT)) for look in stable]
@@ -264,10 +265,10 @@ def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:
     for picture in dict.fromkeys(look.picture for look in looks):
         mine = [look for look in looks if look.picture == picture and look.score >= faint]
         if mine:
-            ranks = np.array([look.score * math.sqrt(look.tight[2:].max()) for look in mine])
+            ranks = np.array([look.score * math.sqrt(look.next_box[2:].max()) for look in mine])
             if again:
                 ranks *= [look.stability for look in mine]
-            found += [mine[n] for n in suppress(np.stack([look.tight for look in mine]), ranks, again)]
+            found += [mine[n] for n in suppress(np.stack([look.next_box for look in mine]), ranks, again)]
     return found
 
 

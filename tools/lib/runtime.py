@@ -26,7 +26,6 @@ from tools.lib.files import ROOT
 
 # ---------------------------------------------------------------- device and precision
 
-
 WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
 
 
@@ -38,14 +37,14 @@ def choose_device(name: str, training: bool = False) -> torch.device:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, of drivers and old GPUs: what they mean is said here
-        if name == "auto" and not torch.cuda.is_available() and nvidia_gpu_here():
-            problem = f"there is an NVIDIA GPU, but this PyTorch cannot use it ({why_no_cuda()})"
-            if training:
-                raise UserError(f"--device auto: {problem}. {WAYS_OUT}")
-            print(f"note: {problem}; on the CPU instead", file=sys.stderr)
         if name == "auto":
-            mps = torch.backends.mps.is_available()
-            name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+            name = "cuda" if cuda else "mps" if mps else "cpu"
+            if not cuda and nvidia_gpu_here():
+                problem = f"there is an NVIDIA GPU, but this PyTorch cannot use it ({why_no_cuda()})"
+                if training:
+                    raise UserError(f"--device auto: {problem}. {WAYS_OUT}")
+                print(f"note: {problem}; on the CPU instead", file=sys.stderr)
         if str(name).partition(":")[0] not in ("cuda", "mps", "cpu"):
             raise UserError(f"--device {name}: must be auto, cuda, mps or cpu")
         try:
@@ -126,7 +125,7 @@ def prepare(device: torch.device):
 # ---------------------------------------------------------------- one process or many
 
 class Processes:
-    """The processes of a job as torchrun starts them. For one process every method does nothing.
+    """The processes of a job as torchrun starts them. With one process nothing is exchanged.
 
     Use as a context: the process group is closed at its end.
     """
@@ -201,7 +200,7 @@ class Processes:
         return box[0]
 
 
-# ---------------------------------------------------------------- fewer launches
+# ---------------------------------------------------------------- what settings ask for
 
 def contradictions(config) -> list[str]:
     """What a run's settings ask for that cannot be together: one text each."""
