@@ -657,12 +657,56 @@ def test_videos_of_a_phone(tmp_path):
     assert cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) == 10
 
 
+def test_a_face_that_was_lost_is_sought_in_every_frame():
+    shown, sought = {*range(11), *range(14, 40)}, []
+
+    class Flickering:
+        face = SimpleNamespace(whole=False, room=[])
+
+        def __call__(self, image, boxes=None, min_score=0.5):
+            sought.append(frame)
+            return self.follow(image, [None]) if frame in shown else []
+
+        def follow(self, image, faces):
+            points = np.array([[10.0, 10], [60, 60]]) + 3 * frame
+            return [{"box": np.array([9.0 + 3 * frame, 9 + 3 * frame, 52, 52]), "points": points, "scores": np.ones(2),
+                     "score": float(frame in shown)} for _ in faces]
+    tracker, seen = video.Tracker(Flickering()), []
+    for frame in range(45):
+        for face in tracker(np.zeros((300, 300, 3), np.uint8), frame / 25):
+            seen.append(frame)
+            assert np.allclose(face["box"], box_around(face["points"], face["box"], TIGHT, []))  # not a steadied one's
+            assert frame < 2 or (face["steady"] < face["points"]).all() or frame == 14
+    assert seen == sorted(shown) and set(range(11, 36)) <= {*sought} and not {*range(1, 10)} & {*sought}
+
+
+def test_frames_behind_a_damaged_one_are_read():
+    class Capture:
+        reads = [True, True, False, True, False, False, True]
+
+        def read(self):
+            return (self.reads.pop(0) if self.reads else False), np.zeros((4, 4, 3), np.uint8)
+
+        def get(self, _):
+            return 40.0 * (6 - len(self.reads))
+
+        def release(self):
+            pass
+    clip = object.__new__(video.Video)
+    vars(clip).update(source=Path("a.mp4"), name="a.mp4", capture=Capture(), live=False, rate=25.0, duration=0.28, cut=None, damaged=0)
+    times = [seconds for seconds, _ in clip.frames(threading.Event())]
+    assert np.allclose(times, [0, 0.04, 0.12, 0.24]) and clip.cut == "frames that are damaged, and left out: 3"
+
+
 def test_an_odd_duration_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(video.shutil, "which", lambda name: name)
     for said, seconds in (("00:01:02.500000000", 62.5), ("00:00:00.5.0", 7), ("9" * 5000 + ":00:00", 7)):
         stream = json.dumps({"streams": [{"tags": {"DURATION": said}}]})
         monkeypatch.setattr(video.subprocess, "run", lambda *_, said=stream, **__: SimpleNamespace(stdout=said))
         assert video.duration(tmp_path / "a.mkv", 7) == seconds
+    late = json.dumps({"streams": [{"tags": {"DURATION": "00:00:03.7"}}], "format": {"duration": "3.7", "start_time": "2.5"}})
+    monkeypatch.setattr(video.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=late))
+    assert video.duration(tmp_path / "a.mkv", 7) == pytest.approx(1.2)
 
 
 def test_a_video_whose_sound_cannot_be_copied_is_written_without(tmp_path, monkeypatch):

@@ -391,8 +391,7 @@ class Results:
             self.images.append({"id": image_id, "file_name": source.file, "width": width, "height": height})
         given = [annotation for annotation, _ in source.boxes] if source.boxes and frame is None else []
         for n, (face, annotation) in enumerate(itertools.zip_longest(faces, given[:len(faces)])):
-            points = face.get("raw", face["points"])  # a video's overlay is steadied, its numbers are not
-            keypoints = np.column_stack([points, face["scores"]]).round(3).ravel().tolist()
+            keypoints = np.column_stack([face["points"], face["scores"]]).round(3).ravel().tolist()
             known = {} if annotation is None else {"annotation_id": annotation}
             self.rows.append({
                 "image_id": image_id, "file_name": source.file, "category_id": self.category["id"],
@@ -520,7 +519,8 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
                            f"{min_score} and are not followed; lower it", file=sys.stderr)
             results.add(source, faces, frame=number, seconds=seconds)
             writer = writer or stack.enter_context(VideoWriter(source.target, video.rate, size))
-            writer.write(draw_faces(frame, faces, predictor.scheme), seconds)
+            steady = [{**face, "points": face["steady"]} for face in faces]  # to look at, not to measure
+            writer.write(draw_faces(frame, steady, predictor.scheme), seconds)
             bar.update()
         if writer and (word := writer.finish(sound)):
             tqdm.write(f"{source.target}: written {word}", file=sys.stderr)
