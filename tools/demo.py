@@ -78,7 +78,7 @@ def read_photo(path: str) -> np.ndarray:
     if not Path(path).is_file():
         raise UserError("The photo was deleted after an hour; drop it again.")
     try:
-        size = seen_size(path)  # None of a kind that only OpenCV reads
+        size = seen_size(path)  # None where no header tells it
         image = read_image(path) if not size or math.prod(size) <= MAX_PIXELS else None
     except UserError as e:
         raise UserError(str(e).replace(str(path), Path(path).name)) from None

@@ -823,8 +823,8 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     except (TypeError, ValueError, OverflowError):
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
         bare = given and len(values) in (2 * k, 3 * k + 1, 3 * k + 2)  # k is a third of them, without names
-        even = "; if they are x and y alone, write a 2 behind each two" if bare else ""
-        raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{even}"
+        advice = "; if they are x and y alone, write a 2 behind each two" if bare else ""
+        raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{advice}"
                         ) from None
     v, example = triples[:, 2], where.split(": ")[-1]  # v is a view
     nowhere = np.isnan(triples[:, :2]).any(axis=1) | np.isin(triples[:, :2], (0, -1)).all(axis=1)
