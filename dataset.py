@@ -46,7 +46,7 @@ class Faces:
     """N faces of a COCO file as arrays; pictures stay on disk."""
     scheme: Scheme
     root: Path
-    files: list  # N paths relative to the data root, with /
+    files: list  # N paths relative to the data root, with /; those of --background are absolute
     sizes: np.ndarray  # (N, 2) picture width, height
     boxes: np.ndarray  # (N, 4) x, y, w, h
     points: np.ndarray  # (N, K, 2) picture pixels
@@ -55,7 +55,7 @@ class Faces:
     image_ids: np.ndarray  # (N,)
     breeds: list  # N strings, for stratified splits and reports
     notes: list = field(default_factory=list)  # what the reader repaired or left out, a line each
-    room: list = field(default_factory=list)  # how boxes lie around landmarks: tools/lib/boxes.py, room_of
+    room: list = field(default_factory=list)  # how boxes lie around landmarks: room_of in tools/lib/boxes.py
 
     def __len__(self):
         return len(self.files)
@@ -70,7 +70,7 @@ class Faces:
     def whole_pictures(self):
         """The same faces, each looked for in its whole picture. Raises UserError for several in one."""
         if len(set(self.files)) < len(self):
-            raise UserError("--crop image: some pictures have several faces; a picture can only teach one")
+            raise UserError("--crop image: some pictures have several faces; a locator takes one in each")
         return replace(self, boxes=np.stack([whole_box(size) for size in self.sizes]))
 
     def split(self, fraction: float, seed: int = 0):
@@ -83,7 +83,7 @@ class Faces:
         breeds = np.array(self.breeds)[first]
         order = np.argsort(first)  # in the file's order: names do not matter
         held = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
-        # + rng.random() rounds up as often as down, so small breeds neither all give nor all keep their faces
+        # + rng.random() rounds at random, right on average: small breeds neither all give nor all keep faces
         held = np.concatenate([h[:int(len(h) * fraction + rng.random())] for h in held])
         is_held = np.isin(picture, held)
         return self.take(np.flatnonzero(~is_held)), self.take(np.flatnonzero(is_held))
@@ -106,9 +106,8 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
     side = max(w, h) * padding * scale
     a = np.deg2rad(rotation)
     linear = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) * (size / side)
-    if mirror:
-        linear[0] *= -1
-    centre = np.array([x + w / 2, y + h / 2]) + np.asarray(shift) * side
+    linear[0] *= -1 if mirror else 1
+    centre = np.multiply(shift, side) + [x + w / 2, y + h / 2]
     return np.column_stack([linear, (size - 1) / 2 - linear @ centre])
 
 
@@ -122,7 +121,7 @@ def cut_crop(image, box, size, padding, rotation=0.0):
 class Augmentation:
     """Ranges of the training augmentation, each a flag: setting(default, help, what is allowed). 0 is off.
 
-    All 0 is the validation crop. A locator (--crop image) finds faces in whole pictures; `empty` is its own.
+    All 0 is the validation crop. `empty` is for a locator (--crop image): its crops roam over whole pictures.
     """
     flip: float = setting(0.5, "chance of mirroring, partners swapped", "[0, 1]", group="augmentation")
     rotation: float = setting(20.0, "degrees, uniform in +-", "[0, 180]")
@@ -134,7 +133,7 @@ class Augmentation:
 
     @property
     def reach(self):
-        """Side of what crops can show of the picture / the plain crop's; rotated corners are left out."""
+        """Side of what crops can show / the plain crop's; rotated corners get half the room they need."""
         return (1 + self.scale) * (1 + 0.5 * np.sin(np.deg2rad(min(self.rotation, 90))) + 2 * self.shift)
 
     def draw(self, rng, can_mirror):
@@ -173,9 +172,10 @@ class DogFLWDataset(torch.utils.data.Dataset):
         matrix    (2, 3) float64 picture -> crop  index      the face's place in `faces`
 
     visibility is 1 where a landmark trains, 0 where it is not labelled or cut off, and -1 where there is no
-    face and its map is to be flat. The trainer calls `batch(items)` instead: whole batches of uint8 crops,
-    with colour (B, 3, 4) for `normalize`, and no heatmaps. An item is i (-1 is the last; epoch 0), (epoch, i)
-    or (epoch, i, crop size): the crop depends on seed, epoch and i alone. cache: for decoded faces, or None.
+    face and its map is to be flat; without a 1 the heatmap is 0. The trainer calls `batch(items)`: whole
+    batches of uint8 crops, with colour (B, 3, 4) for `normalize`, no heatmaps. An item is i (-1 is the last;
+    epoch 0), (epoch, i) or (epoch, i, crop size): the crop depends on seed, epoch and i alone. cache: a
+    folder for decoded faces, or None. Raises UserError naming a picture that is missing or cannot be read.
     """
 
     def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
@@ -193,7 +193,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
         batch = self.batch([item])
         size = batch["image"].shape[1]
         batch["image"] = normalize(batch["image"], torch.tensor(MEAN), torch.tensor(STD), batch.pop("colour"))
-        batch["heatmaps"] = encode_heatmaps(batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
+        heatmaps = encode_heatmaps(batch["keypoints"], size // STRIDE, self.sigma * size / self.size)
+        batch["heatmaps"] = heatmaps * (batch["visibility"] > 0)[..., None, None]
         return {name: values[0] for name, values in batch.items()}
 
     def place(self, i, size, rng):
@@ -241,7 +242,7 @@ def normalize(images, mean, std, colour=None):
     matrix = torch.cat([colour[..., :3], colour[..., 3:] - 255 * mean[:, None]], 2) / (255 * std[:, None])
     pixels = images.flatten(1, 2).float()  # (B, S * S, 3)
     pixels = torch.baddbmm(matrix[..., 3].unsqueeze(1), pixels, matrix[..., :3].transpose(1, 2))
-    return pixels.view(images.shape).permute(0, 3, 1, 2)
+    return pixels.view_as(images).permute(0, 3, 1, 2)
 
 
 def cell_offsets(points, size):

@@ -1,7 +1,7 @@
 """Train a facial landmark detector (heatmaps from any timm backbone) on DogFLW, or on any COCO keypoint file.
 
     uv run train_simple.py --sample                       # drawn faces: a full run in minutes, on a CPU too
-    uv run python tools/convert_dogflw_to_coco.py --download
+    uv run tools/convert_dogflw_to_coco.py --download
     uv run train_simple.py                                # DogFLW, HRNet-W32, 210 epochs
     uv run torchrun --nproc-per-node 4 train_simple.py --batch-size 64 --lr 4e-3    # faster, on four GPUs
 
@@ -61,7 +61,7 @@ class Config(Augmentation):
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the targets, at the end, in cells (1.5 at 256 px)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score: the chance that x and y err by <= X of a crop", "(0, 1]")
+    score_radius: float = setting(0.05, "a score: the chance that x and y err by <= X of a crop", "[0.02, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
@@ -74,7 +74,7 @@ class Config(Augmentation):
     mse_weight: float = setting(1.0, "weight of the maps' squared error", "[0, inf)")
     crps_weight: float = setting(1.0, "weight of the CRPS (ranked probability score) of x and y", "[0, inf)")
     kl_weight: float = setting(0.3, "weight of the Kullback-Leibler divergence from the target", "[0, inf)")
-    sigma_ratio: float = setting(2.0, "sigma at the first step / sigma at the last", "[1, 16]")
+    sigma_ratio: float = setting(2.0, "sigma at the first step / at the last, in parts of a crop", "[1, 16]")
     ema: float = setting(0.998, "decay of the average of the weights; 0 switches it off", "[0, 1)")
     progressive: float = setting(0.3, "share of epochs, at first, on crops half as wide, >= 128", "[0, 0.9]")
     seed: int = setting(0, "seed of order, augmentation and new weights, not of --holdout", "[0, 9e18]")
@@ -141,7 +141,7 @@ class LandmarkNet(nn.Module):
         logits = self.head(F.relu(fine + F.interpolate(fused, size=half, mode="bilinear")))
         if logits.requires_grad:  # without it the softmax's gradient is not channels_last: a third more time
             logits.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-        return logits.contiguous().flatten(2).softmax(2, dtype=torch.float32).unflatten(2, logits.shape[2:])
+        return logits.contiguous().flatten(2).softmax(2, dtype=torch.float32).view_as(logits)
 
 
 def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
@@ -155,10 +155,10 @@ def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
     return model
 
 
-# ---------------------------------------------------------------- the loss
+# ---------------------------------------------------------------- losses, errors, predictions
 
 def divergence(heatmaps, offsets, sigma):
-    """KL(Gaussian of sum 1 || map) in nats: maps (B, K, H, H), offsets (B, K, 2, H), cells -> (B, K).
+    """KL(Gaussian of sum 1 || map) in nats: maps (B, K, H, H), offsets (B, K, 2, H) in cells -> (B, K).
 
     Kullback & Leibler 1951, "On information and sufficiency". From a window of 5 sigma around the point,
     beyond which the Gaussian is nothing: few passes over whole maps.
@@ -172,7 +172,7 @@ def divergence(heatmaps, offsets, sigma):
     x, y = (v / v.sum(2, keepdim=True).clamp(min=1e-9)  # it may be 0 for a point outside the crop
             for v in data.gaussians(offsets.gather(3, window), sigma))
     log_near = (near + 1e-9).log().unflatten(2, (width, width))
-    cross_entropy = -((y.unsqueeze(3) * log_near).sum(2) * x).sum(2)  # on CUDA, @'s gradient may need gcc
+    cross_entropy = -((y.unsqueeze(3) * log_near).sum(2) * x).sum(2)  # on CUDA @'s gradient may ask for gcc
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
@@ -187,7 +187,7 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
     CRPS: the continuous ranked probability score of x and of y, in fractions of the crop (Gneiting & Raftery
     2007, "Strictly proper scoring rules", eq. 20). It knows how far away a wrong map is.
     """
-    size, mass = heatmaps.shape[-1], 2 * math.pi * sigma**2  # the target's sum; the map's is 1
+    size, mass = heatmaps.shape[-1], 2 * math.pi * sigma**2  # a whole target's sum; the map's is 1
     offsets = data.cell_offsets(points, size)  # (B, K, 2, H)
     x, y = data.gaussians(offsets, sigma)  # the target is y * x, and never needed as a map
     # |mass * map - target|^2 = mass^2 |map|^2 - 2 mass <map, target> + |target|^2: fewer passes
@@ -202,8 +202,8 @@ def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
         losses += config.crps_weight * (below - truth).square().sum((2, 3)) / size
     if config.kl_weight:
         losses += config.kl_weight * divergence(heatmaps, offsets, sigma)
-    flatness = config.kl_weight * (square * size**2).log()  # Rényi's divergence of order 2 from a flat map
-    return torch.where(visibility < 0, flatness, losses * visibility)
+    from_flat = config.kl_weight * (square * size**2).log()  # Rényi's divergence of order 2 from a flat map
+    return torch.where(visibility < 0, from_flat, losses * visibility)
 
 
 def crop_side(faces: Faces, padding: float):
@@ -217,7 +217,7 @@ def box_diagonal(faces, _):
 
 
 def eye_distance(faces, _):
-    """The distance of the interocular landmarks in picture pixels (N,); NaN where not both are labelled."""
+    """The distance of the interocular landmarks in picture pixels (N,); NaN where it is 0 or unknown."""
     if not faces.scheme.interocular:
         return np.full(len(faces), np.nan)
     i, j = faces.scheme.interocular
@@ -283,16 +283,16 @@ def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=Tru
     flip_index = torch.tensor(scheme.flip_index, device=device) if flip and scheme.flip_pairs else None
     table = np.zeros((n, len(scheme.names), 4))  # x, y, score, loss; 0 for other processes' faces
     mine = range(processes.rank, n, processes.world)
-    shares = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
-    for share, batch in zip(shares, one_ahead(dataset.batch, shares)):
-        heatmaps, table[share, :, :2], table[share, :, 2] = predict_crops(
+    batches = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
+    for rows, batch in zip(batches, one_ahead(dataset.batch, batches)):
+        heatmaps, table[rows, :, :2], table[rows, :, 2] = predict_crops(
             model, batch["image"], batch["matrix"].numpy(), config, flip_index, amp)
-        if sigma is not None:
+        if sigma:
             targets = (batch[name].to(device) for name in ("keypoints", "visibility"))
-            table[share, :, 3] = heatmap_losses(heatmaps, *targets, sigma, config).cpu()
+            table[rows, :, 3] = heatmap_losses(heatmaps, *targets, sigma, config).cpu()
     # Every entry is nonzero in one process only, so the sum is exact.
     table = processes.sum(torch.from_numpy(table)).cpu().numpy()
-    return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma is not None else math.nan
+    return table[..., :2], table[..., 2], float(table[..., 3].mean()) if sigma else math.nan
 
 
 class Trained(TrainedModel):
@@ -315,14 +315,14 @@ class Plan:
         self.config, self.faces, self.batch_size = config, faces, faces_a_step(config, faces, world)
         self.steps = faces // self.batch_size  # optimizer steps an epoch
         self.total = config.epochs * self.steps
-        self.sizes = sorted(set(map(self.size, range(config.epochs))))  # of all crops in the run
+        self.sizes = sorted({self.size(0), config.input_size})  # of all crops in the run
 
     def validates(self, epoch: int) -> bool:
         """Whether an epoch ends with a validation; the last one does."""
         return (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
 
     def size(self, epoch: int) -> int:
-        """Side of the crops: at first the half, to 32 (Tan & Le 2021, "EfficientNetV2", section 4)."""
+        """Side of the crops, at first about half (Tan & Le 2021, "EfficientNetV2": progressive learning)."""
         full = self.config.input_size
         small = min(full, max(128, full // 64 * 32))
         return small if epoch < int(self.config.progressive * self.config.epochs) else full
@@ -379,7 +379,7 @@ def train_step(run: Run, batches, step: int):
     for left in reversed(range(config.accumulate)):  # micro-batches after this one
         batch = next(batches)
         indices += batch["index"].tolist()
-        crops, points, visible, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
+        crops, points, visibility, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
                                           for k in ("image", "keypoints", "visibility", "colour"))
         images = data.normalize(crops, run.model.mean, run.model.std, colour)
         with run.processes.without_sync(run.wrapped, left):
@@ -387,7 +387,7 @@ def train_step(run: Run, batches, step: int):
                 heatmaps = run.wrapped(images)
             sigma = run.plan.sigma(step, crops.shape[1])
             # Over all maps, labelled or not: so micro-batches and GPUs add up to the whole batch's gradient.
-            loss = heatmap_losses(heatmaps, points, visible, sigma, config).mean() / config.accumulate
+            loss = heatmap_losses(heatmaps, points, visibility, sigma, config).mean() / config.accumulate
             run.scaler.scale(loss).backward()
         total += loss.detach()
     for group in run.optimizer.param_groups:
@@ -406,15 +406,15 @@ def train_one_epoch(run: Run, batches, files: list) -> float:
     steps, epoch, total = run.plan.steps, run.progress["epoch"], 0
     title = f"epoch {epoch + 1}/{run.config.epochs}"
     watch = runtime.FiniteWatch(run.processes.device, files, title, run.config.work_dir / "last.pth")
-    with Progress(steps, title, quiet=not run.processes.first) as progress:
+    with Progress(steps, title, quiet=not run.processes.first) as bar:
         for step in range(steps):
             loss, indices = train_step(run, batches, epoch * steps + step)
             total += loss
             watch.add(loss, indices)
             if step % 50 == 49 or step == steps - 1:  # rarely: reading the loss waits for the device
                 watch.check(run.scaler, run.model if step == steps - 1 else None)
-                progress.show(loss=float(total) / (step + 1))
-            progress.update(step + 1)
+                bar.show(loss=float(total) / (step + 1))
+            bar.update(step + 1)
     run.progress["epoch"] += 1
     run.processes.average_buffers(run.ema, run.model)
     return float(run.processes.sum(total)) / run.processes.world / steps
@@ -470,7 +470,7 @@ def train(config: Config, processes):
     """The whole run, top to bottom."""
     torch.manual_seed(config.seed)
     faces, select, test, chosen_on = load_sets(config, processes)
-    faces = with_background(faces, config.background, processes.say)
+    faces = with_background(faces, config.background, processes.say, select, test)
     plan, last = Plan(config, len(faces), processes.world), config.work_dir / "last.pth"
     run = Run(config, faces.scheme, plan, processes,
               processes.from_first(lambda: load_resumable(last, config, faces, select)))
@@ -488,7 +488,7 @@ def train(config: Config, processes):
                   f"{config.backbone} on {processes}; {done} epochs done")
     for epoch in range(done, config.epochs):
         begin, size, points = time.perf_counter(), plan.size(epoch), None
-        torch.manual_seed(config.seed + epoch)  # a backbone's dropout is the same after --resume
+        torch.manual_seed(config.seed + config.epochs * processes.rank + epoch)  # dropout's, at --resume too
         row = dict.fromkeys(COLUMNS, math.nan) | {"epoch": epoch + 1, "size": size}
         row["train_loss"] = train_one_epoch(run, batches, faces.files)
         row["images_per_s"] = plan.steps * plan.batch_size / (time.perf_counter() - begin)

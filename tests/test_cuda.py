@@ -310,6 +310,10 @@ def test_a_gpu_that_the_build_has_no_kernels_for(machine):
     machine.setenv("LOCAL_RANK", "3")
     with pytest.raises(UserError, match="no GPU number 3, this machine has 1"):
         runtime.choose_device("cuda")
+    machine.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.setenv("LOCAL_RANK", "0")  # left by another job
+    assert runtime.choose_device("cuda:1").index == 1 and runtime.choose_device("cuda").index == 0
 
 
 def test_whether_an_nvidia_gpu_is_here(monkeypatch, tmp_path):

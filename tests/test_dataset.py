@@ -109,6 +109,9 @@ def test_a_sample_in_full(faces):
     cells = (item["keypoints"] + 0.5) / 2 - 0.5
     inside = item["visibility"] > 0
     assert ((torch.stack([peak % 32, peak // 32], 1) - cells).abs().amax(1)[inside] <= 0.5001).all()
+    unlabelled = replace(faces, visible=faces.visible * (np.arange(46) != 7))
+    item = DogFLWDataset(unlabelled, 64)[3]
+    assert item["visibility"][7] == 0 == item["heatmaps"][7].max() and item["heatmaps"][8].max() > 0.1
 
 
 def test_augmentation_moves_pixels_and_points_alike(faces):
@@ -467,8 +470,11 @@ def test_a_locator_learns_that_pictures_of_the_background_show_no_face(faces, tm
     assert np.median(shown) < 80  # colours are the device's, so the picture's own are there
     plain = DogFLWDataset(both, 64, 1.0).batch(last[:2])
     assert (plain["visibility"] == 0).all()
-    with pytest.raises(UserError, match="shows a face to train on"):
+    with pytest.raises(UserError, match="shows a face of --ann-root"):
         with_background(whole, faces.root)
+    train, held = whole.take([0, 1]), replace(whole.take([2, 3]), root=tmp_path, files=["a.png", "c.png"])
+    with pytest.raises(UserError, match="a.png shows a face of --ann-root"):  # one that chooses, or is scored
+        with_background(train, tmp_path, said.append, None, held)
     (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     with pytest.raises(UserError, match="c.png"):
         with_background(whole, tmp_path)

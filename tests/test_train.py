@@ -814,6 +814,11 @@ def test_mistakes_are_one_line(run, refused, tmp_path, sample):
     assert "is a file" in refused(*here, *SMALL, "--work-dir", tmp_path / "file")
     assert "--bogus" in refused("--bogus") and "sync-bn" in refused("--sync-bn") and "--cache" in refused(*here, *SMALL, *w, "--cache")
     assert "no such picture (40 of 40 missing)" in refused("--data-root", tmp_path / "empty", "--ann-root", sample.ann_root, *w)
+    first = next((sample.data_root / "train/images").iterdir())
+    named = json.loads((sample.ann_root / "train.json").read_text())["images"][0]["file_name"]
+    (alike := (tmp_path / "empty" / named).with_suffix(".tif")).parent.mkdir(parents=True)
+    shutil.copy(first, alike)
+    assert f"there is {alike.name}, so mend the names" in refused("--data-root", tmp_path / "empty", "--ann-root", sample.ann_root, *w)
     assert "not empty" in refused(*here, "--work-dir", run.work_dir)
 
 

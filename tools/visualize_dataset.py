@@ -1,6 +1,6 @@
 """Look at a COCO keypoint file: the first thing to do when something is odd.
 
-    uv run python tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
+    uv run tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
 
 Says what was repaired or left out in reading, and writes into --out
     raw.jpg           whole pictures with their boxes (green) and landmarks, left filled, right rings
@@ -85,7 +85,7 @@ def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> It
             points = (sample["keypoints"].numpy() + 0.5) * TILE / size - 0.5
             seen = sample["visibility"].numpy() > 0
             yield caption(draw_landmarks(tile, points, faces.scheme, seen, side=TILE / padding), what)
-        maps, tile = sample["heatmaps"] * sample["visibility"][:, None, None], tile * 0.5
+        maps, tile = sample["heatmaps"], tile * 0.5
         for region in regions:
             heat = cv2.resize(maps[region].amax(0).numpy(), (TILE, TILE))[..., None]
             tile = tile * (1 - heat) + np.array(colours[region[0]]) * heat

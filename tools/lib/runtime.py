@@ -50,7 +50,8 @@ def choose_device(name: str, training: bool = False) -> torch.device:
         try:
             device = torch.device(name)
             if device.type == "cuda":
-                index = int(os.environ.get("LOCAL_RANK") or device.index or 0)
+                alone = device.index is not None and place_in_job()[1] == 1
+                index = device.index if alone else int(os.environ.get("LOCAL_RANK") or 0)
                 count = torch.cuda.device_count()
                 device = torch.device("cuda", index)
                 if 0 < count <= index:
@@ -269,7 +270,7 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
     UserError where capture fails: CUDA's state cannot be trusted after that.
     """
     if device.type != "cuda":
-        say(f"--graphs: needs CUDA; on {device.type} steps run as ever")
+        say(f"--graphs: needs CUDA; on {device.type} steps run as usual")
         return model
     # Gradients remember the first capture's stream: not to wait for, nor to warn of. Of newer torch alone.
     getattr(torch.autograd.graph, "set_override_stale_capture_stream", bool)(True)
@@ -314,7 +315,7 @@ def explained_ends(last: Path) -> Iterator[None]:
         if not reason:
             raise
     where = f" from {last}" if last.exists() else ""
-    print(f"error: {reason}. The same command with --resume goes on{where}", file=sys.stderr)
+    print(f"error: {reason}. With --resume the run goes on{where}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -377,9 +378,10 @@ def quiet_worker(_: int):
 # ---------------------------------------------------------------- weights over time
 
 class WeightAverage:
-    """An exponential moving average of a model's weights and batch norm statistics (Polyak & Juditsky 1992).
+    """An exponential moving average of a model's weights and batch norm statistics.
 
-    The decay warms up with the steps, so that the first ones are soon forgotten.
+    After Polyak & Juditsky 1992, who weigh all steps alike. The decay warms up with the steps, so that the
+    first ones are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module, decay: float):

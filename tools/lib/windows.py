@@ -1,5 +1,6 @@
 """The part of a picture that a face's crops can need: cut once, shrunk once, kept in a file."""
 
+import glob
 import hashlib
 import math
 import os
@@ -133,11 +134,12 @@ def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: 
     return matrix, points, -1.0 * (labelled | ~labelled.any()), colour
 
 
-def with_background(faces, folder: Path | None, say: Callable = print):
+def with_background(faces, folder: Path | None, say: Callable = print, *others):
     """Faces looked for in whole pictures, and after them the pictures in `folder`, which show no face.
 
     A locator learns from them what is none (see `scene`). They have no labelled landmark, so no metric counts
-    them. None adds nothing. Raises UserError for a folder without pictures, and for one that cannot be read.
+    them. None adds nothing. Raises UserError for a folder without pictures, for one that cannot be read, and
+    where a picture is one of the faces', or of `others`: Faces (or None) that choose or are scored.
     """
     if folder is None:
         return faces
@@ -145,8 +147,9 @@ def with_background(faces, folder: Path | None, say: Callable = print):
                    and format_of(path) not in ("", "video", "PDF", "SVG"))
     if not paths:
         raise UserError(f"--background {folder}: no picture there; name another, or leave it out")
-    if shown := {(faces.root / file).absolute() for file in faces.files}.intersection(paths):
-        raise UserError(f"--background {folder}: {min(shown)} shows a face to train on; name another")
+    used = {(some.root / file).absolute() for some in (faces, *others) if some for file in some.files}
+    if shown := used.intersection(paths):
+        raise UserError(f"--background {folder}: {min(shown)} shows a face of --ann-root; name another")
     say(f"{folder}: {len(paths)} pictures without a face, beside the faces to train on")
     n, k = len(paths), len(faces.scheme.names)
     sizes = [image.shape[1::-1] for image in in_threads(lambda i: read_image(paths[i]), n, "background")]
@@ -186,6 +189,8 @@ class Windows:
             count = f"{len(missing)} of {len(self.paths)} missing"
             some = len(missing) < len(self.paths) / 2
             mend = "fetch it, or take it and its annotations out of the file" if some else "check --data-root"
+            if alike := next(missing[0].parent.glob(f"{glob.escape(missing[0].stem)}.*"), None):
+                mend = f"there is {alike.name}, so mend the names in the file"
             raise UserError(f"{missing[0]}: no such picture ({count}); {mend}")
         if folder:
             stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path in self.paths
