@@ -240,6 +240,18 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "flip_pairs as the names have them": (categories({"keypoints": SIDES, "flip_pairs": [[4, 3], [0, 1]]}), None, 6),
     "sides in another field": (categories({"keypoints": SIDES, "interocular": [0, 1], "regions": {"eye": [0, 1]},
                                            "flip_pairs": [[0, 1], [3, 4]]}), None, 6),
+    "flip_pairs of names": (categories({"keypoints": SIDES, "flip_pairs": [["left_eye", "right_eye"], ["right_ear", "left_ear"]]}), None, 6),
+    "flip_idx (YOLO)": (categories({"flip_idx": [1, 0, 2, 4, 3]}), None, 6),
+    "names twice": (categories({"keypoints": ["eye", "eye", "nose", "ear", "ear"]}), "4 landmarks share a name, as eye; they are numbered", 6),
+    "a category that is not in the file": (lambda d: d["annotations"][1].update(category_id=9), "category 9 is not in the file", 6),
+    "categories counted from 0 by the annotations": (each(lambda a: a.update(category_id=0)),
+                                                     "category 0 is not in the file; it is read as the one with 5 landmarks", 6),
+    "an id twice": (annotation(id=1), "1 ids that another annotation has, with a number behind them (annotation 1)", 6),
+    "an annotation twice": (lambda d: d["annotations"].append(dict(d["annotations"][1])), "left out: 1 given twice (annotation 2)", 6),
+    "a picture without an annotation": (lambda d: d["images"].append({"id": 99, "file_name": "bare.jpg", "width": 9, "height": 9}),
+                                        "left out: 1 pictures without an annotation (bare.jpg)", 6),
+    "x and y alone": (each(lambda a: a.update(keypoints=[v for i, v in enumerate(a["keypoints"]) if i % 3 < 2])),
+                      "6 faces' landmarks as x and y alone (annotation 1)", 6),
     "the program's own fields": (lambda d: d.update(info={"year": 2025}, licenses=[{"id": 1}], tags=None), None, 6),
 }
 
@@ -977,12 +989,14 @@ def test_landmarks_with_a_place_but_v_0_and_orphans_are_counted(read):
     data = plain(4)
     data["annotations"][2]["image_id"] = 99
     data["annotations"][1]["keypoints"][2::3] = [0, 0, 2, 2, 2]
-    assert read(data).notes == ["left out: 1 of an image that is not in the file (annotation 3)"]
+    assert read(data).notes == ["left out: 1 of an image that is not in the file (annotation 3), "
+                                "1 pictures without an annotation (pic_2.jpg)"]
     for a in data["annotations"]:
         a["keypoints"][2::3] = [min(v, 1) for v in a["keypoints"][2::3]]
     faces = read(data)
     assert faces.visible.sum() == 13 and len(faces.ids) == 3
-    assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3)",
+    assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3), "
+                           "1 pictures without an annotation (pic_2.jpg)",
                            "read as they are: 2 landmarks with a place, but v 0, as not labelled (annotation 2)"]
 
 
@@ -1039,7 +1053,7 @@ REFUSED = {
                    [a.update(category_id=1 + a["id"] % 2, keypoints=a["keypoints"][:3]) for a in d["annotations"]]],
         "each of its 2 categories is one landmark (part"),
     "names no list": (categories({"keypoints": {"nose": 0}}), "category 1", "no list of names"),
-    "unknown category": (lambda d: d["annotations"][0].update(category_id=9), "category 9", "not in the file"),
+    "unknown category": (first(category_id=9, keypoints=[1, 2, 2] * 4), "category 9", "not in the file; add it to categories"),
     "too few numbers": (first(keypoints=[1, 2, 2]), "annotation 1", "15 numbers, not 3"),
     "words": (first(keypoints=["a"] * 15), "annotation 1", "keypoints"),
     "an object": (first(keypoints={"a": 1}), "annotation 1", "keypoints"),
@@ -1051,9 +1065,7 @@ REFUSED = {
     "far away": (first(keypoints=[1e9, 2, 2] * 5), "annotation 1", "a landmark cannot be at 1e+09"),
     "endless": (first(keypoints=[float("inf"), 2, 2] * 5), "annotation 1", "a landmark cannot be at inf"),
     "image a list": (first(image_id=[1]), "annotation 1", "names no image"),
-    "x and y alone": (lambda d: [categories({"keypoints": [*"abcdef"]})(d), first(keypoints=[9.0] * 12)(d)], "18 numbers, not 12", "write a 2"),
     "all images gone": (each(lambda a: a.update(image_id=99)), "no face in it can be used (left out: 6 of an image that is not"),
-    "an id twice": (first(id=2), "annotation 2", "the id of another"),
     "a category's id twice": (lambda d: d["categories"].append(dict(d["categories"][0], name="cat")), "two of its categories"),
     "an id a list": (first(id=[1]), "annotation None", "neither number nor text"),
     "an image's id twice": (lambda d: d["images"][1].update(id=1), "image 1 (pic_1.jpg)", "id"),
@@ -1073,6 +1085,33 @@ def test_what_is_not_clear_is_refused_in_one_line(read, kind):
     changed = change(data)
     refused(read, changed if isinstance(changed, (list, dict)) and kind in (
         "a list", "labelme", "Label Studio", "results", "VIA") else data, "train.json", *words)
+
+
+def test_a_category_that_cannot_be_chosen_is_one_line(read):
+    data = plain()
+    first(category_id=9, keypoints=[1, 2, 2] * 4)(data)
+    refused(read, data, "--category cat", "no landmarks of it, but of 9 (4), face (5)", category="cat")
+    categories({}, {"id": 2, "keypoints": [*"abcd"]})(data)  # both are called face
+    first(category_id=2)(data)
+    refused(read, data, "different landmarks: 2 (4), 1 (5)", "choose one with --category '2'", category="face")
+    assert len(read(data, category=1).files) == 5
+
+
+def test_pairs_from_other_fields_are_those_of_the_category(read):
+    data = plain()
+    categories({"flip_idx": [1, 0, 2, 4, 3]})(data)
+    assert read(data).flip_pairs == [[0, 1], [3, 4]]
+    categories({"flip_pairs": [["p1", "p0"]]})(data)
+    assert read(data).flip_pairs == [[1, 0]]
+    categories({"keypoints": ["eye", "eye", "nose", "ear", "ear"], "flip_pairs": None, "flip_idx": None})(data)
+    assert read(data).names == ["eye_1", "eye_2", "nose", "ear_1", "ear_2"]
+
+
+def test_equal_ids_stay_different_faces(read):
+    data = plain()
+    annotation(id=1)(data)
+    faces = read(data)
+    assert [*faces.ids] == [1, "1_1", 3, 4, 5, 6]
 
 
 def junk(rng, depth=0):
@@ -1151,6 +1190,10 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
     (["mine_train.json", "mine_val.json", "train/labels.json"], "mine_train.json", "mine_val.json"),
     (["train/annotations/instances.json", "val/annotations/instances.json"], "train/annotations/instances.json",
      "val/annotations/instances.json"),  # Supervisely
+    (["train/annotations/person_keypoints_default.json", "train/annotations/instances_default.json",
+      "val/annotations/person_keypoints_default.json"], "train/annotations/person_keypoints_default.json",
+     "val/annotations/person_keypoints_default.json"),  # two exports of CVAT
+    (["train/coco.json", "valid/coco.json"], "train/coco.json", "valid/coco.json"),
     (["mine_train_val.json"], "mine_train_val.json", None),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import chain, compress, islice
+from itertools import chain, compress, count, islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -51,12 +51,16 @@ KINDS = {
     "unlabelled": ("left out", "with no landmark labelled"),
     "away": ("left out", "with no landmark in their picture"),
     "orphans": ("left out", "of an image that is not in the file"),
+    "copies": ("left out", "given twice"),
+    "unannotated": ("left out", "pictures without an annotation"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
+    "pairs": ("read otherwise", "faces' landmarks as x and y alone"),
+    "renumbered": ("read otherwise", "ids that another annotation has, with a number behind them"),
     "zeros": ("read as they are", "landmarks with a place, but v 0, as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
@@ -105,6 +109,9 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     path, root, notes = Path(path), Path(root), Notes()
     data = open_coco(path)
     chosen, k = choose_categories(data, category, path)
+    for key in chosen.keys() - {str(identity(c.get("id"))) for c in data["categories"]}:
+        notes.said.append(f"category {printable(key)} is not in the file; it is read as the one with {k} "
+                          "landmarks")
     scheme = read_scheme(chosen, k, path, notes)
     images = read_images(data["images"], path)
     entries, ids, image_ids, triples = read_annotations(data["annotations"], images, chosen, k, path, notes)
@@ -167,8 +174,6 @@ def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *colum
 
 def read_file(path: Path):
     """What a JSON file holds; images are a list also where they are {id: name}, as Animal Pose has them."""
-    if path.suffix.lower() in (".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"):
-        raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("images"), dict):
         data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
@@ -217,8 +222,9 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         if wanted is not None and str(wanted) not in (key, str(categories.get(key, {}).get("name"))):
             continue
         if key not in categories or not isinstance(names, list):
-            raise UserError(f"{path}: category {printable(key)} has annotations with landmarks, but "
-                            f"{'no list of names' if key in categories else 'is not in the file'}")
+            what = ("no list of names; write keypoints as one" if key in categories else
+                    "is not in the file; add it to categories, or mend the category_id")
+            raise UserError(f"{path}: category {printable(key)} has annotations with landmarks, but {what}")
         groups[len(names) or number[key], *map(str, names)][key] = categories[key]
     if len(groups) == 1:
         (k, *names), chosen = groups.popitem()
@@ -231,9 +237,10 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
     if not lengths:
         raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0); export "
                         "the landmarks, too, not boxes alone, and which of them are labelled")
-    named = [printable(categories[key].get("name")) for key in lengths]
+    named = [printable(categories.get(key, {}).get("name", key)) for key in lengths]
+    named = [key if named.count(name) > 1 else name for key, name in zip(lengths, named, strict=True)]
     found = ", ".join(f"{name} ({k})" for name, k in zip(named, number.values(), strict=True))[:200]
-    if wanted is not None:
+    if wanted is not None and not groups:
         raise UserError(f"--category {wanted}: {path} has no landmarks of it, but of {found}")
     raise UserError(f"{path}: its categories have different landmarks: {found}; "
                     f"choose one with --category {named[0]!r}")
@@ -243,13 +250,14 @@ def lend_names(categories: dict, number: dict):
     """Give categories whose annotations have `number` landmarks, but no names, those of the one that fits.
 
     CVAT writes a skeleton that is grouped with a rectangle under the rectangle's category, Dataloop under its
-    label's. In place.
+    label's; some count category_id from 0 and the categories from 1. In place.
     """
-    for key in number.keys() & categories.keys():
+    for key in number:
+        own = categories.get(key, {"id": key, "name": key})
         named = [c for c in categories.values() if isinstance(c.get("keypoints"), list)
                  and len(c["keypoints"]) == number[key] > 1]
-        if not categories[key].get("keypoints") and len({str(c["keypoints"]) for c in named}) == 1:
-            categories[key] = named[0] | {n: categories[key].get(n) for n in ("id", "name")}
+        if not own.get("keypoints") and len({str(c["keypoints"]) for c in named}) == 1:
+            categories[key] = named[0] | {n: own.get(n) for n in ("id", "name")}
 
 
 # ---------------------------------------------------------------- the scheme
@@ -305,16 +313,24 @@ def fitting_lines(lines: object, k: int) -> list | None:
 
 def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
     """The scheme of categories with the same K landmarks, as checked_scheme gives it, corrected."""
-    category = {f: next((c[f] for c in chosen.values() if c.get(f)), None)
-                for f in ("keypoints", "flip_pairs", "regions", "interocular", "skeleton")}
+    fields = "keypoints", "flip_pairs", "flip_idx", "regions", "interocular", "skeleton"
+    category = {f: next((c[f] for c in chosen.values() if c.get(f)), None) for f in fields}
     names = [str(n) if type(n) is int else n for n in category["keypoints"] or ()]
     if not names:
         names = [f"point_{i}" for i in range(k)]
         several = f", and are the same in all {len(chosen)} categories" if len(chosen) > 1 else ""
         notes.said.append(f"no names of landmarks; they are called point_0 to point_{k - 1}{several}")
-    category["keypoints"] = names
     if all(isinstance(n, str) for n in names):
-        category["flip_pairs"] = read_flip_pairs(category["flip_pairs"], names, notes)
+        counts, numbers = Counter(names), defaultdict(lambda: count(1))
+        if twice := [n for n in names if counts[n] > 1]:
+            notes.said.append(f"{len(twice)} landmarks share a name, as {printable(twice[0])}; they are "
+                              "numbered")
+            names = [f"{n}_{next(numbers[n])}" if counts[n] > 1 else n for n in names]
+        pairs, flip = category["flip_pairs"], category["flip_idx"]
+        if not pairs and are_indices(flip, k) and len(flip) == k:  # YOLO's: each one's partner, or itself
+            pairs = [[i, j] for i, j in enumerate(flip) if i < j]
+        category["flip_pairs"] = read_flip_pairs(pairs, names, notes)
+    category["keypoints"] = names
     if fitting_lines(category["skeleton"], k) is None:
         notes.said.append(f"the skeleton does not fit {k} landmarks and is left out; it is drawn, and gives "
                           "evaluate.py outlines")
@@ -390,8 +406,12 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
             notes.said.append(f"no flip_pairs; {len(named)} taken from left and right in the names, as "
                               f"{names[named[0][0]]} and {names[named[0][1]]}{own}")
         return named
-    if not isinstance(given, list) or not all(isinstance(p, list) and len(p) == 2 for p in given) or not (
-            are_indices([*chain.from_iterable(given)], k + 1)):  # k itself: they may count from 1
+    if not isinstance(given, list) or not all(isinstance(p, list) and len(p) == 2 for p in given):
+        return given
+    index = {name: i for i, name in enumerate(names)}
+    if all(isinstance(n, str) and n in index for p in given for n in p):
+        given = [[index[n] for n in p] for p in given]
+    if not are_indices([*chain.from_iterable(given)], k + 1):  # k itself: they may count from 1
         return given
 
     def missed(pairs):
@@ -461,9 +481,9 @@ def read_images(entries: list, path: Path) -> dict:
         sides = image.get("width"), image.get("height")
         where = f"{path}: image {number} ({printable(name)[:80]})"
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where} has no file_name")
+            raise UserError(f"{where} has no file_name; give it one")
         if key is None:
-            raise UserError(f"{where} has no id that is a number or a text")
+            raise UserError(f"{where} has no id that is a number or a text; give it one")
         if given.setdefault(key, image) != image:
             raise UserError(f"{where} has the id of another; give each its own")
         if sides == (-1, -1):
@@ -471,7 +491,8 @@ def read_images(entries: list, path: Path) -> dict:
         try:
             size = side_of(sides[0]), side_of(sides[1])
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{where}: width and height cannot be {printable(sides)[:60]}") from None
+            raise UserError(f"{where}: width and height cannot be {printable(sides)[:60]}; mend them, or "
+                            "leave them out") from None
         if len(written) < len(ids) and str(image.get("path")).endswith(f"/{name}"):
             name = image["path"]  # COCO Annotator's, with the folders
         images[key] = name, size, "" if image.get("breed") is None else printable(image["breed"])
@@ -759,7 +780,8 @@ def notes_of(train, val, paths: tuple) -> list[str]:
             raise UserError(f"{paths[1]}: its category differs from that of {paths[0]} in "
                             f"{', '.join(differ)}; make them the same")
     if val and (shared := len(shared_pictures(train, val))):
-        notes.append(f"{paths[1]}: {shared} of its pictures are in {paths[0]}, too: its errors are too small")
+        notes.append(f"{paths[1]}: {shared} of its pictures are in {paths[0]}, too; errors measured on it "
+                     "come out too small")
     return [*dict.fromkeys(notes)]
 
 
@@ -787,19 +809,22 @@ def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
 def read_annotations(entries: list, images: dict, categories: dict, k: int, path: Path,
                      notes: Notes) -> tuple[tuple, tuple, tuple, np.ndarray]:
     """The N faces with a labelled landmark: annotations, ids, image ids, (N, K, 3). Raises UserError."""
-    rows, ids, written = [], set(), {str(key): key for key in images}
+    rows, ids, shown, written = [], {}, set(), {str(key): key for key in images}
     for number, entry in enumerate(entries):
         key = identity(number if entry.get("id") is None else entry["id"])
         picture = identity(entry.get("image_id"))
         where = f"{path}: annotation {printable(key)}"
         if key is None:
-            raise UserError(f"{where} has an id that is neither number nor text")
-        if key in ids:
-            raise UserError(f"{where} has the id of another; give each its own")
+            raise UserError(f"{where} has an id that is neither number nor text; give it one")
+        if ids.setdefault(key, entry) is not entry:
+            notes.add("copies" if ids[key] == entry else "renumbered", f"annotation {key}")
+            if ids[key] == entry:
+                continue
+            key = f"{key}_{number}"
         if picture is None:
             raise UserError(f"{where} names no image; give it the image_id of one")
         picture = picture if picture in images else written.get(str(picture))  # "1" for 1
-        ids.add(key)
+        shown.add(picture)
         reason = ("orphans" if picture is None else "crowds" if entry.get("iscrowd") in (1, "1") else
                   "boxes" if not entry.get("keypoints") else
                   "others" if str(entry["category_id"]) not in categories else None)
@@ -808,6 +833,9 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
             notes.add(reason or "unlabelled", f"annotation {key}")
         else:
             rows.append((entry, key, picture, triples))
+    names = {images[key][0] for key in shown if key is not None}
+    if bare := [name for name, *_ in images.values() if name not in names]:
+        notes.add("unannotated", bare[0], len(bare))
     if not rows:
         raise notes.nothing_left(path)
     if any((triples[:, 2] == 2).any() for *_, triples in rows):
@@ -819,10 +847,14 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
 def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray:
     """keypoints -> (K, 3) float64 x, y, v with v in 0, 1, 2; x and y are 0 where v is. Raises UserError."""
     try:
-        triples = np.array(values, dtype=np.float64).reshape(k, 3)
+        triples = np.array(values, dtype=np.float64)
+        if triples.size == 2 * k:
+            triples = np.insert(triples.reshape(k, 2), 2, 2, axis=1)
+            notes.add("pairs", where.split(": ")[-1])
+        triples = triples.reshape(k, 3)
     except (TypeError, ValueError, OverflowError):
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
-        bare = given and len(values) in (2 * k, 3 * k + 1, 3 * k + 2)  # k is a third of them, without names
+        bare = given and len(values) in (3 * k + 1, 3 * k + 2)  # k is a third of them, without names
         advice = "; if they are x and y alone, write a 2 behind each two" if bare else ""
         raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{advice}"
                         ) from None
@@ -842,7 +874,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         notes.add("zeros", example, zeros)
     triples[v == 0] = 0
     if (far := np.abs(triples) >= MAX_NUMBER).any():
-        raise UserError(f"{where}: a landmark cannot be at {triples[far][0]:g}")
+        raise UserError(f"{where}: a landmark cannot be at {triples[far][0]:g}; mend or remove it")
     return triples
 
 
@@ -952,7 +984,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     """An export's files (train, val), val None if it has no split. Raises UserError saying what was sought.
 
     ann_root: a file, or a folder with train.json and val.json; train/ and valid/, each with
-    _annotations.coco.json (Roboflow), labels.json (FiftyOne), annotations.json or result.json; names with
+    _annotations.coco.json (Roboflow), or another single JSON file (FiftyOne, CVAT); names with
     train and val (COCO's annotations/person_keypoints_train2017.json); or one JSON file.
     """
     ann_root = Path(ann_root)
@@ -966,8 +998,11 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
         return next(filter(Path.is_file, places), None)
     for_train, for_val = SPLITS[0], SPLITS[1] + SPLITS[2]
-    files = [p for folder in (ann_root, ann_root / "annotations") for p in sorted(folder.glob("[!.]*.json"))]
-    files = [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside them
+
+    def in_folder(*folders):
+        files = [p for folder in folders for p in sorted(folder.glob("[!.]*.json"))]
+        return [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside
+    files = in_folder(ann_root, ann_root / "annotations")
 
     def hits(word):
         found = [p for p in files if re.search(rf"(?<![a-z]){word}(?![a-z])", p.stem.lower())]
@@ -994,6 +1029,13 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     for name in ("labels.json", "annotations/instances.json", "annotations.json", "result.json"):
         if not files and (train := named(for_train, name)):
             return train, named(for_val, name)
+
+    def only(split):
+        folders = [folder for s in split for folder in (ann_root / s, ann_root / s / "annotations")]
+        found = map(in_folder, folders)
+        return next((p for p, *more in filter(None, found) if not more), None)
+    if not files and (train := only(for_train)):
+        return train, only(for_val)
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "

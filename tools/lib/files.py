@@ -128,8 +128,13 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
 
 def load_json(path: Path | str):
     """Parse a JSON file. Raises UserError where it is missing or no JSON."""
+    if Path(path).suffix.lower() in (".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"):
+        raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     try:
         content = Path(path).read_bytes()
+        if content.startswith((b"\x89HDF", b"\x80", b"PAR1", b"MATLAB")):
+            raise UserError(f"{path}: is no JSON (a table of SLEAP or DeepLabCut, a pickle?); export COCO "
+                            "keypoints")
         if content.startswith((b"PK\3\4", b"\x1f\x8b")):
             raise UserError(f"{path}: a packed file; unpack it, and name the folder or the JSON file in it")
         return json.loads(content)
@@ -137,6 +142,8 @@ def load_json(path: Path | str):
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a JSON file in it") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; mend its permissions") from None
     except (ValueError, RecursionError) as e:
         mend = "save it as UTF-8" if isinstance(e, UnicodeError) else "export or download it again"
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]}); {mend}") from None
@@ -233,9 +240,9 @@ def data_root(given: Path | str | None, flag: str = "--data-root") -> Path:
     """The folder of the pictures: the one that was given with a flag, or DogFLW's. Raises UserError."""
     root = Path(given) if given else find_dogflw()
     if root is None or not root.is_dir():
-        raise UserError(f"{flag}{f' {given}' if given else ''}: no such folder; name the one of the "
-                        "pictures, fetch DogFLW by tools/convert_dogflw_to_coco.py --download, or try "
-                        "train_simple.py --sample")
+        what = f" {given}: no such folder" if given else ": DogFLW was not found on this machine"
+        raise UserError(f"{flag}{what}; name the folder of the pictures, fetch DogFLW by "
+                        "tools/convert_dogflw_to_coco.py --download, or try train_simple.py --sample")
     return root
 
 
