@@ -2,8 +2,11 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from dataset import Scheme
 from tools import evaluate as tool
 from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
 from tools.lib.cli import UserError
-from tools.lib.files import as_json
+from tools.lib.files import ROOT, as_json
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
 from tools.lib.pictures import read_image
 from tools.lib.report import as_html, as_table, draw_bars
@@ -438,6 +441,24 @@ def test_a_full_disk_loses_no_numbers(run, tmp_path, monkeypatch, capsys):
     assert "12 faces of" in (said := capsys.readouterr().out) and "nme_iod" in said
 
 
+def test_one_report_a_folder(run, tmp_path, monkeypatch):
+    """Two at once, and what an earlier one drew, would be mixed."""
+    best, out = str(run.work_dir / "best_model.pth"), tmp_path / "out"
+    holds = "import sys, time; from tools.lib.files import file_lock\nwith file_lock(__import__('pathlib').Path(sys.argv[1])): print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", holds, out / ".lock"], stdout=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="--out .*another report is being written there"):
+            tool.main([best, "--out", str(out)])
+        other.kill()
+    (out / "error_curve.png").touch()
+    with pytest.raises(UserError, match="holds error_curve.png already"):
+        tool.main([best, "--out", str(out)])
+    monkeypatch.setattr(tool, "plots", lambda *_: {})  # without matplotlib
+    tool.main([best, "--out", str(out), "--force"])
+    assert not (out / "error_curve.png").exists() and (out / "report.html").exists()
+
+
 def test_names_that_could_be_ids_are_said(tmp_path, capsys):
     content = coco(np.random.default_rng(4), [1, 1, 1])
     for image, stem in zip(content["images"], (101, 102, 100)):
@@ -520,7 +541,7 @@ def test_checkpoint(run, report, tmp_path, capsys):
     assert all(title in page for title in ("By ear", "By pose", "Scores, expected calibration error"))
     assert page.count("src=") == 4 == len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page))
     assert "http" not in page and "href" not in page
-    assert {p.name for p in out.iterdir()} == set(tool.WRITES)
+    assert {p.name for p in out.iterdir()} == {*tool.WRITES, ".lock"}
 
 
 def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tmp_path, capsys):
@@ -544,7 +565,7 @@ def test_interocular_and_regions_are_the_files_where_it_names_them(run, tmp_path
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{name}.json"), *out])
         seen[name], said = json.loads((tmp_path / "out/report.json").read_text()), capsys.readouterr().out
-        assert ("its regions and interocular count, which" in said) == (name == "inner") and "(the last four by nme_iod; standard error of nme_iod 0." in said
+        assert ("its regions and interocular are used; those of" in said) == (name == "inner") and "(the last four by nme_iod; standard error of nme_iod 0." in said
     assert seen["inner"]["metrics"]["nme_iod"] > 1.2 * seen["same"]["metrics"]["nme_iod"]  # the inner corners are closer together
     assert [*seen["inner"]["region"]] == ["nose"] and seen["none"]["metrics"] == seen["same"]["metrics"] == {
         **seen["inner"]["metrics"], **{n: v for n, v in seen["same"]["metrics"].items() if n not in ("nme", "nme_box")}}
@@ -623,11 +644,16 @@ def test_the_worst_faces_come_first(run, report, tmp_path, monkeypatch):
     assert table.index(faces[0]["file"]) < table.index(faces[1]["file"]) < table.index(faces[-1]["file"])
 
 
-def test_faces_that_it_was_trained_on_are_no_test(run, tmp_path):
+def test_faces_that_it_was_trained_on_are_no_test(run, tmp_path, monkeypatch):
     train = run.ann_root / "train.json"
     assert tool.is_file_of(run.ann_root, train, 0) and not tool.is_file_of(run.ann_root, run.ann_root / "val.json", 0)
     assert not tool.is_file_of(tmp_path / "gone", train, 0) and tool.is_file_of(train, train, 0)  # --ann-root FILE
     assert tool.is_file_of(run.ann_root, run.ann_root / "val.json", 1) and not tool.is_file_of(train, train, 1)
+
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(tool, "find_annotations", closed)  # of another user's folder
+    assert not tool.is_file_of(run.ann_root, train, 0)
 
 
 def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch, capsys):
@@ -644,7 +670,7 @@ def test_the_model_in_the_box_is_the_default(run, report, tmp_path, monkeypatch,
     ours, theirs = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "evaluation",
                                                                               report[0]))
     assert "not mirrored" in ours["source"] and ours["metrics"] != theirs["metrics"]
-    assert "trained on DogFLW's train split" in ours["source"] and "chosen on" not in ours["source"]
+    assert "trained on a part of DogFLW's train split" in ours["source"] and "chosen on" not in ours["source"]
     assert ours["metrics"]["nme"] == pytest.approx(theirs["metrics"]["nme"], rel=0.3)
 
 

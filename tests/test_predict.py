@@ -657,6 +657,18 @@ def test_videos_of_a_phone(tmp_path):
     assert cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) == 10
 
 
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
+def test_pixels_that_are_no_squares_are_stretched(tmp_path):
+    for name, aspect, size in (("wide.mp4", "64/45", (91, 48)), ("high.mp4", "1/2", (64, 96)), ("plain.mp4", "1/1", (64, 48))):
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=0.5", "-vf", f"setsar={aspect}",
+                        "-c:v", "mpeg4", tmp_path / name], check=True)
+        frames = [frame for _, frame in video.Video(tmp_path / name).frames(threading.Event())]
+        assert len(frames) == 5 and frames[0].shape[1::-1] == size, name
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "wide.mp4", "-c", "copy", "-metadata:s:v:0", "rotate=90", tmp_path / "turned.mov"],
+                   check=True)
+    assert next(iter(video.Video(tmp_path / "turned.mov").frames(threading.Event())))[1].shape[1::-1] in ((48, 91), (91, 48))
+
+
 def test_a_face_that_was_lost_is_sought_in_every_frame():
     shown, sought = {*range(11), *range(14, 40)}, []
 
@@ -741,7 +753,7 @@ def test_a_video_that_does_not_fit_the_disk_is_named(tmp_path, writer):
 def test_clocks_that_stand_or_jump(monkeypatch):
     class Capture:
         def __init__(self, *_):
-            self.times = iter([5000, 5040, 5040, 0, 9e9, 9e9 + 40])
+            self.now, self.times = 0, iter([5000, 5040, 5040, 0, 9e9, 9e9 + 40])
 
         def read(self):
             self.now = next(self.times, None)
@@ -1033,15 +1045,20 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
     dog, cat = {"id": 1, "file_name": "dog.png"}, {"id": 1, "file_name": "cat.png"}
     for name, images in (("dog", [dog]), ("cat", [cat]), ("twice", [dog, cat])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [1, 1, 9, 9]}]}))
+    torch.save({}, tmp_path / "dog.pt")
     out = ("--out", tmp_path / "out")
     for wanted, args in {
         "not empty": (checkpoint, photo, "--out", tmp_path / "full"),
         "no such file": (checkpoint, tmp_path / "missing.png", *out),
         "an INPUT is empty": (checkpoint, "", *out),
         "no pictures": (checkpoint, tmp_path / "full", *out),
-        "height above 0": (checkpoint, photo, "--box", 0, 0, 0, 5, *out),
-        "--data-root: no such folder; name the one of the pictures": (checkpoint, coco, *out),
+        "and height, both above 0": (checkpoint, photo, "--box", 0, 0, 0, 5, *out),
+        "--data-root: DogFLW was not found on this machine; name the folder of the pictures": (checkpoint, coco, *out),
         "leaves the data root": (checkpoint, coco, "--data-root", tmp_path / "full", *out),
+        "not a checkpoint": (tmp_path / "dog.pt", photo, *out),
+        "is a checkpoint; name what it is to look at": (run.work_dir, *out),
+        "--category dog: .*dog.json has no landmarks": (checkpoint, photo, "--boxes", tmp_path / "dog.json", "--category", "dog", *out),
+        "--coco .*full: is a folder": (checkpoint, photo, "--coco", tmp_path / "full", *out),
         "was trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
         "give a video's face": (checkpoint, video, "--boxes", run.ann_root / "val.json", *out),
         "would be overwritten": (checkpoint, photo, "--out", tmp_path, "--force"),
@@ -1062,6 +1079,33 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=wanted):
             predict(checkpoint, *args, *out)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_pictures_without_a_face_are_named(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for n in range(5):
+        Image.new("RGB", (64, 48), (40 * n, 90, 90)).save(tmp_path / f"in/{n}.png")
+    predict(run.work_dir, tmp_path / "in", "--min-score", 1, "--out", tmp_path / "out")
+    assert "no face was found in 5 pictures (0.png, 1.png, 2.png, ...); a --min-score below 1.0" in capsys.readouterr().out
+
+
+def test_a_box_that_fails_late_costs_no_other_picture(run, picture, tmp_path, monkeypatch):
+    """What waits with it is lost, and named; what comes after it is not."""
+    image, box = picture
+    predictor = trainer.load_predictor(run.work_dir / "best_model.pth", device="cpu")
+    queue = tool.PictureQueue(predictor, SimpleNamespace(add=lambda source, faces, size: None), SimpleNamespace(
+        coco=None, batch_size=2, min_score=0.0, boxes=None))
+    for n in range(3):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    sources = [tool.Source(tmp_path / f"{n}.png", "picture", f"{n}.png", tmp_path / f"out/{n}.png", boxes=[(None, box)]) for n in range(3)]
+    queue.add(sources[0])
+    with monkeypatch.context() as late:
+        late.setattr(predictor, "many", lambda *_: (_ for _ in ()).throw(UserError("a box")))
+        with pytest.raises(UserError, match="a box"):
+            queue.add(sources[1])
+    queue.add(sources[2])
+    queue.finish()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["2.png"]
 
 
 def test_boxes_of_a_picture_of_the_same_name_are_not_taken(run, picture, tmp_path):
@@ -1293,7 +1337,7 @@ def test_boxes_that_may_be_corners_are_said_once(tmp_path, capfd):
         file = boxes_file(tmp_path / "f.json", [{"id": n, "file_name": f"{n}.png"} for n in "ab"], [(n, box) for n in "ab"], landmarks=False)
         planned(tmp_path, "--boxes", file)
         assert capfd.readouterr().err.count("if it is x1, y1, x2, y2") == said
-    with pytest.raises(UserError, match="above 0, in pixels"):
+    with pytest.raises(UserError, match="both above 0 and one at least 2"):
         planned(tmp_path / "a.png", "--box", 0, 0, 0.94, 0.53)
 
 

@@ -1,7 +1,7 @@
 """Turn faces upright and to one size, by a similarity transform on eyes and nose.
 
-    uv run python tools/align_faces.py --ann val.json --data-root DogFLW --out aligned
-    uv run python tools/align_faces.py --predictions predictions/predictions.json --data-root photos
+    uv run tools/align_faces.py --ann val.json --data-root DogFLW --out aligned
+    uv run tools/align_faces.py --predictions predictions/predictions.json --data-root photos
 
 What classifiers of expression or breed build on. --out gets one picture a face, and transforms.json. That
 holds for every face `file`, `face` (annotation id, or number in the picture), `picture`, `matrix` (2 x 3,

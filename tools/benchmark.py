@@ -1,7 +1,7 @@
 """Measure this machine: how fast faces come, how fast a step is, what limits, and how long a run will take.
 
-    uv run python tools/benchmark.py --sample
-    uv run python tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
+    uv run tools/benchmark.py --sample
+    uv run tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
 
 Takes the flags of train_simple.py (its --help lists them) and trains nothing that is kept. Without
 --batch-size it also looks for the largest batch that fits on a GPU. All of it uses the trainer's own step and
@@ -211,17 +211,16 @@ def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
 
     On the CPU of as many faces as take some ten seconds; bare: seconds of a bare step.
     """
-    used, workers = bench.faces, bench.config.num_workers
+    number, waits = len(bench.faces), []
     if bench.device.type == "cpu":
-        used = used.take(range(min(len(used), bench.run.plan.batch_size * max(2, int(10 / bare)))))
-    dataset, waits = dataset_of(used, bench.config, augment=bench.config), []
-    bench.run.plan = plan = bench.plan(len(used))
+        number = min(number, bench.run.plan.batch_size * max(2, int(10 / bare)))
+    bench.run.plan = plan = bench.plan(number)
     sampler = epoch_batches(plan, bench.run.progress["epoch"])
-    batches = timed(batches_of(dataset, sampler, workers, bench.device), waits)
+    batches = timed(batches_of(bench.dataset, sampler, bench.config.num_workers, bench.device), waits)
     for _ in range(2):  # the second has its workers started
         waits.clear()
         start = time.perf_counter()
-        trainer.train_one_epoch(bench.run, batches, used.files)
+        trainer.train_one_epoch(bench.run, batches, bench.faces.files)
         synchronize(bench.device)
         seconds = time.perf_counter() - start
     waited = sum(waits)

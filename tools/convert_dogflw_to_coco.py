@@ -1,7 +1,7 @@
 """Convert DogFLW to COCO keypoint files: OUT/train.json and OUT/val.json (val is DogFLW's `test`).
 
-    uv run python tools/convert_dogflw_to_coco.py --download
-    uv run python tools/convert_dogflw_to_coco.py --dogflw_root DogFLW --out_dir data/dogflw/annotations
+    uv run tools/convert_dogflw_to_coco.py --download
+    uv run tools/convert_dogflw_to_coco.py --dogflw_root DogFLW --out_dir data/dogflw/annotations
 
 Reads ROOT/{train,test}/{images/*.png,labels/*.json}, any number of landmarks; sizes come from the headers.
 CatFLW's ROOT/{images,labels} has no split: it becomes OUT/train.json alone. Every face comes through: a
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.lib.cli import Parser, UserError, as_argument, run_script
+from tools.lib.cli import Parser, UserError, as_argument, is_text, run_script
 from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box, seen_size
 from tools.lib.files import ROOT, atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import read_picture
@@ -159,7 +159,7 @@ def listing(folder: Path, root: Path, bad: list) -> dict[str, Path]:
                    if p.suffix.lower() in SUFFIXES[folder.name] and not p.name.startswith("._"))
     files, stems = {}, Counter(path.stem for path in paths)
     for path in paths:
-        if not path.name.isprintable() or "\\" in path.name:
+        if not is_text(path.name) or "\\" in path.name:
             bad.append((path, "has a name that other systems cannot read"))
         elif path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
             bad.append((path, "is a link that leaves the data set"))

@@ -1,7 +1,7 @@
 """A page in the browser: drop a photo or use the camera, and see the dogs' landmarks.
 
-    uv run python tools/demo.py                                   # http://127.0.0.1:7860
-    uv run python tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
+    uv run tools/demo.py                                   # http://127.0.0.1:7860
+    uv run tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
 
 It needs gradio, which uv run has (with pip: pip install gradio). The page works offline, and answers this
 machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a

@@ -1,9 +1,9 @@
 """Score a model, or the results of any other program, on the faces of a COCO file.
 
-    uv run python tools/evaluate.py --ann val.json --data-root DogFLW                 # the bundled model
-    uv run python tools/evaluate.py --checkpoint work_dirs/hrnet_w32/best_model.pth   # its val.json
-    uv run python tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
-    uv run python tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
+    uv run tools/evaluate.py --ann val.json --data-root DogFLW                 # the bundled model
+    uv run tools/evaluate.py --checkpoint work_dirs/hrnet_w32/best_model.pth   # its val.json
+    uv run tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
+    uv run tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
 
 Writes report.html (one page, everything inside), report.json, report.csv and the pictures into --out: by
 region, kind of ear, pose, landmark, breed and face, with the worst faces, and how far the scores can be
@@ -17,8 +17,10 @@ Beware: some public figures are measured in a crop that was stretched to a squar
 have another error (8.57 there was 8.04 in the picture); these here are in the picture's pixels.
 """
 import argparse
+import contextlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -30,10 +32,17 @@ import dataset as data
 from dataset import DogFLWDataset, Faces
 from tools.lib.boxes import box_around, overlaps
 from tools.lib.checkpoints import SEEN
-from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
+from tools.lib.cli import (
+    Parser,
+    UserError,
+    add_checkpoint,
+    printable,
+    run_script,
+    take_checkpoint,
+)
 from tools.lib.coco import MAX_NUMBER, find_annotations, identity, open_coco
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
-from tools.lib.files import as_json, atomic_write, check_free, data_root, load_json
+from tools.lib.files import as_json, atomic_write, check_free, data_root, file_lock, load_json
 from tools.lib.find import checkpoint_file
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import read_image
@@ -284,7 +293,7 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
     by_name = next((way for way in ways if wanted & {*way}), ways[0])
     known = ways[0] if wanted & {*empty} else by_name
     unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
-    if known is ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed and not other:
+    if known is ways[0] and ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed and not other:
         print(f"{path}: its image_id are taken for ids of the COCO file; if they are pictures' names, write "
               "them with their suffixes")
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
@@ -344,9 +353,12 @@ def annotations_of(args: argparse.Namespace, trained: Trained | None) -> Path:
     folder = trained.config.ann_root
     if not folder.is_absolute():  # a --light one keeps a folder's name alone
         raise UserError(f"{args.checkpoint}: does not say where its data are; name a COCO file with --ann")
-    if not folder.exists():
+    if not os.path.exists(folder):  # False of another user's, too
         raise UserError(f"{folder}: the data of {args.checkpoint} are not here; name a COCO file with --ann")
-    _, val = find_annotations(folder)
+    try:
+        _, val = find_annotations(folder)
+    except UserError:
+        val = None
     if not val:
         raise UserError(f"{folder}: has no split to score on; name a COCO file of other faces with --ann")
     return val
@@ -356,9 +368,9 @@ def is_file_of(folder: Path, ann: Path, place: int) -> bool:
     """Whether a run with --ann-root `folder` trained on this file (place 0), or has it as val.json (1)."""
     try:
         file = find_annotations(folder)[place]
-    except UserError:  # the run's data are not here
+        return bool(file) and file.read_bytes() == ann.read_bytes()  # a copy, too
+    except (UserError, OSError):  # the run's data are not here, or another user's
         return False
-    return bool(file) and file.read_bytes() == ann.read_bytes()  # a copy, too
 
 
 def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces, Path]:
@@ -386,7 +398,7 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
     if trained:  # partners as trained; the rest too, where the file says nothing of it
         said = {n: said for n in ("regions", "interocular") if (said := getattr(faces.scheme, n))}
         if differ := [n for n in said if said[n] != getattr(trained.scheme, n)]:
-            print(f"{ann}: its {' and '.join(differ)} count, which {args.checkpoint} has otherwise")
+            print(f"{ann}: its {' and '.join(differ)} are used; those of {args.checkpoint} differ")
         faces = replace(faces, scheme=replace(trained.scheme, **said))
     return faces.whole_pictures() if trained and trained.whole else faces, ann
 
@@ -405,7 +417,7 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
     points, scores = predict_faces(args, trained, faces, processes)
     chosen = printable(trained.metrics.get("chosen_on", "an unnamed split"))
     twice = args.flip and trained.scheme.flip_pairs
-    origin = "trained on DogFLW's train split" if args.bundled else f"chosen on {chosen}"
+    origin = "trained on a part of DogFLW's train split" if args.bundled else f"chosen on {chosen}"
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, {origin}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
     if chosen.removesuffix(SEEN) == ann.name and is_file_of(trained.config.ann_root, ann, 1):
@@ -459,7 +471,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ann", type=Path, metavar="FILE",
         help="COCO keypoint file (default: val.json of the run; the bundled model needs one)")
     add("--data-root", type=Path, metavar="DIR",
-        help="folder of its names (default: the run's, else kagglehub's DogFLW)")
+        help="folder that its file names count from (default: the run's, else kagglehub's DogFLW)")
     add("--category", metavar="NAME",
         help="which one, where the file has categories with different landmarks")
     add("--out", type=Path, metavar="DIR",
@@ -492,47 +504,65 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     beside = args.results or args.checkpoint
     args.out = args.out or (beside.parent if beside else Path()) / "evaluation"
     check_free("--out", args.out, force=True)  # other files may be in it
-    there = [name for name in WRITES if (args.out / name).exists()]
-    if there and not args.force:
-        raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "
-                        "another folder")
+    check_unwritten(args)
     args.bundled = not beside
     if args.bundled:
         args.checkpoint = checkpoint_file(None)
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    with Processes(args.device, training=False) as processes, enough_memory():
-        trained = Trained(args.checkpoint, processes.device) if args.checkpoint else None
-        faces, ann = read_faces(args, trained)
-        args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
-        padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
-        if trained:
-            padding, radius = trained.config.padding, trained.config.score_radius
-        if args.results:
-            faces, points, scores, source, finding = by_results(args, trained, faces, ann, processes)
-        else:
-            points, scores, source = by_checkpoint(args, trained, faces, ann, processes)
-    if not processes.first:
-        return
-    report, errors = score(points, faces, padding, scores, radius)
-    report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
-              "versions": versions(processes.device, trained.amp) if trained else {},
-              "scheme": asdict(faces.scheme), "definitions": definitions(report["main"], radius), **report}
-    content = as_json(report)
+def check_unwritten(args: argparse.Namespace) -> None:
+    """Raises UserError where --out holds a report that --force does not give up."""
+    there = [name for name in WRITES if (args.out / name).exists()]
+    if there and not args.force:
+        raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "
+                        "another folder")
+
+
+def write_report(args: argparse.Namespace, report: dict, faces: Faces, points: np.ndarray,
+                 errors: np.ndarray) -> None:
+    """Print what was scored, and write the report's files."""
+    content, padding = as_json(report), report["padding"]
     report = json.loads(content)  # None for NaN
     files = {**plots(report, faces, errors, LIMIT), "worst.jpg": worst_faces(points, faces, errors, padding)}
     files |= {"report.csv": as_table(report), "report.html": as_html(report, files),
               "report.json": content}
     try:
-        print(f"{len(faces)} faces of {ann}; {source}")
+        print(f"{len(faces)} faces of {report['ann']}; {report['source']}")
         print_report(report)
-    finally:  # neither a full disk nor a closed pipe costs both
+    finally:  # neither a full disk nor a closed pipe may cost both the lines and the files
+        for name in {*WRITES} - {*files}:  # of an earlier report
+            (args.out / name).unlink(missing_ok=True)
         for name, content in files.items():
             atomic_write(args.out / name, [content])
     print(f"report: {args.out / 'report.html'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        with Processes(args.device, training=False) as processes, enough_memory():
+            trained = Trained(args.checkpoint, processes.device) if args.checkpoint else None
+            faces, ann = read_faces(args, trained)
+            if processes.first:
+                busy = f"--out {args.out}: another report is being written there; name another folder"
+                stack.enter_context(file_lock(args.out / ".lock", busy))  # what cannot be written is said now
+                check_unwritten(args)  # another may just have ended
+            padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
+            if trained:
+                padding, radius = trained.config.padding, trained.config.score_radius
+            if args.results:
+                faces, points, scores, source, finding = by_results(args, trained, faces, ann, processes)
+            else:
+                points, scores, source = by_checkpoint(args, trained, faces, ann, processes)
+        if not processes.first:
+            return
+        report, errors = score(points, faces, padding, scores, radius)
+        report = {"source": source, "finding": finding, "ann": str(ann), "padding": padding,
+                  "versions": versions(processes.device, trained.amp) if trained else {},
+                  "scheme": asdict(faces.scheme), **report,
+                  "definitions": definitions(report["main"], radius)}
+        write_report(args, report, faces, points, errors)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Export a model to one ONNX file, or to safetensors with a model card.
 
-    uv run python tools/export_onnx.py --out dog_face.onnx                       # the bundled model
-    uv run python tools/export_onnx.py --checkpoint work_dirs/hrnet_w32/best_model.pth --safetensors hub/
-    uv run python tools/export_onnx.py --checkpoint best_model.pth --out dog.onnx --no-flip
-    uv run python tools/export_onnx.py --checkpoint best_model.pth --light small.pth
+    uv run tools/export_onnx.py --out dog_face.onnx                       # the bundled model
+    uv run tools/export_onnx.py --checkpoint work_dirs/hrnet_w32/best_model.pth --safetensors hub/
+    uv run tools/export_onnx.py --checkpoint best_model.pth --out dog.onnx --no-flip
+    uv run tools/export_onnx.py --checkpoint best_model.pth --light small.pth
 
 The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in,
 `landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, N from 1 on. Normalisation and decoding are the
@@ -33,7 +33,15 @@ from torch import nn
 
 from dataset import cut_crop, decode_heatmaps, normalize
 from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint
-from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
+from tools.lib.cli import (
+    Parser,
+    UserError,
+    add_checkpoint,
+    printable,
+    run_script,
+    single_line,
+    take_checkpoint,
+)
 from tools.lib.files import atomic_write, check_free
 from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained, predict_heatmaps
@@ -112,9 +120,13 @@ def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
     # The exporter that traces: it needs no further package. It warns of values that are constant here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
-                          input_names=list(names[:1]), output_names=list(names[1:]),
-                          dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
+        try:
+            torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
+                              input_names=list(names[:1]), output_names=list(names[1:]),
+                              dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
+        except torch.onnx.OnnxExporterError as e:
+            raise UserError(f"ONNX cannot hold {trained.config.backbone} ({single_line(e)}); take the "
+                            "weights by --safetensors") from None
     content = onnx.load_from_string(file.getvalue())
     for key, value in metadata(trained, flip_index is not None).items():
         content.metadata_props.add(key=key, value=value)
@@ -144,7 +156,7 @@ def export_onnx(trained: Trained, flip: bool, path: Path) -> None:
     error, score_error = np.abs(points - expected).max(), np.abs(scores - expected_scores).max()
     if not (error < TOLERANCE and score_error < 0.01):
         raise UserError(f"{path}: not written: onnxruntime is {error:.3f} pixels from PyTorch, "
-                        f"{score_error:.3f} in score")
+                        f"{score_error:.3f} in score; update onnxruntime, or try --no-flip")
     atomic_write(path, [content])
     one, how = crops[:1], "one pass" if flip_index is None else "averaged with the mirrored one"
     ours, theirs = latency(lambda: session.run(None, {"image": one})), latency(lambda: by_torch(one))
@@ -162,7 +174,7 @@ tags: [animal, face, landmarks, keypoint-detection, timm]
 # Facial landmarks, {backbone}
 
 {k} landmarks of a face from a {size} x {size} RGB crop: a square of {padding} times the longer side of the
-{box}. {backbone} (timm) with heatmaps at half the resolution, trained for {epoch} epochs.
+{box}. {backbone} (timm) with heatmaps at half the resolution; the weights of epoch {epoch}.
 
 {metrics}
 
@@ -250,7 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.light:
         return write_light(checkpoint, args.light, args.force)
     path = args.out or (checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
-    if path.exists() and (path.is_dir() or not args.force):
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file")
+    if path.exists() and not args.force:
         raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)

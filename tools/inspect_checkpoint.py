@@ -1,8 +1,8 @@
 """What is in a checkpoint, and what differs between several. Runs no code out of a file.
 
-    uv run python tools/inspect_checkpoint.py                                      # the bundled model
-    uv run python tools/inspect_checkpoint.py --checkpoint work_dirs/hrnet_w32
-    uv run python tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot c.png
+    uv run tools/inspect_checkpoint.py                                      # the bundled model
+    uv run tools/inspect_checkpoint.py --checkpoint work_dirs/hrnet_w32
+    uv run tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot c.png
 
 A checkpoint may also be a run's folder, which stands for its best_model.pth. Curves come from metrics.csv
 beside it; "test" are the errors on faces that chose nothing, of test.json beside it.

@@ -1,6 +1,6 @@
 """Draw a small dog-face data set in DogFLW's own layout, defects included.
 
-    uv run python tools/make_sample_dataset.py --out data/sample/dogflw
+    uv run tools/make_sample_dataset.py --out data/sample/dogflw
 
 Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two
 bent ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so
@@ -603,7 +603,7 @@ def main() -> None:
     for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):
         if not least <= getattr(args, name) <= 1_000_000:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to 1000000")
-    check_free("--out", args.out, args.force)
+    check_free("--out", args.out, args.force, "replace what is in it with --force")
     drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
     # What this tool did not draw: --out may be the real DogFLW.
     others = [p for p in args.out.rglob("*") if not drawn.fullmatch(p.relative_to(args.out).as_posix())]

@@ -1,11 +1,11 @@
 """Find dog faces and their landmarks in pictures, videos and what a camera sees.
 
-    uv run python tools/predict.py photo.jpg                              # the bundled model
-    uv run python tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/mine/best_model.pth
-    uv run python tools/predict.py face.jpg --box 120 80 200 210
-    uv run python tools/predict.py val.json --data-root DogFLW --boxes val.json
-    uv run python tools/predict.py 0                                      # camera 0 until Ctrl-C, or rtsp://...
-    uv run python tools/predict.py photos/ --coco mine.json               # correct it, then train on it
+    uv run tools/predict.py photo.jpg                              # the bundled model
+    uv run tools/predict.py photos/ "more/*.jpg" clip.mp4 --checkpoint work_dirs/mine/best_model.pth
+    uv run tools/predict.py face.jpg --box 120 80 200 210
+    uv run tools/predict.py val.json --data-root DogFLW --boxes val.json
+    uv run tools/predict.py 0                                      # camera 0 until Ctrl-C, or rtsp://...
+    uv run tools/predict.py photos/ --coco mine.json               # correct it, then train on it
 
 INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
 number of a camera, or the address of a stream. What a file is, its content says. Without boxes the faces are
@@ -64,7 +64,7 @@ from tools.lib.coco import (
 )
 from tools.lib.draw import draw_faces, encode_picture, resized
 from tools.lib.files import PREDICTIONS, TRANSFORMS, atomic_write, data_root, output_folder, picture_path
-from tools.lib.find import MIN_SCORE, Predictor
+from tools.lib.find import BUNDLED, MIN_SCORE, Predictor
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import HANG_UP, Tracker, Video, VideoWriter, name_of, until_stopped
@@ -78,6 +78,7 @@ EVERY = 60  # seconds, or more, after which what was found is written, in case t
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
 MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
 MOST_SIDE = 65_500  # of a JPEG
+WEIGHTS = ".pth", ".pt", ".ckpt", ".safetensors", ".onnx"  # checkpoints, of which the first serve
 FACE = {"id": 1, "name": "face"}  # the category, where no COCO file says another
 
 
@@ -111,8 +112,8 @@ def check_box(box: object, where: str) -> np.ndarray:
     """A box of four usable numbers as an array (4,) of x, y, width, height. Raises UserError."""
     usable = box_of(box)
     if usable is None or usable[2:].max() < 2:
-        raise UserError(f"{where}: box {printable(box)[:60]} must be four numbers, x, y, and width and "
-                        "height above 0, in pixels")
+        raise UserError(f"{where}: box {printable(box)[:60]} must be four numbers in pixels: x, y, width "
+                        "and height, both above 0 and one at least 2")
     return usable
 
 
@@ -145,8 +146,11 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
             where = f"{path}: annotation {printable(annotation.get('id'))}"
             own_id = annotation.get("id") if annotation.get("keypoints") else None
             box = check_box(annotation.get("bbox"), where)
-            name = names.get(annotation["image_id"]) or written[str(annotation["image_id"])]  # "1" for 1
-            boxes.setdefault(name, []).append((own_id, box))
+            name = names.get(annotation["image_id"]) or written.get(str(annotation["image_id"]))  # "1" for 1
+            if name:
+                boxes.setdefault(name, []).append((own_id, box))
+            else:
+                notes.add("orphans", where)
         category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
@@ -167,6 +171,9 @@ def read_boxes(path: Path, root: Path, category: str | None = None, above: bool 
     rows = rows if isinstance(rows, list) else ()
     landmarks = [row.get("keypoints") for row in rows if isinstance(row, dict)]
     if not any(isinstance(xyv, list) and any(xyv[2::3]) for xyv in landmarks):
+        if category:
+            raise UserError(f"--category {category}: {path} has no landmarks, so all its boxes count; leave "
+                            "it out")
         return read_listing(path)
     listing = read_listing(path, with_boxes=False)
     levels = max((name.count("/") for name in listing.ids), default=0) if above else 0
@@ -377,7 +384,7 @@ class Results:
 
     def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
         self.scheme, self.category, self.rows, self.images, self.begun = scheme, category, [], [], False
-        self.due = time.monotonic() + EVERY
+        self.due, self.empty = time.monotonic() + EVERY, []  # pictures without a face
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
@@ -387,6 +394,7 @@ class Results:
         self.begun = True
         image_id = next(self.new_ids) if source.image_id is None else source.image_id
         if size:
+            self.empty += [] if faces else [source.file]
             width, height = map(int, size)
             self.images.append({"id": image_id, "file_name": source.file, "width": width, "height": height})
         given = [annotation for annotation, _ in source.boxes] if source.boxes and frame is None else []
@@ -480,18 +488,18 @@ class PictureQueue:
                        file=sys.stderr)
         self.waiting.append((source, image, size, boxes))
         held = sum(image.size for _, image, _, _ in self.waiting)
-        if len(self.waiting) == self.args.batch_size or held > CHUNK_BYTES:
+        if len(self.waiting) >= self.args.batch_size or held > CHUNK_BYTES:
             self.finish()
 
     def finish(self) -> None:
         """Predict and write the pictures that wait."""
-        images, boxes = [[w[i] for w in self.waiting] for i in (1, 3)]
+        waiting, self.waiting = self.waiting, []
+        images, boxes = [[w[i] for w in waiting] for i in (1, 3)]
         found = self.predictor.many(images, boxes, self.args.min_score) if images else []
-        for (source, image, size, _), faces in zip(self.waiting, found, strict=True):
+        for (source, image, size, _), faces in zip(waiting, found, strict=True):
             self.results.add(source, resized(faces, np.divide(size, image.shape[1::-1])), size)
             drawn = draw_faces(image, faces, self.predictor.scheme)
             atomic_write(source.target, [encode_picture(drawn, source.target.suffix.lower())])
-        self.waiting.clear()
 
 
 def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
@@ -513,6 +521,9 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
             size = frame.shape[1::-1]
             if boxes and not number and not intersections(np.stack(boxes), whole_box(size)[None]).all():
                 raise UserError(f"{video.name}: a --box lies outside its {size[0]} x {size[1]} pixels")
+            if not number and video.stretch != 1:
+                tqdm.write(f"{video.name}: its pixels are no squares; coordinates are in its frames as they "
+                           f"play, {size[0]} x {size[1]}", file=sys.stderr)
             faces = tracker(frame, seconds)
             if boxes and not number and len(faces) < len(boxes):
                 tqdm.write(f"{video.name}: {len(boxes) - len(faces)} of its --box score below --min-score "
@@ -562,7 +573,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
     add_checkpoint(parser, "best_model.pth of a run, which may also stand before INPUT", positional=False)
     add("--data-root", type=Path, metavar="DIR",
-        help="folder of a COCO file's names (default: kagglehub's DogFLW)")
+        help="folder that a COCO file's names count from (default: kagglehub's DogFLW)")
     add("--category", metavar="NAME", help="the faces' category, if several of --boxes have landmarks")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")
@@ -575,12 +586,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"faces found below it are left out (default: {MIN_SCORE})")
     add("--out", type=Path, metavar="DIR", help="(default: predictions, then predictions_2, ...)")
     add("--coco", type=Path, metavar="FILE", help="also write a COCO data set: predict, correct, train")
-    add("--force", action="store_true", help="write into a folder that is not empty, over a --coco FILE")
+    add("--force", action="store_true",
+        help="write into a folder that is not empty, and over an existing --coco FILE")
     add("--batch-size", type=int, default=32, metavar="N", help="crops a forward pass (default: 32)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
-    if args.input[0].lower().endswith(".pth"):  # the checkpoint as the first argument, as it was until now
-        first = Path(args.input.pop(0))
+    first = Path(args.input[0])
+    if first.suffix.lower() in WEIGHTS or os.path.isfile(first / "best_model.pth"):  # an older spelling
+        args.input.pop(0)
         if args.checkpoint:
             raise UserError(f"--checkpoint {args.checkpoint} and {first}: give one checkpoint")
         args.checkpoint = first
@@ -591,10 +604,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
     if args.data_root or any(map(is_listing, args.input)):
         args.data_root = data_root(args.data_root)
-    if args.coco and args.coco.exists() and not args.force:
-        raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco and args.coco.is_dir():
         raise UserError(f"--coco {args.coco}: is a folder; name a file")
+    if args.coco and args.coco.exists() and not args.force:
+        raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco:
         args.coco.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
     if args.category and not args.boxes:
@@ -614,7 +627,7 @@ def run(args: argparse.Namespace) -> None:
                         "give a face model")
     if not (predictor.locator or predictor.face.whole) and any(s.boxes is None for s in sources):
         print("no locator fits these landmarks, so the face model searches alone, and finds less; for "
-              "dogs add --locator work_dirs/pretrained/locator.pth", file=sys.stderr)
+              f"dogs add --locator {as_argument(BUNDLED.with_name('locator.pth'))}", file=sys.stderr)
     results, failed = Results(sources, predictor.scheme, category), len(sources)
     try:
         with enough_memory():
@@ -626,6 +639,10 @@ def run(args: argparse.Namespace) -> None:
     if done or results.rows:
         print(f"{len(results.rows)} faces in {done} files -> {printable(args.out)}; names are relative to "
               f"{printable(root)}")
+    if some := results.empty[:3]:
+        more = ", ..." if len(results.empty) > len(some) else ""
+        print(printable(f"no face was found in {len(results.empty)} pictures ({', '.join(some)}{more}); a "
+                        f"--min-score below {args.min_score} finds weaker ones"))
     if args.coco and done:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: python "
                         f"train_simple.py --ann-root {as_argument(args.coco)} --data-root "

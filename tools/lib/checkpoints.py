@@ -163,7 +163,8 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     run is never lost: its best_model.pth without its last.pth is refused, unless the same will be made again.
     """
     best = path.with_name("best_model.pth")
-    from_best = f"start from it with --weights {best} and another --work-dir"
+    from_best = f"start from it with --weights {best}" if best.exists() else "begin anew"
+    from_best += " and another --work-dir"
     if not config.resume:
         return None
     if not path.exists():
@@ -203,7 +204,7 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         raise UserError(f"--resume {path}: best_model.pth is missing beside it; put it back, or start from "
                         f"last.pth with --weights {path} and another --work-dir")
     for group in resumed["optimizer"]["param_groups"]:
-        group["fused"] = group.get("fused") or not torch.backends.mps.is_available()  # False on older Macs
+        group["fused"] = group.get("fused") or not torch.backends.mps.is_available()  # of a Mac's run
     return resumed
 
 
@@ -275,11 +276,15 @@ class TrainedModel:
                 raise ValueError("size")
             untrained = replace(self.config, pretrained=False, weights=None)
             with torch.random.fork_rng(devices=[]):  # its new weights, replaced at once, cost no one's seed
-                self.model = self.build_model(untrained, self.scheme)
+                try:
+                    self.model = self.build_model(untrained, self.scheme)
+                except UserError:
+                    raise UserError(f"{path}: this timm cannot make its backbone {self.config.backbone}; "
+                                    "update timm") from None
             self.model.load_state_dict(upgraded(checkpoint["model"]))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"{path}: weights, scheme and settings do not fit together ({in_short(e)}); what "
-                            "edited code has made needs that code") from None
+            raise UserError(f"{path}: weights, scheme and settings do not fit together ({in_short(e)}); a "
+                            "checkpoint of edited code needs that code") from None
         self.model.eval().to(device, torch.float32, memory_format=torch.channels_last)
         self.amp, self.whole = choose_amp(self.device, self.config.amp), self.config.crop == "image"
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import math
 import os
 import re
 import shlex
@@ -25,11 +24,14 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 # Errors of disks, also of those in a network; no system knows all of the names.
 MENDABLE = {getattr(errno, name, None) for name in (
     "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
-    "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO")} - {None}
+    "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "EINVAL",
+    "EILSEQ")} - {None}
 ADVICE = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
           errno.EACCES: "mend its permissions, or name another (--out, --work-dir, --cache); ",
           errno.EEXIST: "it is a file where a folder must be; name another; ",
           errno.ENOTDIR: "a part of it is a file; name another; ",
+          errno.EINVAL: "this disk may not take its name; rename it, or name another folder; ",
+          errno.EILSEQ: "this disk does not take its name; rename it, or name another folder; ",
           errno.EMFILE: "raise `ulimit -n`, or lower --num-workers; "}
 
 
@@ -166,7 +168,7 @@ def setting(default, help: str, within: str | None = None, *, group: str | None 
             choices: list | None = None, multiple: int | None = None, free: bool = False):
     """A field (int, float, str, bool or Path, perhaps None) of a settings dataclass that is also a flag.
 
-    within: an interval such as "[0, 1)" that a number must lie in; multiple: what it must divide by. group:
+    within: an interval such as "[0, 1)" that a number must lie in; multiple: it must be one of this. group:
     the heading in --help from here on. free: a resumed run may have another value. A default of None is
     worked out later.
     """
@@ -191,7 +193,7 @@ def is_within(value: float, interval: str) -> bool:
 
 
 def kind_of(field: dataclasses.Field) -> type:
-    """The type of a setting: `Path | None` is a Path, any other union or list itself."""
+    """The type of a setting: of `Path | None` it is Path; any other type is returned as it is."""
     kinds = [k for k in typing.get_args(field.type) if k is not types.NoneType]
     return kinds[0] if isinstance(field.type, types.UnionType) and len(kinds) == 1 else field.type
 
@@ -304,7 +306,7 @@ def changed_settings(settings, stored: dict) -> list[str]:
 
 def as_text(values: dict, names: Iterable[str]) -> str:
     """Some of a dict's numbers in a line, NaN left out: "nme 0.0271, nme_iod 0.0980"."""
-    known = {name: values[name] for name in names if values.get(name, math.nan) == values.get(name)}
+    known = {name: v for name in names if (v := values.get(name)) is not None and v == v}
     return ", ".join(f"{name} {value:.4f}" for name, value in known.items())
 
 
@@ -312,7 +314,7 @@ def as_text(values: dict, names: Iterable[str]) -> str:
 
 def add_checkpoint(parser: argparse.ArgumentParser,
                    about: str = "best_model.pth, or another checkpoint of a run", positional: bool = True):
-    """Give a parser --checkpoint, and the place where a checkpoint could stand without a flag until now."""
+    """Give a parser --checkpoint, and its older place, without a flag."""
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help=f"{about} (default: the bundled model)")
     if positional:

@@ -285,7 +285,6 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     device, checkpoint = choose_device(device), checkpoint_file(checkpoint)
-    locator = None if locator is True else locator
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
     neighbour = checkpoint.absolute().parent.parent / "locator/best_model.pth"
     beside = checkpoint.with_name("locator.pth"), neighbour

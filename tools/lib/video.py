@@ -47,14 +47,17 @@ class Video:
     source: a Path, an int, or the text of an address. `rate` is what to write it with, in frames a second;
     `length` in frames, 0 where it is not known; `live` is true of what does not wait to be read: of it the
     newest frame comes next, and those missed do not. Raises UserError naming the source where it cannot be
-    opened, or holds no frame. `cut` says at the end what of it could not be read.
+    opened, or holds no frame. `cut` says at the end what of it could not be read; `stretch` is the width of
+    its pixels / their height, and frames come with square ones.
     """
+    stretch = 1.0
 
     def __init__(self, source: Path | int | str):
         self.source, self.name = source, name_of(source)
         self.capture = open_capture(source)
         self.length, self.cut = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))), None
         self.damaged = 0  # frames that could not be read, with others behind them
+        self.stretch = pixel_aspect(self.capture)
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else 25.0
         self.live = not isinstance(source, Path) and not self.length
@@ -76,15 +79,21 @@ class Video:
                 first -= before + 1 / self.rate - moment
                 moment = before + 1 / self.rate
             count, before = count + 1, moment
-            yield moment, frame[..., ::-1]
+            yield moment, self._with_square_pixels(frame[..., ::-1])
         if not count and not stopped.is_set():
-            mend = "copy it again" if isinstance(self.source, Path) else "download a picture; name its file"
+            local = isinstance(self.source, Path)
+            mend = "copy it again" if local else "if it is a picture, download it and name its file"
             raise UserError(f"{self.name}: cannot be read as a video; {mend}")
         seen, whole = before + 1 / self.rate, self.duration
         if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are rough
             self.cut = f"{seen:.1f} of about {whole:.1f} s could be read; the rest is missing or damaged"
         elif self.damaged:
             self.cut = f"frames that are damaged, and left out: {self.damaged}"
+
+    def _with_square_pixels(self, frame: np.ndarray) -> np.ndarray:
+        (height, width), wide = frame.shape[:2], self.stretch
+        size = round(width * max(1, wide)), round(height * max(1, 1 / wide))
+        return frame if wide == 1 else cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC)
 
     def _recorded(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         failed = 0
@@ -139,6 +148,13 @@ def open_capture(source: Path | int | str) -> cv2.VideoCapture:
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
     return capture
+
+
+def pixel_aspect(capture: cv2.VideoCapture) -> float:
+    """Width / height of a pixel as it is shown: 1 but for old cameras' and discs' video (DV, DVD)."""
+    wide, high = capture.get(cv2.CAP_PROP_SAR_NUM), capture.get(cv2.CAP_PROP_SAR_DEN)
+    aspect = wide / high if wide > 0 and high > 0 and 0.1 < wide / high < 10 else 1.0
+    return 1 / aspect if capture.get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90 else aspect
 
 
 def duration(source: Path | int | str, otherwise: float) -> float:
