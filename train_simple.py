@@ -61,7 +61,7 @@ class Config(Augmentation):
     padding: float = setting(PADDING, "crop side / the box's longer side", "[0.5, 4]")
     sigma: float | None = setting(None, "of the targets, at the end, in cells (1.5 at 256 px)", "[0.3, 100]")
     decode_power: float = setting(1.5, "power of the maps whose centre of mass is the landmark", "[1, 8]")
-    score_radius: float = setting(0.05, "a score: the chance that x and y err by <= X of a crop", "[0.02, 1]")
+    score_radius: float = setting(0.05, "a score: the chance that x and y err by <= X of a crop", "(0, 1]")
     epochs: int = setting(210, "passes over the faces", "[1, inf)", group="optimisation")
     batch_size: int = setting(16, "faces an optimizer step, over all GPUs and micro-batches", "[1, inf)")
     accumulate: int = setting(1, "micro-batches a step, for less memory", "[1, inf)", free=True)
@@ -380,7 +380,7 @@ def train_step(run: Run, batches, step: int):
         batch = next(batches)
         indices += batch["index"].tolist()
         crops, points, visibility, colour = (batch[k].to(device, non_blocking=device.type == "cuda")
-                                          for k in ("image", "keypoints", "visibility", "colour"))
+                                             for k in ("image", "keypoints", "visibility", "colour"))
         images = data.normalize(crops, run.model.mean, run.model.std, colour)
         with run.processes.without_sync(run.wrapped, left):
             with runtime.autocast(device, run.amp):

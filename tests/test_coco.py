@@ -245,11 +245,11 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "names twice": (categories({"keypoints": ["eye", "eye", "nose", "ear", "ear"]}), "4 landmarks share a name, as eye; they are numbered", 6),
     "a category that is not in the file": (lambda d: d["annotations"][1].update(category_id=9), "category 9 is not in the file", 6),
     "categories counted from 0 by the annotations": (each(lambda a: a.update(category_id=0)),
-                                                     "category 0 is not in the file; it is read as the one with 5 landmarks", 6),
+                                                     "category 0 is not in the file; it is read as the one with 5 landmarks (1 such in all)", 6),
     "an id twice": (annotation(id=1), "1 ids that another annotation has, with a number behind them (annotation 1)", 6),
     "an annotation twice": (lambda d: d["annotations"].append(dict(d["annotations"][1])), "left out: 1 given twice (annotation 2)", 6),
     "a picture without an annotation": (lambda d: d["images"].append({"id": 99, "file_name": "bare.jpg", "width": 9, "height": 9}),
-                                        "left out: 1 pictures without an annotation (bare.jpg)", 6),
+                                        "beside the faces: 1 pictures without an annotation (bare.jpg)", 6),
     "x and y alone": (each(lambda a: a.update(keypoints=[v for i, v in enumerate(a["keypoints"]) if i % 3 < 2])),
                       "6 faces' landmarks as x and y alone (annotation 1)", 6),
     "the program's own fields": (lambda d: d.update(info={"year": 2025}, licenses=[{"id": 1}], tags=None), None, 6),
@@ -989,14 +989,14 @@ def test_landmarks_with_a_place_but_v_0_and_orphans_are_counted(read):
     data = plain(4)
     data["annotations"][2]["image_id"] = 99
     data["annotations"][1]["keypoints"][2::3] = [0, 0, 2, 2, 2]
-    assert read(data).notes == ["left out: 1 of an image that is not in the file (annotation 3), "
-                                "1 pictures without an annotation (pic_2.jpg)"]
+    assert read(data).notes == ["left out: 1 of an image that is not in the file (annotation 3)",
+                                "beside the faces: 1 pictures without an annotation (pic_2.jpg)"]
     for a in data["annotations"]:
         a["keypoints"][2::3] = [min(v, 1) for v in a["keypoints"][2::3]]
     faces = read(data)
     assert faces.visible.sum() == 13 and len(faces.ids) == 3
-    assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3), "
-                           "1 pictures without an annotation (pic_2.jpg)",
+    assert faces.notes == ["left out: 1 of an image that is not in the file (annotation 3)",
+                           "beside the faces: 1 pictures without an annotation (pic_2.jpg)",
                            "read as they are: 2 landmarks with a place, but v 0, as not labelled (annotation 2)"]
 
 
@@ -1055,6 +1055,8 @@ REFUSED = {
     "names no list": (categories({"keypoints": {"nose": 0}}), "category 1", "no list of names"),
     "unknown category": (first(category_id=9, keypoints=[1, 2, 2] * 4), "category 9", "not in the file; add it to categories"),
     "too few numbers": (first(keypoints=[1, 2, 2]), "annotation 1", "15 numbers, not 3"),
+    "too few landmarks": (lambda d: [categories({"keypoints": [*"abcdef"]})(d), first(keypoints=[10, 20, 2, 30, 40, 2] * 2)(d)],
+                          "18 numbers, not 12"),
     "words": (first(keypoints=["a"] * 15), "annotation 1", "keypoints"),
     "an object": (first(keypoints={"a": 1}), "annotation 1", "keypoints"),
     "other names than numbers": (categories({"keypoints": ["a", "b"]}), "6 numbers, not 15"),
@@ -1105,6 +1107,18 @@ def test_pairs_from_other_fields_are_those_of_the_category(read):
     assert read(data).flip_pairs == [[1, 0]]
     categories({"keypoints": ["eye", "eye", "nose", "ear", "ear"], "flip_pairs": None, "flip_idx": None})(data)
     assert read(data).names == ["eye_1", "eye_2", "nose", "ear_1", "ear_2"]
+    categories({"keypoints": ["left_eye", "left_eye", "right_eye", "right_eye", "nose"]})(data)
+    assert read(data).flip_pairs == []  # the numbers were made up
+    categories({"keypoints": SIDES, "flip_idx": [1, 2, 0, 3, 4]})(data)
+    assert read(data).flip_pairs == [[0, 1], [3, 4]]  # of the names
+
+
+def test_categories_that_are_not_listed_are_that_of_as_many_landmarks(read):
+    data = plain(60)
+    for a in data["annotations"]:
+        a["category_id"] = 7 + a["id"]
+    faces = read(data, category="face")
+    assert faces.notes == ["category 10 is not in the file; it is read as the one with 5 landmarks (60 such in all)"]
 
 
 def test_equal_ids_stay_different_faces(read):

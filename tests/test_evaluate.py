@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -445,7 +446,7 @@ def test_one_report_a_folder(run, tmp_path, monkeypatch):
     """Two at once, and what an earlier one drew, would be mixed."""
     best, out = str(run.work_dir / "best_model.pth"), tmp_path / "out"
     holds = "import sys, time; from tools.lib.files import file_lock\nwith file_lock(__import__('pathlib').Path(sys.argv[1])): print(flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", holds, out / ".lock"], stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, "-c", holds, out / ".report.lock"], stdout=subprocess.PIPE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
         assert other.stdout.readline()
         with pytest.raises(UserError, match="--out .*another report is being written there"):
@@ -541,7 +542,7 @@ def test_checkpoint(run, report, tmp_path, capsys):
     assert all(title in page for title in ("By ear", "By pose", "Scores, expected calibration error"))
     assert page.count("src=") == 4 == len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page))
     assert "http" not in page and "href" not in page
-    assert {p.name for p in out.iterdir()} == {*tool.WRITES, ".lock"}
+    assert {p.name for p in out.iterdir()} == {*tool.WRITES}
 
 
 def test_text_of_a_checkpoint_reaches_the_terminal_without_control_codes(run, tmp_path, capsys):
@@ -640,6 +641,8 @@ def test_the_worst_faces_come_first(run, report, tmp_path, monkeypatch):
     tool.main([str(run.work_dir / "best_model.pth"), "--device", "cpu", "--out", str(tmp_path / "out")])
     faces = sorted(json.loads((tmp_path / "out/report.json").read_text())["face"], key=lambda face: -face["nme_iod"])
     assert written == pytest.approx([100 * face["nme_iod"] for face in faces], abs=0.06)
+    gone = replace(data.load_coco(run.ann_root / "val.json", run.data_root), root=tmp_path / "gone")  # results need no pictures
+    assert tool.worst_faces(gone.points, gone, np.ones(len(gone)), 1.25)[:2] == b"\xff\xd8"
     table = (tmp_path / "out/report.html").read_text().split("Worst faces")[1]
     assert table.index(faces[0]["file"]) < table.index(faces[1]["file"]) < table.index(faces[-1]["file"])
 

@@ -659,14 +659,15 @@ def test_videos_of_a_phone(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
 def test_pixels_that_are_no_squares_are_stretched(tmp_path):
-    for name, aspect, size in (("wide.mp4", "64/45", (91, 48)), ("high.mp4", "1/2", (64, 96)), ("plain.mp4", "1/1", (64, 48))):
+    for name, aspect, size in (("wide.mp4", "64/45", (91, 48)), ("high.mp4", "1/2", (64, 96)), ("plain.mp4", "1/1", (64, 48)), ("nearly.mp4", "160/161", (64, 48))):
         subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=0.5", "-vf", f"setsar={aspect}",
                         "-c:v", "mpeg4", tmp_path / name], check=True)
         frames = [frame for _, frame in video.Video(tmp_path / name).frames(threading.Event())]
         assert len(frames) == 5 and frames[0].shape[1::-1] == size, name
     subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "wide.mp4", "-c", "copy", "-metadata:s:v:0", "rotate=90", tmp_path / "turned.mov"],
                    check=True)
-    assert next(iter(video.Video(tmp_path / "turned.mov").frames(threading.Event())))[1].shape[1::-1] in ((48, 91), (91, 48))
+    turned = cv2.VideoCapture(str(tmp_path / "turned.mov")).get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90  # newer ffmpegs ignore it
+    assert next(iter(video.Video(tmp_path / "turned.mov").frames(threading.Event())))[1].shape[1::-1] == ((48, 91) if turned else (91, 48))
 
 
 def test_a_face_that_was_lost_is_sought_in_every_frame():
@@ -1090,7 +1091,7 @@ def test_pictures_without_a_face_are_named(run, tmp_path, capsys):
 
 
 def test_a_box_that_fails_late_costs_no_other_picture(run, picture, tmp_path, monkeypatch):
-    """What waits with it is lost, and named; what comes after it is not."""
+    """What waits with it is named; what comes after it is predicted."""
     image, box = picture
     predictor = trainer.load_predictor(run.work_dir / "best_model.pth", device="cpu")
     queue = tool.PictureQueue(predictor, SimpleNamespace(add=lambda source, faces, size: None), SimpleNamespace(
@@ -1101,7 +1102,7 @@ def test_a_box_that_fails_late_costs_no_other_picture(run, picture, tmp_path, mo
     queue.add(sources[0])
     with monkeypatch.context() as late:
         late.setattr(predictor, "many", lambda *_: (_ for _ in ()).throw(UserError("a box")))
-        with pytest.raises(UserError, match="a box"):
+        with pytest.raises(UserError, match="not predicted: 0.png, 1.png: a box"):
             queue.add(sources[1])
     queue.add(sources[2])
     queue.finish()

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 import typing
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -781,6 +782,22 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path, monkeypatch, refused, fla
 class Forged:
     def __reduce__(self):
         return np.ndarray, ((1,), "O", bytearray(8))
+
+
+def test_what_mmpose_saves_is_read(tmp_path, monkeypatch):
+    """Beside its weights lies what it logged, of a class that is not here."""
+    module = ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__})
+    log = module.HistoryBuffer()
+    module.HistoryBuffer.min = lambda self: 0
+    module.HistoryBuffer.min.__module__, module.HistoryBuffer.min.__qualname__ = module.__name__, "HistoryBuffer.min"
+    log.__dict__ |= {"statistics_methods": {"min": module.HistoryBuffer.min}, "max_length": 10, "_log_history": np.arange(3.0), "_count_history": np.ones(3)}
+    with monkeypatch.context() as theirs:
+        for name in ("mmengine", "mmengine.logging", module.__name__):
+            theirs.setitem(sys.modules, name, module)
+        torch.save({"state_dict": {"backbone.conv1.weight": torch.ones(3)}, "message_hub": {"log_scalars": {"loss": log}}}, tmp_path / "epoch_210.pth")
+    read = checkpoints.load_file_safely(tmp_path / "epoch_210.pth")
+    assert read["state_dict"]["backbone.conv1.weight"].sum() == 3 and isinstance(read["message_hub"]["log_scalars"]["loss"], checkpoints.Unread)
 
 
 def test_a_file_gives_numpy_no_pointers(run, tmp_path):

@@ -298,7 +298,7 @@ def set_up(config: trainer.Config, processes: runtime.Processes) -> Bench:
     if processes.world > 1:
         raise UserError("benchmark.py measures one process; start it without torchrun")
     faces, val, _, _ = trainer.load_sets(config, processes)
-    faces = with_background(faces, config.background, processes.say)
+    faces = with_background(faces, config.background, processes.say, val)
     run = trainer.Run(config, faces.scheme, trainer.Plan(config, len(faces)), processes)
     device = processes.device
     cuda, threads = device.type == "cuda", f"{device.type}, {torch.get_num_threads()} threads"

@@ -33,7 +33,7 @@ from tools.lib.cli import Parser, UserError, run_script
 from tools.lib.coco import seen_size
 from tools.lib.draw import draw_faces, encode_picture, region_colours, resized
 from tools.lib.files import ROOT
-from tools.lib.find import FAINT, MIN_SCORE, checkpoint_file
+from tools.lib.find import FAINT, MIN_SCORE, as_result, checkpoint_file
 from tools.lib.pictures import read_image
 from train_simple import load_predictor
 
@@ -151,10 +151,8 @@ def build(models: dict[str, Path | None], device: str = "auto", locator: Path | 
             return answer(words)
         results, rows, name = [], [], Path(photo)
         for number, face in enumerate(faces, 1):
-            keypoints = np.column_stack([face["points"], face["scores"]]).round(3)
-            results.append({"image_id": 1, "file_name": name.name, "category_id": 1,
-                            "bbox": face["box"].round(2).tolist(), "keypoints": keypoints.ravel().tolist(),
-                            "score": round(face["score"], 4)})
+            results.append(as_result(face, image_id=1, file_name=name.name, category_id=1))
+            keypoints = np.reshape(results[-1]["keypoints"], (-1, 3))
             rows += [[number, landmark, round(x, 1), round(y, 1), round(score, 2)]
                      for landmark, (x, y, score) in zip(scheme.names, keypoints.tolist())]
         on_page = encode_picture(numbered(image, faces, scheme, SHOWN / max(image.shape)), ".jpg")

@@ -32,20 +32,13 @@ import dataset as data
 from dataset import DogFLWDataset, Faces
 from tools.lib.boxes import box_around, overlaps
 from tools.lib.checkpoints import SEEN
-from tools.lib.cli import (
-    Parser,
-    UserError,
-    add_checkpoint,
-    printable,
-    run_script,
-    take_checkpoint,
-)
+from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
 from tools.lib.coco import MAX_NUMBER, find_annotations, identity, open_coco
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
 from tools.lib.files import as_json, atomic_write, check_free, data_root, file_lock, load_json
 from tools.lib.find import checkpoint_file
 from tools.lib.kinds import ear_kinds, poses
-from tools.lib.pictures import read_image
+from tools.lib.pictures import GREY, read_image
 from tools.lib.report import as_html, as_table, plots, print_report
 from tools.lib.runtime import Processes, enough_memory, versions
 from train_simple import METRICS, NORMALIZERS, Config, Trained, crop_side, nan_mean, predict
@@ -336,7 +329,8 @@ def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: f
     """A sheet of the faces with the largest error: prediction, and white lines to the truth."""
     tiles = []
     for i in np.argsort(-np.nan_to_num(errors, nan=-1))[:min(number, int(np.isfinite(errors).sum()))]:
-        image = read_image(faces.root / faces.files[i])
+        there = os.path.isfile(path := faces.root / faces.files[i])  # results can be scored without pictures
+        image = read_image(path) if there else np.full((1, 1, 3), GREY, np.uint8)
         crop, matrix = data.cut_crop(image, faces.boxes[i], size, padding)
         ours, truth = (data.apply_matrix(matrix, p[i]) for p in (points, faces.points))
         crop = draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth, size / padding)
@@ -531,10 +525,10 @@ def write_report(args: argparse.Namespace, report: dict, faces: Faces, points: n
         print(f"{len(faces)} faces of {report['ann']}; {report['source']}")
         print_report(report)
     finally:  # neither a full disk nor a closed pipe may cost both the lines and the files
-        for name in {*WRITES} - {*files}:  # of an earlier report
-            (args.out / name).unlink(missing_ok=True)
         for name, content in files.items():
             atomic_write(args.out / name, [content])
+        for name in {*WRITES} - {*files}:  # of an earlier report
+            (args.out / name).unlink(missing_ok=True)
     print(f"report: {args.out / 'report.html'}")
 
 
@@ -546,7 +540,10 @@ def main(argv: list[str] | None = None) -> None:
             faces, ann = read_faces(args, trained)
             if processes.first:
                 busy = f"--out {args.out}: another report is being written there; name another folder"
-                stack.enter_context(file_lock(args.out / ".lock", busy))  # what cannot be written is said now
+                lock = args.out / ".report.lock"  # what cannot be written is said now
+                stack.enter_context(file_lock(lock, busy))
+                if os.name != "nt":  # where an open file cannot be deleted
+                    stack.callback(lock.unlink, missing_ok=True)
                 check_unwritten(args)  # another may just have ended
             padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
             if trained:

@@ -64,7 +64,7 @@ from tools.lib.coco import (
 )
 from tools.lib.draw import draw_faces, encode_picture, resized
 from tools.lib.files import PREDICTIONS, TRANSFORMS, atomic_write, data_root, output_folder, picture_path
-from tools.lib.find import BUNDLED, MIN_SCORE, Predictor
+from tools.lib.find import BUNDLED, MIN_SCORE, Predictor, as_result
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import HANG_UP, Tracker, Video, VideoWriter, name_of, until_stopped
@@ -150,7 +150,7 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
             if name:
                 boxes.setdefault(name, []).append((own_id, box))
             else:
-                notes.add("orphans", where)
+                notes.add("orphans", f"annotation {annotation.get('id')}")
         category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
@@ -399,13 +399,10 @@ class Results:
             self.images.append({"id": image_id, "file_name": source.file, "width": width, "height": height})
         given = [annotation for annotation, _ in source.boxes] if source.boxes and frame is None else []
         for n, (face, annotation) in enumerate(itertools.zip_longest(faces, given[:len(faces)])):
-            keypoints = np.column_stack([face["points"], face["scores"]]).round(3).ravel().tolist()
             known = {} if annotation is None else {"annotation_id": annotation}
-            self.rows.append({
-                "image_id": image_id, "file_name": source.file, "category_id": self.category["id"],
-                "bbox": face["box"].round(2).tolist(), "keypoints": keypoints,
-                "score": round(face["score"], 4), "face": face.get("id", n), "frame": frame,
-                "time": None if seconds is None else round(seconds, 4), **known})
+            row = as_result(face, image_id=image_id, file_name=source.file, category_id=self.category["id"])
+            self.rows.append({**row, "face": face.get("id", n), "frame": frame,
+                              "time": None if seconds is None else round(seconds, 4), **known})
 
     def write(self, out: Path, coco: Path | None = None) -> None:
         """predictions.json, a list of COCO keypoint results; predictions.csv; the data set `coco`."""
@@ -495,7 +492,11 @@ class PictureQueue:
         """Predict and write the pictures that wait."""
         waiting, self.waiting = self.waiting, []
         images, boxes = [[w[i] for w in waiting] for i in (1, 3)]
-        found = self.predictor.many(images, boxes, self.args.min_score) if images else []
+        try:
+            found = self.predictor.many(images, boxes, self.args.min_score) if images else []
+        except UserError as e:
+            names = ", ".join(source.file for source, *_ in waiting)[:200]
+            raise UserError(f"not predicted: {printable(names)}: {e}") from None
         for (source, image, size, _), faces in zip(waiting, found, strict=True):
             self.results.add(source, resized(faces, np.divide(size, image.shape[1::-1])), size)
             drawn = draw_faces(image, faces, self.predictor.scheme)
@@ -540,7 +541,7 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
     if stopped.is_set():
         tqdm.write(f"{video.name}: stopped; what was seen until then is written", file=sys.stderr)
     if stopped.is_set() and not video.live:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(stopped.number)
 
 
 def predict_all(sources: list[Source], predictor: Predictor, results: Results,
@@ -592,7 +593,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     first = Path(args.input[0])
-    if first.suffix.lower() in WEIGHTS or os.path.isfile(first / "best_model.pth"):  # an older spelling
+    run = not args.checkpoint and args.input[0] and os.path.isfile(first / "best_model.pth")
+    if first.suffix.lower() in WEIGHTS or run:  # an older spelling
         args.input.pop(0)
         if args.checkpoint:
             raise UserError(f"--checkpoint {args.checkpoint} and {first}: give one checkpoint")
@@ -639,7 +641,7 @@ def run(args: argparse.Namespace) -> None:
     if done or results.rows:
         print(f"{len(results.rows)} faces in {done} files -> {printable(args.out)}; names are relative to "
               f"{printable(root)}")
-    if some := results.empty[:3]:
+    if args.min_score and (some := results.empty[:3]):
         more = ", ..." if len(results.empty) > len(some) else ""
         print(printable(f"no face was found in {len(results.empty)} pictures ({', '.join(some)}{more}); a "
                         f"--min-score below {args.min_score} finds weaker ones"))
@@ -655,7 +657,7 @@ def run(args: argparse.Namespace) -> None:
 def stop_once(number: int, _) -> None:
     """A signal as Ctrl-C, by which what is done is kept; while that is written, the next one is not heard."""
     signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str] | None = None) -> None:

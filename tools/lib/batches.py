@@ -15,7 +15,7 @@ def faces_a_step(config, faces: int, world: int) -> int:
     parts = config.accumulate * world
     if config.batch_size % parts or parts > faces:
         raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
-                        f"(--accumulate x processes), of at least as many faces (there are {faces})")
+                        f"(--accumulate x processes), and at most the number of faces, {faces}")
     return min(config.batch_size, faces - faces % parts)
 
 

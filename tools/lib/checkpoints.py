@@ -22,7 +22,7 @@ PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  #
 
 
 class Unread:
-    """Stands for numpy's objects in a file: called by it, numpy.ndarray would take its bytes for pointers."""
+    """Stands for other programs' objects in a file: numpy's own would take its bytes for pointers."""
 
     def __init__(self, *_):
         """Take, and leave, whatever the file gives."""
@@ -30,13 +30,15 @@ class Unread:
     __setstate__ = __init__
 
     def __repr__(self):
-        return "a value of numpy, not read"
+        return "another program's value, not read"
 
 
-# What other programs store beside tensors: their settings, numbers of numpy (under its old name, too).
-PLAIN = [argparse.Namespace, *((Unread, f"numpy.{name}") for name in (
-    "ndarray", "dtype", *(f"{core}.multiarray.{made}" for core in ("core", "_core")
-                          for made in ("_reconstruct", "scalar"))))]
+# What other programs store beside tensors: their settings, numbers of numpy (under its old name, too), and
+# what MMPose logs.
+PLAIN = [argparse.Namespace, *((Unread, name) for name in (
+    "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "numpy.ndarray", "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core")
+      for made in ("_reconstruct", "scalar"))))]
 SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
 
 
@@ -125,8 +127,8 @@ def load_file_safely(path: Path | str):
         with open(path, "rb") as file:  # a zip or a pickle, not a web page, a photo, an ONNX file
             hostile = "weights_only" in str(e).lower() and file.read(2).startswith((b"PK", b"\x80"))
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
-        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run; take another checkpoint"
-                        ) from None
+        raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run; take another "
+                        "checkpoint, or one of its state_dict alone") from None
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -163,8 +165,8 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     run is never lost: its best_model.pth without its last.pth is refused, unless the same will be made again.
     """
     best = path.with_name("best_model.pth")
-    from_best = f"start from it with --weights {best}" if best.exists() else "begin anew"
-    from_best += " and another --work-dir"
+    from_best = (f"start from it with --weights {best} and another --work-dir" if best.exists() else
+                 "begin anew with another --work-dir")
     if not config.resume:
         return None
     if not path.exists():
@@ -181,7 +183,8 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     try:
         resumed = load_checkpoint(path)
     except UserError as e:
-        raise UserError(f"--resume {e}; of best_model.pth beside it: {from_best}") from None
+        beside = "of best_model.pth beside it: " if best.exists() else ""
+        raise UserError(f"--resume {e}; {beside}{from_best}") from None
     if "raw" not in resumed or resumed["format"] != FORMAT:
         raise UserError(f"--resume {path}: is no last.pth of this version; start from it with --weights")
     ours = asdict(faces.scheme) | {"skeleton": resumed["scheme"]["skeleton"]}  # nothing trains on it

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable):
-    """The edge of every script: what the user can mend becomes one line and exit code 2, Ctrl-C 130."""
+    """The edge of every script: the user's errors become one line and code 2, a signal 128 + its number."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell's >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
@@ -129,9 +130,9 @@ def run_script(main: Callable):
         advice = ADVICE.get(e.errno, "")
         print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}nothing older is lost",
               file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:  # with the number of a signal, or Ctrl-C's
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     sys.exit(2)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tools.lib.boxes import TIGHT, intersections, overlaps, room_of
 from tools.lib.cli import UserError, is_text, printable
-from tools.lib.files import load_json, picture_path
+from tools.lib.files import TABLES, load_json, picture_path
 from tools.lib.pictures import FORMATS, orientation, read_picture
 
 MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
@@ -52,7 +52,7 @@ KINDS = {
     "away": ("left out", "with no landmark in their picture"),
     "orphans": ("left out", "of an image that is not in the file"),
     "copies": ("left out", "given twice"),
-    "unannotated": ("left out", "pictures without an annotation"),
+    "unannotated": ("beside the faces", "pictures without an annotation"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
@@ -109,9 +109,9 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     path, root, notes = Path(path), Path(root), Notes()
     data = open_coco(path)
     chosen, k = choose_categories(data, category, path)
-    for key in chosen.keys() - {str(identity(c.get("id"))) for c in data["categories"]}:
-        notes.said.append(f"category {printable(key)} is not in the file; it is read as the one with {k} "
-                          "landmarks")
+    if unlisted := sorted(chosen.keys() - {str(identity(c.get("id"))) for c in data["categories"]}):
+        notes.said.append(f"category {printable(unlisted[0])} is not in the file; it is read as the one "
+                          f"with {k} landmarks ({len(unlisted)} such in all)")
     scheme = read_scheme(chosen, k, path, notes)
     images = read_images(data["images"], path)
     entries, ids, image_ids, triples = read_annotations(data["annotations"], images, chosen, k, path, notes)
@@ -174,6 +174,8 @@ def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *colum
 
 def read_file(path: Path):
     """What a JSON file holds; images are a list also where they are {id: name}, as Animal Pose has them."""
+    if path.suffix.lower() in TABLES:
+        raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("images"), dict):
         data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
@@ -238,7 +240,8 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         raise UserError(f"{path}: no annotation has keypoints with a labelled landmark (v above 0); export "
                         "the landmarks, too, not boxes alone, and which of them are labelled")
     named = [printable(categories.get(key, {}).get("name", key)) for key in lengths]
-    named = [key if named.count(name) > 1 else name for key, name in zip(lengths, named, strict=True)]
+    counts = Counter(named)
+    named = [key if counts[name] > 1 else name for key, name in zip(lengths, named, strict=True)]
     found = ", ".join(f"{name} ({k})" for name, k in zip(named, number.values(), strict=True))[:200]
     if wanted is not None and not groups:
         raise UserError(f"--category {wanted}: {path} has no landmarks of it, but of {found}")
@@ -252,12 +255,14 @@ def lend_names(categories: dict, number: dict):
     CVAT writes a skeleton that is grouped with a rectangle under the rectangle's category, Dataloop under its
     label's; some count category_id from 0 and the categories from 1. In place.
     """
-    for key in number:
-        own = categories.get(key, {"id": key, "name": key})
-        named = [c for c in categories.values() if isinstance(c.get("keypoints"), list)
-                 and len(c["keypoints"]) == number[key] > 1]
-        if not own.get("keypoints") and len({str(c["keypoints"]) for c in named}) == 1:
-            categories[key] = named[0] | {n: own.get(n) for n in ("id", "name")}
+    named = defaultdict(dict)
+    for category in categories.values():
+        if isinstance(category.get("keypoints"), list):
+            named[len(category["keypoints"])].setdefault(str(category["keypoints"]), category)
+    for key, k in number.items():
+        own, fitting = categories.get(key), [*named[k].values()]
+        if k > 1 and len(fitting) == 1 and not (own and own.get("keypoints")):
+            categories[key] = fitting[0] | ({n: own.get(n) for n in ("id", "name")} if own else {})
 
 
 # ---------------------------------------------------------------- the scheme
@@ -321,15 +326,17 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
         several = f", and are the same in all {len(chosen)} categories" if len(chosen) > 1 else ""
         notes.said.append(f"no names of landmarks; they are called point_0 to point_{k - 1}{several}")
     if all(isinstance(n, str) for n in names):
-        counts, numbers = Counter(names), defaultdict(lambda: count(1))
+        plain, counts, numbers = names, Counter(names), defaultdict(lambda: count(1))
         if twice := [n for n in names if counts[n] > 1]:
             notes.said.append(f"{len(twice)} landmarks share a name, as {printable(twice[0])}; they are "
                               "numbered")
             names = [f"{n}_{next(numbers[n])}" if counts[n] > 1 else n for n in names]
         pairs, flip = category["flip_pairs"], category["flip_idx"]
-        if not pairs and are_indices(flip, k) and len(flip) == k:  # YOLO's: each one's partner, or itself
+        if not pairs and are_indices(flip, k) and len(flip) == k and [flip[i] for i in flip] == [*range(k)]:
+            # YOLO's: each one's partner, or itself
             pairs = [[i, j] for i, j in enumerate(flip) if i < j]
-        category["flip_pairs"] = read_flip_pairs(pairs, names, notes)
+        # Made up numbers tell no partners.
+        category["flip_pairs"] = read_flip_pairs(pairs, names if pairs else plain, notes)
     category["keypoints"] = names
     if fitting_lines(category["skeleton"], k) is None:
         notes.said.append(f"the skeleton does not fit {k} landmarks and is left out; it is drawn, and gives "
@@ -820,7 +827,7 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
             notes.add("copies" if ids[key] == entry else "renumbered", f"annotation {key}")
             if ids[key] == entry:
                 continue
-            key = f"{key}_{number}"
+            ids[key := f"{key}_{number}"] = entry
         if picture is None:
             raise UserError(f"{where} names no image; give it the image_id of one")
         picture = picture if picture in images else written.get(str(picture))  # "1" for 1
@@ -848,7 +855,8 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     """keypoints -> (K, 3) float64 x, y, v with v in 0, 1, 2; x and y are 0 where v is. Raises UserError."""
     try:
         triples = np.array(values, dtype=np.float64)
-        if triples.size == 2 * k:
+        whole = triples.size % 3 == 0 and np.isin(triples.ravel()[2::3], (-1, 0, 1, 2)).all()
+        if triples.size == 2 * k and not whole:  # not triples of too few landmarks
             triples = np.insert(triples.reshape(k, 2), 2, 2, axis=1)
             notes.add("pairs", where.split(": ")[-1])
         triples = triples.reshape(k, 3)
@@ -1032,8 +1040,8 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
 
     def only(split):
         folders = [folder for s in split for folder in (ann_root / s, ann_root / s / "annotations")]
-        found = map(in_folder, folders)
-        return next((p for p, *more in filter(None, found) if not more), None)
+        found = next(filter(None, map(in_folder, folders)), [])
+        return found[0] if len(found) == 1 else None
     if not files and (train := only(for_train)):
         return train, only(for_val)
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"

@@ -20,6 +20,7 @@ import numpy as np
 
 from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
+TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"  # suffixes of what is hardly JSON
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
 # The files of predict.py and align_faces.py, by which folders that they have made are known.
 PREDICTIONS, TRANSFORMS = "predictions.json", "transforms.json"
@@ -128,13 +129,11 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
 
 def load_json(path: Path | str):
     """Parse a JSON file. Raises UserError where it is missing or no JSON."""
-    if Path(path).suffix.lower() in (".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"):
-        raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     try:
         content = Path(path).read_bytes()
         if content.startswith((b"\x89HDF", b"\x80", b"PAR1", b"MATLAB")):
-            raise UserError(f"{path}: is no JSON (a table of SLEAP or DeepLabCut, a pickle?); export COCO "
-                            "keypoints")
+            raise UserError(f"{path}: is no JSON (a file of SLEAP or DeepLabCut, a pickle?); data/README.md "
+                            "has ways to COCO")
         if content.startswith((b"PK\3\4", b"\x1f\x8b")):
             raise UserError(f"{path}: a packed file; unpack it, and name the folder or the JSON file in it")
         return json.loads(content)
@@ -143,9 +142,12 @@ def load_json(path: Path | str):
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a JSON file in it") from None
     except PermissionError:
-        raise UserError(f"{path}: may not be read; mend its permissions") from None
+        what = "is a folder; name a JSON file in it" if Path(path).is_dir() else (  # on Windows
+            "may not be read; mend its permissions")
+        raise UserError(f"{path}: {what}") from None
     except (ValueError, RecursionError) as e:
-        mend = "save it as UTF-8" if isinstance(e, UnicodeError) else "export or download it again"
+        mend = ("name a JSON file" if Path(path).suffix.lower() in TABLES else
+                "save it as UTF-8" if isinstance(e, UnicodeError) else "export or download it again")
         raise UserError(f"{path}: not a JSON file ({str(e)[:80]}); {mend}") from None
 
 

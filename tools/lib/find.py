@@ -139,6 +139,13 @@ class Look:
                 "located": self.located}
 
 
+def as_result(face: dict, **picture) -> dict:
+    """A found face as a COCO keypoint result: its picture's fields, bbox, keypoints (x, y, score), score."""
+    keypoints = np.column_stack([face["points"], face["scores"]]).round(3).ravel().tolist()
+    return {**picture, "bbox": face["box"].round(2).tolist(), "keypoints": keypoints,
+            "score": round(face["score"], 4)}
+
+
 class Predictor:
     """Landmarks of the faces in a picture; made by `load_predictor`.
 
@@ -285,6 +292,7 @@ def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     device, checkpoint = choose_device(device), checkpoint_file(checkpoint)
+    locator = None if locator is True else locator
     face, path = open_checkpoint(checkpoint, device, batch_size), locator
     neighbour = checkpoint.absolute().parent.parent / "locator/best_model.pth"
     beside = checkpoint.with_name("locator.pth"), neighbour

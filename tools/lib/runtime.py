@@ -50,8 +50,8 @@ def choose_device(name: str, training: bool = False) -> torch.device:
         try:
             device = torch.device(name)
             if device.type == "cuda":
-                alone = device.index is not None and place_in_job()[1] == 1
-                index = device.index if alone else int(os.environ.get("LOCAL_RANK") or 0)
+                own = os.environ.get("LOCAL_RANK") if place_in_job()[1] > 1 or device.index is None else None
+                index = int(own or device.index or 0)
                 count = torch.cuda.device_count()
                 device = torch.device("cuda", index)
                 if 0 < count <= index:

@@ -153,7 +153,9 @@ def open_capture(source: Path | int | str) -> cv2.VideoCapture:
 def pixel_aspect(capture: cv2.VideoCapture) -> float:
     """Width / height of a pixel as it is shown: 1 but for old cameras' and discs' video (DV, DVD)."""
     wide, high = capture.get(cv2.CAP_PROP_SAR_NUM), capture.get(cv2.CAP_PROP_SAR_DEN)
-    aspect = wide / high if wide > 0 and high > 0 and 0.1 < wide / high < 10 else 1.0
+    aspect = wide / high if wide > 0 and high > 0 else 1.0
+    if abs(aspect - 1) < 0.01 or not 0.1 < aspect < 10:  # 1280:1281 comes of rounded sizes
+        return 1.0
     return 1 / aspect if capture.get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90 else aspect
 
 
@@ -275,6 +277,7 @@ def until_stopped() -> Iterator[threading.Event]:
     def stop(number, _):
         if stopped.is_set() and number != HANG_UP:  # a shell and the system may both say that
             raise KeyboardInterrupt
+        stopped.number = number
         stopped.set()
     if threading.current_thread() is threading.main_thread():
         numbers = signal.SIGINT, signal.SIGTERM, HANG_UP

@@ -189,7 +189,8 @@ class Windows:
             count = f"{len(missing)} of {len(self.paths)} missing"
             some = len(missing) < len(self.paths) / 2
             mend = "fetch it, or take it and its annotations out of the file" if some else "check --data-root"
-            if alike := next(missing[0].parent.glob(f"{glob.escape(missing[0].stem)}.*"), None):
+            beside = missing[0].parent.glob(f"{glob.escape(missing[0].stem)}.*")
+            if alike := next((p for p in beside if p.stem == missing[0].stem and format_of(p)), None):
                 mend = f"there is {alike.name}, so mend the names in the file"
             raise UserError(f"{missing[0]}: no such picture ({count}); {mend}")
         if folder:
