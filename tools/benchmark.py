@@ -321,7 +321,8 @@ def print_batches(bench: Bench) -> None:
     """The rate at every batch that fits; graphs are of one batch alone, so these run without."""
     size = bench.config.input_size
     for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
-        print_rate(f"bare step, batch {batch}", batch, seconds, ", without graphs" * bench.config.graphs)
+        print_rate(f"bare step, batch {batch}", batch, seconds,
+                   ", without graphs" * (bench.config.graphs and batch != bench.micro_batch))
     bench.run.optimizer.zero_grad()  # what a pass that failed has left
 
 

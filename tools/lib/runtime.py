@@ -19,6 +19,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from tools.lib.cli import UserError, flag_of, place_in_job, single_line
@@ -218,8 +219,19 @@ def contradictions(config) -> list[str]:
          "--freeze: would keep random weights; give --weights FILE")) if wrong]
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Without the count of batches, which only a momentum of None reads: one kernel less per layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                            self.momentum, self.eps)
+
+
 def for_training(model: nn.Module, config, plan, processes: Processes, amp: torch.dtype | None) -> nn.Module:
     """The model as steps call it: graphed or compiled where wanted, its gradients averaged over processes."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d and module.momentum is not None:
+            module.__class__ = BatchNorm
     if config.graphs:
         faces = plan.batch_size // processes.world
         model = graphed(model, plan.sizes, faces, processes.device, amp, processes.say)
