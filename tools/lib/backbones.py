@@ -15,8 +15,8 @@ from tools.lib.pictures import MEAN, STD
 def feature_maps(backbone: str) -> nn.Module:
     """timm's network without its classifier, as levels of feature maps, with random weights.
 
-    Raises UserError where timm has none of that name, or it cannot serve: a fixed input size, or one level
-    alone.
+    Raises UserError if timm has none of that name, or if it is unsuitable: with a fixed input size, say, or
+    only one level.
     """
     # An HRNet's branches, before the classifier's part.
     hrnet = {"feature_location": ""} if backbone.startswith("hrnet") else {}
@@ -53,7 +53,7 @@ def without_counters(state: dict) -> dict:
 def matched(own: dict, source: dict, what: str, say: Callable) -> dict:
     """Tensors of `source` under the names of `own`: by name, else by order, as another library has them.
 
-    What is left over in `source` (a classifier) does not count; what `own` lacks then is a UserError.
+    Other parts of `source` (a classifier) are ignored. UserError if tensors are missing, or left over.
     """
     own, source = without_counters(own), without_counters(source)
     named = source | {f"model.{k}": v for k, v in source.items()}  # timm wraps some feature maps, as `model`
@@ -63,7 +63,7 @@ def matched(own: dict, source: dict, what: str, say: Callable) -> dict:
         say(f"{what}: names of another library; its {len(own)} tensors fit in their order")
         return by_order
     lacks = [k for k in own if k not in by_name]
-    parts = {k.removeprefix("model.").split(".")[0] for k in own}  # layer1, ...: a deeper one's hold more
+    parts = {k.removeprefix("model.").split(".")[0] for k in own}  # layer1, ...: deeper ones hold more
     more = [k for k in source if not {k, f"model.{k}"} & own.keys() and k.split(".")[0] in parts]
     for verb, wrong in ("lacks", lacks), ("has", more):
         if wrong:
@@ -86,7 +86,7 @@ def take_imagenet(model: nn.Module, backbone: str, say: Callable):
 
 
 def weights_in(stored: object) -> dict:
-    """The {name: tensor} that a program stored, without what it put before every name; {} of none."""
+    """The {name: tensor} that a program stored, without the prefixes of all names; {} if there are none."""
     def tensors(value):
         return {str(k): v for k, v in value.items() if torch.is_tensor(v)} if isinstance(value, dict) else {}
     if not isinstance(stored, dict):
@@ -102,7 +102,7 @@ def weights_in(stored: object) -> dict:
 def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: Callable):
     """Load a file into a LandmarkNet: a checkpoint of ours, or the bare backbone of any library.
 
-    names: the landmarks'; a checkpoint of others gives all but the last layer, which starts fresh. Raises
+    names: the landmarks' names. From a checkpoint for others, all but the last layer is taken. Raises
     UserError.
     """
     stored = load_file_safely(path)

@@ -11,7 +11,7 @@ from tools.lib.runtime import quiet_worker
 
 
 def faces_a_step(config, faces: int, world: int) -> int:
-    """The faces of an optimizer step, in equal parts for processes and micro-batches. Raises UserError."""
+    """The number of faces per optimizer step, a multiple of processes x micro-batches. Raises UserError."""
     parts = config.accumulate * world
     if config.batch_size % parts or parts > faces:
         raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
@@ -22,7 +22,7 @@ def faces_a_step(config, faces: int, world: int) -> int:
 def epoch_batches(plan, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[tuple]]:
     """Micro-batches of (epoch, index, crop size) from epoch `first` on, for one DataLoader and one pass.
 
-    So workers start once and fetch ahead across the end of an epoch and during validation. The order is a
+    Thus workers start only once and fetch ahead beyond an epoch's end and during validation. The order is a
     pure function of (seed, epoch); a last, smaller batch is dropped. plan: faces, batch_size, steps,
     size(epoch) and config.
     """
@@ -49,8 +49,8 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
                device: torch.device) -> Iterator[dict]:
     """One pass over a sampler's batches; no more workers than there are cores for this process.
 
-    For CUDA they lie in pinned memory, from which a copy does not make the step wait. The loader draws its
-    workers' seeds from a generator of its own: the global one is a backbone's dropout's.
+    For CUDA, batches lie in pinned memory, so that no step waits for the copy. The loader draws its workers'
+    seeds from a generator of its own, because the global one is used by a backbone's dropout.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(Whole(dataset), batch_size=None, sampler=sampler,

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-# A tight box is the landmarks' hull and 10 % of it on each side: mean IoU 0.83 with DogFLW's good boxes (16 %
-# would give 0.87).
+# A tight box is the landmarks' hull, wider by 10 % of it on each side: its mean IoU with DogFLW's good boxes
+# is 0.83 (16 % would give 0.87).
 TIGHT = 0.1
-# From this IoU with the hulls on, boxes are taken for such (DogFLW's have 0.8); below this part of its box's
-# longer side, a hull tells no size.
+# USUAL: least median IoU with tight boxes at which boxes are taken for such (DogFLW's have 0.8). TINY: a hull
+# below this fraction of its box's longer side tells no size.
 USUAL, TINY = 0.6, 0.1
 
 
@@ -26,18 +26,18 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def hull_boxes(points: np.ndarray, margin: float) -> np.ndarray:
-    """Landmarks (N, K, 2) -> boxes around them (N, 4) and `margin` on each side, two pixels wide at least."""
+    """Landmarks (N, K, 2) -> boxes (N, 4): hulls (at least 2 pixels), plus `margin` of them on each side."""
     low, high = points.min(1), points.max(1)
     extent = np.maximum(high - low, 2)
     return np.concatenate([(low + high) / 2 - extent * (0.5 + margin), extent * (1 + 2 * margin)], axis=1)
 
 
 def room_of(points: np.ndarray, visible: np.ndarray, boxes: np.ndarray) -> list[float]:
-    """How boxes (N, 4) lie around their landmarks (N, K, 2), of which some are labelled (N, K): medians.
+    """How boxes (N, 4) lie around their landmarks (N, K, 2), labelled where `visible` (N, K): medians.
 
-    [] where they are the landmarks' hulls and a bit, as DogFLW's: IoU of USUAL with hulls of TIGHT.
-    Else [left, top, right, bottom], how far they go beyond the hull, in its longer sides: eyes and nose lie
-    within a face. Or [x, y], where in a box the hull has its middle: one landmark alone tells no size.
+    [] if the boxes are tight, as DogFLW's are (TIGHT, USUAL). Else [left, top, right, bottom]: how far they
+    reach beyond the hull, in units of its longer side, as when only eyes and nose are marked. Or, if the hull
+    is TINY (one landmark tells no size), [x, y]: the hull's middle as fractions of the box.
     """
     some = np.linspace(0, len(boxes) - 1, min(len(boxes), 1000)).astype(int)  # enough for medians
     points, visible, boxes = points[some], visible[some], boxes[some]
@@ -58,9 +58,9 @@ def room_of(points: np.ndarray, visible: np.ndarray, boxes: np.ndarray) -> list[
 
 
 def box_around(points: np.ndarray, box: np.ndarray, margin: float, room: list) -> np.ndarray:
-    """The box (4,) that the landmarks (K, 2) of a face give, with `margin` as hull_boxes has it.
+    """The box (4,) of a face around its landmarks (K, 2), with `margin` as in hull_boxes.
 
-    room: of `room_of`; box: the one that they were seen in, whose size counts where they tell none.
+    room: from `room_of`. box (4,): the one they were predicted in, whose size is kept where they tell none.
     """
     low, high = points.min(0), points.max(0)
     if len(room) == 2:
@@ -74,10 +74,10 @@ def box_around(points: np.ndarray, box: np.ndarray, margin: float, room: list) -
 
 
 def lean(points: np.ndarray, pairs: list) -> float:
-    """By how many degrees a face (K, 2) leans to the side, from -90 to 90, as its left-right pairs do.
+    """How far a face (K, 2) leans to the side, in degrees from -90 to 90, by its left-right pairs.
 
-    The mean of the pairs' axes: of doubled angles, so that the order in a pair does not matter. Long ones
-    count more. 0 without pairs.
+    The mean axis of the pairs, computed with doubled angles, so that the order in a pair does not matter.
+    Pairs count by their squared length. 0 without pairs.
     """
     axes = [complex(*(points[j] - points[i])) ** 2 for i, j in pairs]
     return math.degrees(cmath.phase(sum(axes)) / 2)
@@ -85,10 +85,10 @@ def lean(points: np.ndarray, pairs: list) -> float:
 
 def upright(points: np.ndarray, pairs: list, box: np.ndarray, margin: float,
             room: list) -> tuple[np.ndarray, float]:
-    """The box of `box_around` when the face is turned upright; the turn, in degrees."""
+    """The box (4,) of `box_around` for the face turned upright, and the turn in degrees."""
     turn = -lean(points, pairs)
     a = math.radians(turn)
     turned = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
     box = box_around(points @ turned.T, box, margin, room)
-    box[:2] = (box[:2] + box[2:] / 2) @ turned - box[2:] / 2  # its middle, in the picture again
+    box[:2] = (box[:2] + box[2:] / 2) @ turned - box[2:] / 2  # its middle, turned back into the picture
     return box, turn

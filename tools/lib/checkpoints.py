@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without running anything, old ones as new ones, ready to use."""
+"""Checkpoints: written whole, read without running code, old formats upgraded, models ready to use."""
 
 import argparse
 import hashlib
@@ -18,14 +18,14 @@ from tools.lib.pictures import MEAN, STD
 from tools.lib.runtime import choose_amp, is_out_of_memory, versions
 
 FORMAT = 2  # 1 had no lateral for the stem, and ImageNet's normalisation for every backbone
-PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that name them
+PATHS = "data_root", "ann_root", "background", "cache", "weights", "work_dir"  # settings that are paths
 
 
 class Unread:
-    """Stands for other programs' objects in a file: numpy's own would take its bytes for pointers."""
+    """Stands in for other programs' objects in a file: numpy's class would take their bytes for pointers."""
 
     def __init__(self, *_):
-        """Take, and leave, whatever the file gives."""
+        """Accept and ignore whatever the file gives."""
 
     __setstate__ = __init__
 
@@ -39,7 +39,7 @@ PLAIN = [argparse.Namespace, *((Unread, name) for name in (
     "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "numpy.ndarray", "numpy.dtype",
     *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core")
       for made in ("_reconstruct", "scalar"))))]
-SEEN = ", which it was trained on"  # behind the chooser's name, where it shares pictures with train
+SEEN = ", which it was trained on"  # added to the selection set's name if it shares pictures with train
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
@@ -72,7 +72,7 @@ class Saver:
         self.room = faces[0].room
 
     def contents(self, run, metrics: dict, whole: bool = False) -> dict:
-        """What inference needs of a run, and who made it; `whole`: and all that resuming needs."""
+        """What inference needs of a run, and what made it; with `whole`, all that resuming needs, too."""
         epoch = run.progress["epoch"]
         needed = {"format": FORMAT, "epoch": epoch, "size": run.plan.size(epoch - 1),
                   "model": run.ema.state_dict(), "scheme": asdict(run.scheme), "args": as_plain(self.config),
@@ -85,8 +85,8 @@ class Saver:
     def save(self, run, row: dict, chosen_on: str) -> bool:
         """Write what the epoch of `row` calls for. True if it is the best so far, by the first metric.
 
-        last.pth comes last, so that what a kill left out is written by the next try. It may take a twentieth
-        of the time at most: on a fast GPU an epoch takes little longer than the writing.
+        last.pth comes last, so that after a kill the next try writes what is missing. Writing it may take at
+        most a twentieth of the time: on a fast GPU an epoch takes little longer than that.
         """
         folder, epoch, progress = self.config.work_dir, row["epoch"], run.progress
         if not (folder / ".lock").exists():  # without this, the next write would make an empty folder anew
@@ -159,10 +159,10 @@ def digest_of(sets: tuple) -> str:
 
 
 def load_resumable(path: Path, config, faces, chooser) -> dict | None:
-    """last.pth for --resume, or None where there is none. UserError where the run had another command.
+    """last.pth for --resume, or None for a new run. UserError if the run had other settings or other data.
 
-    faces, chooser: the Faces to train on and to choose on, which must be those of the run. What is found of a
-    run is never lost: its best_model.pth without its last.pth is refused, unless the same will be made again.
+    faces, chooser: the Faces to train on and to select a model on, which must be the run's. A run's results
+    are never lost: best_model.pth without last.pth is refused, unless this run will make the same one again.
     """
     best = path.with_name("best_model.pth")
     from_best = (f"start from it with --weights {best} and another --work-dir" if best.exists() else
@@ -217,7 +217,7 @@ def in_short(error: Exception) -> str:
 
 
 def restore(parts: dict, resumed: dict):
-    """Give a run's model, optimizer, ... their states of last.pth. UserError where they do not fit."""
+    """Give a run's model, optimizer, ... their states from last.pth. UserError if they do not fit."""
     try:
         for name in filter(resumed.get, parts):  # without float16 the scaler's state is empty
             parts[name].load_state_dict(resumed[name])
@@ -260,9 +260,9 @@ class TrainedModel:
     """What a checkpoint holds: model (in eval mode), scheme, config, size of its crops in pixels, metrics,
     epoch; `whole` where it looks at whole pictures (`--crop image`).
 
-    Files know plain types alone; a subclass says what to make of them: Config, Scheme, and how to
+    Files hold only plain types; a subclass provides the rest: the classes Config and Scheme, and
     build_model(config, scheme), crop(image, box, size, padding, rotation) and predict_crops(model, crops,
-    matrices, config, flip_index, amp). Raises UserError for a file that does not fit together.
+    matrices, config, flip_index, amp). Raises UserError for a file whose parts do not fit together.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = 32):
@@ -278,7 +278,7 @@ class TrainedModel:
             if not 64 <= self.size <= 1024 or self.size % 32:
                 raise ValueError("size")
             untrained = replace(self.config, pretrained=False, weights=None)
-            with torch.random.fork_rng(devices=[]):  # its new weights, replaced at once, cost no one's seed
+            with torch.random.fork_rng(devices=[]):  # drawing weights, replaced at once, costs no seed
                 try:
                     self.model = self.build_model(untrained, self.scheme)
                 except UserError:

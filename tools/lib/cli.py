@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Read when cv2 is imported: what OpenCV cannot read is said in one line of ours.
+# Read when cv2 is imported: we report what OpenCV cannot read ourselves, in one line.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-# Errors of disks, also of those in a network; no system knows all of the names.
+# Errors of local and network disks; no system defines all of these names.
 MENDABLE = {getattr(errno, name, None) for name in (
     "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
     "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "EINVAL",
@@ -46,12 +46,12 @@ def printable(text: object) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether a text is one line of text, with joiners and any spaces: macOS' screenshots have U+202F."""
+    """Whether a text is one printable line; joiners and all spaces count (macOS' screenshots have U+202F)."""
     return all(c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d" for c in text)
 
 
 def as_argument(value: object) -> str:
-    """A value as this system's shells take it in a command line."""
+    """A value quoted for this system's shell."""
     return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
@@ -67,7 +67,7 @@ def single_line(error: Exception | str, length: int = 100) -> str:
 
 
 def place_in_job() -> tuple[int, int]:
-    """This process's number and how many there are in its job, as torchrun sets RANK and WORLD_SIZE.
+    """This process's rank and the number of processes in its job, from torchrun's RANK and WORLD_SIZE.
 
     (0, 1) without WORLD_SIZE, whatever else a cluster has set. Raises UserError for what torchrun never sets.
     """
@@ -92,10 +92,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args: list | None = None, namespace=None):
-        """argparse's own, on what is before a #: macOS' shell, and cmd.exe, hand over a pasted comment.
+        """argparse's method, on what precedes a #: macOS' shell and cmd.exe pass on a pasted comment.
 
-        And ~ is the home folder also in `--out=~/found`, which shells leave alone. A file's name may begin
-        with a dash.
+        ~ is the home folder in `--out=~/found`, too, which shells leave as it is. The name of an existing
+        file may begin with a dash.
         """
         args = map(str, sys.argv[1:] if args is None else args)
         args = itertools.takewhile(lambda text: text != "#", args)
@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable):
-    """The edge of every script: the user's errors become one line and code 2, a signal 128 + its number."""
+    """Run a script's main(): a user's error becomes one line and exit code 2, a signal 128 + its number."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell's >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
@@ -155,7 +155,7 @@ class Progress:
         self.bar.set_postfix(values, refresh=False)
 
     def update(self, done: int):
-        """`done` of the total are behind us."""
+        """Show that `done` of the total are finished."""
         self.bar.update(done - self.done)
         self.done = done
         if self.bar.disable and not self.quiet and time.perf_counter() - self.spoken >= self.interval:
@@ -169,9 +169,9 @@ def setting(default, help: str, within: str | None = None, *, group: str | None 
             choices: list | None = None, multiple: int | None = None, free: bool = False):
     """A field (int, float, str, bool or Path, perhaps None) of a settings dataclass that is also a flag.
 
-    within: an interval such as "[0, 1)" that a number must lie in; multiple: it must be one of this. group:
-    the heading in --help from here on. free: a resumed run may have another value. A default of None is
-    worked out later.
+    within: an interval such as "[0, 1)" that a number must lie in. multiple: it must be a multiple of this.
+    group: the heading in --help from here on. free: a resumed run may have another value. A default of None
+    is worked out later.
     """
     about = dict(help=help, within=within, group=group, choices=choices, multiple=multiple, free=free)
     return dataclasses.field(default=default, metadata=about)
@@ -234,7 +234,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type):
 
 
 def problems_of(settings) -> list[str]:
-    """What is out of range in a settings object: one text a setting."""
+    """What is wrong with the numbers in a settings object: one message per problem."""
     found = []
     for field in dataclasses.fields(settings):
         value, about = getattr(settings, field.name), field.metadata
@@ -249,7 +249,7 @@ def problems_of(settings) -> list[str]:
 
 
 def without_truth(settings: type, argv: list) -> list:
-    """A command line whose `--resume True` and `--resume False`, as cloud jobs pass them, are plain flags."""
+    """A command line with `--resume True` or `--resume False` (cloud jobs pass these) made plain flags."""
     switches = {flag_of(f.name): f.default for f in dataclasses.fields(settings) if kind_of(f) is bool}
     plain, words = [], {"true": True, "false": False}
     for text in argv:
@@ -286,7 +286,7 @@ def as_plain(settings) -> dict:
 
 
 def from_stored(settings: type, stored: dict):
-    """Settings from what `as_plain` made, else at their defaults. Raises ValueError out of range."""
+    """Settings from what `as_plain` made, the rest at their defaults. Raises ValueError if out of range."""
     known = [f for f in dataclasses.fields(settings) if f.name in stored]
     paths = {f.name: Path(stored[f.name]) for f in known if kind_of(f) is Path and stored[f.name]}
     config = settings(**{f.name: stored[f.name] for f in known} | paths)
@@ -296,10 +296,10 @@ def from_stored(settings: type, stored: dict):
 
 
 def changed_settings(settings, stored: dict) -> list[str]:
-    """What a stored run had otherwise, among the settings that are not free: one text each."""
+    """The settings, of those that are not free, that differ from a stored run's: one message each."""
     now = as_plain(settings)
     fields = [f for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    # Of older code it lacks new settings; of one that is worked out nothing is known then.
+    # A run of older code lacks new settings: it had their defaults; those worked out later are unknown.
     before = {f.name: stored.get(f.name, now[f.name] if f.default is None else f.default) for f in fields}
     return [f"{flag_of(name)} was {value}, now {now[name]}"
             for name, value in before.items() if value != now[name]]
@@ -315,7 +315,7 @@ def as_text(values: dict, names: Iterable[str]) -> str:
 
 def add_checkpoint(parser: argparse.ArgumentParser,
                    about: str = "best_model.pth, or another checkpoint of a run", positional: bool = True):
-    """Give a parser --checkpoint, and its older place, without a flag."""
+    """Give a parser --checkpoint and, as before, the same as a positional argument."""
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help=f"{about} (default: the bundled model)")
     if positional:
@@ -323,7 +323,7 @@ def add_checkpoint(parser: argparse.ArgumentParser,
 
 
 def take_checkpoint(args: argparse.Namespace):
-    """Set args.checkpoint to what was given in either way, else None. Raises UserError where both are."""
+    """Set args.checkpoint to what was given in either way, else None. Raises UserError if both were given."""
     positional = vars(args).pop("positional")
     if args.checkpoint and positional:
         raise UserError(f"--checkpoint {args.checkpoint} and {positional}: give one checkpoint")

@@ -1,8 +1,8 @@
-"""What COCO keypoint files of any program mean: what is read, repaired and left out, and the counts.
+"""Reading COCO keypoint files from any program: what is read, repaired and left out, and how often.
 
-`find_annotations` finds an export's files, `read_coco` reads one, `checked_scheme` checks a category. What
-is clear is read as it is meant; what was not plain is counted by kind (KINDS) and said, one line a group.
-What is not clear is refused with one UserError that names the file, the entry and the one thing that is
+`find_annotations` finds an export's files, `read_coco` reads one, `checked_scheme` checks a category.
+Deviations whose meaning is clear are read as they are meant, counted by kind (KINDS) and reported, one line
+per group. Anything unclear is refused with a single UserError that names the file, the entry and what is
 wrong.
 """
 import os
@@ -27,23 +27,23 @@ from tools.lib.files import TABLES, load_json, picture_path
 from tools.lib.pictures import FORMATS, orientation, read_picture
 
 MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
-# A box is wrong when its IoU with the landmarks' hull is below 0.3. Of 3,806 boxes in DogFLW's official
-# train split 145 are: 112 stick out of their picture by over a pixel (no other box does), the other 33 were
-# looked at and lie beside the face. The histogram has its valley there: 23 10 17 | 16 49 130 in steps of
-# 0.05 from 0.15 to 0.45.
+# A box is taken for wrong if its IoU with the landmarks' hull is below 0.3. This holds for 145 of the 3,806
+# boxes in DogFLW's official train split: 112 stick out of their picture by more than a pixel (no other box
+# does); the other 33 were inspected and lie beside the face. The histogram of the IoU has its valley there:
+# 23 10 17 | 16 49 130 in bins of 0.05 from 0.15 to 0.45.
 MIN_IOU = 0.3
-# Where landmarks may not span the face a box is right also if it covers so much of their hull, however
-# large it is. Of DogFLW's 145 wrong boxes that finds 92, and it takes none of the 3,661 right ones for
-# wrong.
+# Where the landmarks may not span the face, a box is also right if it covers this share of their hull,
+# however large it is. This rule still finds 92 of DogFLW's 145 wrong boxes, and takes none of the 3,661
+# right ones for wrong.
 COVERED = 0.7
 
-# Other programs' JSON that is taken for COCO: what its objects hold, what it is, and what to do.
+# Other programs' JSON that is easily mistaken for COCO: the keys that mark it, what it is, and what to do.
 FOREIGN = (
     ({"shapes", "imagePath"}, "a file of labelme; data/README.md has the way from there"),
     ({"data", "annotations"}, "Label Studio's own JSON; data/README.md has the way from there"),
     ({"image_id", "keypoints"}, "a list of predictions; name the file whose pictures they are of"),
     ({"_via_img_metadata"}, "a project of VIA; write the form that data/README.md shows from it"))
-# What a file may hold beside plain faces: (group, what it is). Each is counted, with one example.
+# What a file may hold besides plain faces: (group, description). Each is counted, with one example.
 KINDS = {
     "boxes": ("left out", "without landmarks"),
     "others": ("left out", "of another category"),
@@ -76,7 +76,7 @@ KINDS = {
 
 
 class Notes:
-    """What was not plain in a file: sentences (`said`), and counts of KINDS with a first example each."""
+    """Deviations found in a file: sentences (`said`), and counts of KINDS with the first example of each."""
 
     def __init__(self):
         self.said, self.counts, self.examples = [], Counter(), {}
@@ -87,7 +87,7 @@ class Notes:
         self.examples.setdefault(kind, printable(example)[:60])
 
     def lines(self) -> list[str]:
-        """All of it: one line a sentence, and one a group."""
+        """All notes: one line per sentence, and one per group."""
         groups = defaultdict(list)
         for kind, (group, text) in KINDS.items():
             if number := self.counts[kind]:
@@ -95,16 +95,16 @@ class Notes:
         return [*self.said, *(f"{group}: {', '.join(parts)}" for group, parts in groups.items())]
 
     def nothing_left(self, path: Path) -> UserError:
-        """The error of a file of which no face is left, with all that was left out."""
+        """The error for a file in which no usable face is left; it lists all that was left out."""
         return UserError(f"{path}: no face in it can be used ({'; '.join(self.lines())}); export it again")
 
 
 def read_coco(path: Path | str, root: Path | str, category: str | int | None = None) -> tuple[dict, dict]:
-    """Read a COCO keypoint file whose pictures lie in `root`: the fields of Scheme and of Faces (dataset.py).
+    """Read a COCO keypoint file with pictures in `root`. Returns fields of Scheme and of Faces (dataset.py).
 
-    category: name or id of the category that trains, needed only where several have different landmarks.
-    Coordinates are in pixels of the pictures as they are seen (EXIF). Raises UserError naming the file, the
-    entry and what is wrong.
+    category: name or id of the category to train on, needed only where several have different landmarks.
+    Coordinates are in pixels of the pictures as they are seen (EXIF applied). Raises UserError naming the
+    file, the entry and what is wrong.
     """
     path, root, notes = Path(path), Path(root), Notes()
     data = open_coco(path)
@@ -127,7 +127,7 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
         inside, path, notes, ids, entries, image_ids, files, breeds, sizes, triples)
     limits = sizes.max(1)[:, None, None] + 1  # EXIF may still swap the sides
     lost = (triples[..., 2] > 0) & (abs(triples[..., :2] - limits / 2) > 1.5 * limits).any(2)
-    for i in np.flatnonzero(lost.any(1)):  # a picture's side away from it: -999 of a program, or a typo
+    for i in np.flatnonzero(lost.any(1)):  # over a side's length outside: a program's -999, or a typo
         notes.add("nowhere", f"annotation {ids[i]}", int(lost[i].sum()))
     triples[lost] = 0
     points, visible = triples[..., :2].copy(), triples[..., 2].astype(np.uint8)
@@ -135,7 +135,7 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     boxes = read_boxes(entries, ids, points, visible, sizes, notes)
     turn_faces(turns, sizes, boxes, points, visible)
     inside = in_pictures(points, visible, sizes)  # now each side is known
-    for i in np.flatnonzero(~inside):  # a wrong size is told as one where the picture is read
+    for i in np.flatnonzero(~inside):  # a wrong size is reported as such when the picture is read
         inside[i] = (seen_size(os.path.join(root, files[i])) or tuple(sizes[i])) != tuple(sizes[i])
     ids, entries, image_ids, files, breeds, sizes, boxes, points, visible = those_inside(
         inside, path, notes, ids, entries, image_ids, files, breeds, sizes, boxes, points, visible)
@@ -156,12 +156,12 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
 
 
 def in_pictures(points: np.ndarray, visible: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which faces (N,) have a labelled landmark in their pictures of `sizes` (N, 1 or 2), to a pixel."""
+    """Which faces (N,) have a labelled landmark in their picture, within a pixel; `sizes` (N, 1 or 2)."""
     return (((points >= -1) & (points <= sizes[:, None] + 1)).all(2) & (visible > 0)).any(1)
 
 
 def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *columns) -> list:
-    """ids and the other columns of the faces inside (N,) alone; the others are counted. UserError if none."""
+    """Keep ids and columns of the faces `inside` (N,), count the rest. Raises UserError if none is left."""
     for annotation in compress(ids, ~inside):
         notes.add("away", f"annotation {annotation}")
     if not inside.any():
@@ -173,7 +173,7 @@ def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *colum
 # ---------------------------------------------------------------- the file and its categories
 
 def read_file(path: Path):
-    """What a JSON file holds; images are a list also where they are {id: name}, as Animal Pose has them."""
+    """The content of a JSON file; images as {id: name} (Animal Pose) become a list. Raises UserError."""
     if path.suffix.lower() in TABLES:
         raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     data = load_json(path)
@@ -200,10 +200,10 @@ def open_coco(path: Path) -> dict:
 
 
 def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple[dict, int]:
-    """The categories that train as {id as text: category}, and their number of landmarks K. Raises UserError.
+    """The categories to train on, {id as text: category}, and their number of landmarks K. Raises UserError.
 
-    Those are categories whose annotations have labelled landmarks, the same ones in all, or the one that is
-    `wanted`. An annotation without category_id gets the id of the one category with landmarks.
+    These are all categories whose annotations have labelled landmarks, if they share the same ones; or only
+    the `wanted` one. An annotation without category_id gets that of the only category with landmarks.
     """
     categories, lengths = {str(identity(c.get("id"))): c for c in data["categories"]}, defaultdict(Counter)
     if any(categories[str(identity(c.get("id")))] != c for c in data["categories"]):
@@ -250,10 +250,10 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
 
 
 def lend_names(categories: dict, number: dict):
-    """Give categories whose annotations have `number` landmarks, but no names, those of the one that fits.
+    """Give categories without landmark names, in place, those of the one category with as many names.
 
-    CVAT writes a skeleton that is grouped with a rectangle under the rectangle's category, Dataloop under its
-    label's; some count category_id from 0 and the categories from 1. In place.
+    number: {category id: its annotations' landmarks}. CVAT files a skeleton grouped with a box under the
+    box's category, Dataloop under its label's; some count category_id from 0, but categories from 1.
     """
     named = defaultdict(dict)
     for category in categories.values():
@@ -270,8 +270,8 @@ def lend_names(categories: dict, number: dict):
 def checked_scheme(category: dict, where: Path | str) -> dict:
     """A COCO category's names, flip_pairs, regions, interocular and skeleton, checked: a dict of plain types.
 
-    Landmark numbers count from 0; the skeleton from 1 as COCO has it, or from 0. Nothing trains on it: one
-    that does not fit is left out. Takes untrusted input. Raises UserError naming `where`.
+    Landmark numbers count from 0; the skeleton's from 1, as in COCO, or from 0. Nothing trains on a skeleton,
+    so one that does not fit is left out. Accepts untrusted input. Raises UserError naming `where`.
     """
     names = category.get("keypoints")
     if not isinstance(names, list) or not 0 < len(names) <= MAX_LANDMARKS or not all(
@@ -307,7 +307,7 @@ def are_indices(value: object, k: int) -> bool:
 
 
 def fitting_lines(lines: object, k: int) -> list | None:
-    """A skeleton's lines from 0, or None where they do not fit k landmarks. It counts from 1, or has a 0."""
+    """A skeleton's lines, zero-based; None if they do not fit k landmarks. Without a 0 it counts from 1."""
     lines = lines or []
     if not isinstance(lines, list) or not all(are_indices(line, k + 1) and len(line) == 2 for line in lines):
         return None
@@ -333,9 +333,9 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
             names = [f"{n}_{next(numbers[n])}" if counts[n] > 1 else n for n in names]
         pairs, flip = category["flip_pairs"], category["flip_idx"]
         if not pairs and are_indices(flip, k) and len(flip) == k and [flip[i] for i in flip] == [*range(k)]:
-            # YOLO's: each one's partner, or itself
+            # YOLO's flip_idx: each landmark's partner, or itself
             pairs = [[i, j] for i, j in enumerate(flip) if i < j]
-        # Made up numbers tell no partners.
+        # The numbers added to equal names say nothing about partners.
         category["flip_pairs"] = read_flip_pairs(pairs, names if pairs else plain, notes)
     category["keypoints"] = names
     if fitting_lines(category["skeleton"], k) is None:
@@ -349,24 +349,24 @@ LETTER = (r"(?<=[a-z])[LR](?![A-Za-z])|(?<=(?<![A-Za-z])[FHB])[LR](?![A-Za-z])"
           r"|(?<![A-Za-z])[lr](?=[fhb](?![A-Za-z]))")
 SIDE = re.compile(rf"(?i:left|right)|(?i:(?<![a-z])[lr]t(?![a-z]))|(?<![A-Za-z])[LRlr](?![a-z])|{LETTER}")
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
-# A side that is surely meant: not in upright, LIP, Rhinarium or the vertebra L1.
+# Matches only what certainly means a side: nothing in upright, LIP, Rhinarium or the vertebra L1.
 SURE_SIDE = re.compile(rf"(?i:(?<![a-z])(?:left|right|[lr](?![a-z0-9])))|(?<=[a-z])(?:Left|Right)|{LETTER}"
                        r"|(?<![A-Za-z])[LRlr](?=[A-Z][a-z])")
 
 
 def is_letter(name: str, names: list) -> bool:
-    """Whether a name is one of the letters A, B, C, ..., of which L and R are no sides."""
+    """Whether a name is a letter in a series such as A, B, C, ..., where L and R mean no sides."""
     return len(name) == 1 and any(len(n) == 1 and n not in "LRlr" for n in names)
 
 
 def is_sided(name: str, names: list) -> bool:
-    """Whether a landmark lies on a side by its name; one between both (mid_left_right) does not."""
+    """Whether a landmark's name puts it on one side; a name with both (mid_left_right) does not."""
     sides = [side[0][0].lower() for side in SURE_SIDE.finditer(name)]
     return sides.count("l") != sides.count("r") and not is_letter(name, names)
 
 
 def has_other_letter(name: str, names: list) -> bool:
-    """Whether another name differs by one l that is an r, or lft that is rgt, as lear and rear do."""
+    """Whether replacing one l by r, or lft by rgt, gives another of the names, as with lear and rear."""
     sides, others = {"l": "r", "lft": "rgt"}, {n.lower() for n in names}
     return not is_letter(name, names) and any(
         name[:m.start()].lower() + sides[m[0].lower()] + name[m.end():].lower() in others
@@ -374,7 +374,7 @@ def has_other_letter(name: str, names: list) -> bool:
 
 
 def named_pairs(names: list) -> list:
-    """[[left, right], ...] of the landmarks whose names differ in their side alone."""
+    """[[left, right], ...] of the landmarks whose names differ only in their side."""
     index, pairs = {name.strip().lower(): i for i, name in enumerate(names)}, []
     for i, name in enumerate(names):
         side = None if is_letter(name, names) else SIDE.search(name)
@@ -385,9 +385,9 @@ def named_pairs(names: list) -> list:
 
 
 def left_first(pair: list, names: list) -> list | None:
-    """[left, right] of two landmarks whose names differ in their side, and perhaps in digits; else None.
+    """[left, right] for two landmarks whose names differ only in side, and perhaps in digits; else None.
 
-    Outlines may be numbered along the face: left_brow_1 is then right_brow_5's partner.
+    Outlines may be numbered across the face: left_brow_1 is then right_brow_5's partner.
     """
     sides = "".join(m[0][0].lower() for m in (SIDE.search(names[i]) for i in pair) if m)
     parts = {re.sub(r"\d", "", SIDE.sub("", names[i])).strip().lower() for i in pair}
@@ -395,9 +395,9 @@ def left_first(pair: list, names: list) -> list | None:
 
 
 def read_flip_pairs(given: object, names: list, notes: Notes):
-    """flip_pairs as they are meant: from 0, and never against left and right in the names.
+    """flip_pairs as they are meant: zero-based, and never contradicting left and right in the names.
 
-    What is no list of pairs of different landmarks comes back as it is, for checked_scheme to refuse.
+    Anything but a list of pairs of different landmarks is returned unchanged, for checked_scheme to refuse.
     """
     named, k = named_pairs(names), len(names)
     sided = {i for pair in named for i in pair}
@@ -445,16 +445,16 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
 
 
 def lopsided(points: np.ndarray, visible: np.ndarray, pairs: list) -> np.ndarray:
-    """The landmarks that, mirrored with their partner or alone, would lie elsewhere: wrong pairs show so.
+    """Landmarks (indices) that mirroring would misplace, alone or with their partner: signs of wrong pairs.
 
-    points (N, K, 2), visible (N, K). The middle of a landmark and its partner lies over a quarter of what
-    parts left from right to the same side, in nine of ten faces or more, and in ten at least.
+    points (N, K, 2), visible (N, K). In nine of ten faces or more, of ten at least, the midpoint of such a
+    landmark and its partner is off centre, to the same side, by over a quarter of the left-right distance.
     """
     (a, b), partner = np.transpose(pairs), np.arange(points.shape[1])
     partner[a], partner[b] = b, a
     places = np.where(visible[..., None] > 0, points, np.nan)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of means of nothing
+        warnings.simplefilter("ignore")  # about means over no values
         across = np.nanmean(places[:, b] - places[:, a], axis=1)[:, None]
         centre = np.nanmean((places[:, a] + places[:, b]) / 2, axis=1)[:, None]
         off = (((places + places[:, partner]) / 2 - centre) * across).sum(2) / (across**2).sum(2)
@@ -494,7 +494,7 @@ def read_images(entries: list, path: Path) -> dict:
         if given.setdefault(key, image) != image:
             raise UserError(f"{where} has the id of another; give each its own")
         if sides == (-1, -1):
-            sides = 0, 0  # VIA's, not known
+            sides = 0, 0  # VIA's way to write that they are unknown
         try:
             size = side_of(sides[0]), side_of(sides[1])
         except (TypeError, ValueError, OverflowError):
@@ -507,12 +507,12 @@ def read_images(entries: list, path: Path) -> dict:
 
 
 def plainly(name: str) -> str:
-    """A name without the differences in which programs write it: case, %20, an accent as two characters."""
+    """A name without differences in spelling between programs: case, %20, an accent as two characters."""
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
 def split_of(words: Iterable) -> str | None:
-    """The split that words of a name tell, the last first: train2017 is of train, images/valid of val."""
+    """The split that a name's words tell, the last word first: train for train2017, val for images/valid."""
     words = [word.lower().rstrip("0123456789") for word in words]
     return next((split[0] for word in words[::-1] for split in SPLITS if word in split), None)
 
@@ -523,14 +523,14 @@ def ends_in(stem: str, name: str) -> bool:
 
 
 def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: Notes) -> str:
-    """The folder, relative to the data root, that names of pictures count from. UserError if a name has two.
+    """The folder, relative to the data root, that picture names start from. UserError if a name has two.
 
-    It is the data root, or the real folder of the annotation file, in the root; where neither holds half of
-    the pictures the one folder of the root that holds most, sought first where the file is, then around it.
-    Of those that hold as many the one counts that is named as the file is (Train_2 for x_Train_2.json, else
-    train2017 for train.json); where they are of another split, one of its own that holds at least half as
-    many. A name has two where two such folders hold its picture, or any two that of a name of several images
-    (`repeated`).
+    It is the data root, or the annotation file's real folder, if that lies in the root. If neither holds half
+    of the pictures, it is the folder below the root that holds most, sought first at the file's folder, then
+    ever further around it. Of folders that hold as many, the one named like the file counts (Train_2 for
+    x_Train_2.json, else train2017 for train.json); if all are of another split than the file, one of its own
+    split that holds at least half as many. A name has two if two such folders hold its picture, or, if
+    several images share the name (`repeated`), if any two do.
     """
     real = os.path.realpath(root)
 
@@ -582,13 +582,13 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
 
 
 def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
-    """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out.
+    """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out of it.
 
-    Names count from the folder that holds them (holding_folder); the \\ of Windows is a /. Where a picture is
-    missing the one counts that is only spelt otherwise (a.JPG, %20, an accent as two characters), or lies in
-    another folder, if no picture of the file is there twice; one that two names can mean is neither's, unless
-    it is in the place of one. A name that leads out of the data root, another machine's or a server's, is the
-    picture that shares the longest end with it. Pictures that are nowhere keep their name.
+    Names start from the folder that holds them (holding_folder); Windows' \\ is read as /. In place of a
+    missing picture, one counts that is only spelt differently (a.JPG, %20, an accent as two characters), or
+    lies in another folder, if none of the file's pictures is there twice. A picture that two names can mean
+    is neither's, unless only one names its folder, too. A name that leads out of the data root (another
+    machine's, a server's) means the picture with the longest common ending. Missing pictures keep their name.
     """
     placed, outside, known, base = {}, {}, defaultdict(list), Path(os.path.abspath(root))
     for name in dict.fromkeys(names):
@@ -639,10 +639,10 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
 
 
 def spelt_otherwise(lost: list, places: Iterable, folder: str, known: dict) -> dict[str, list]:
-    """{picture: the lost places that can mean it, and no other}; one alone where it differs least.
+    """{picture: the lost places that can mean only it}; just one of them if only that names its folder, too.
 
-    known: {a last name, plainly: pictures}. Where no picture of the file's `places` is there twice, a lost
-    one may lie in any folder.
+    known: {file name, as `plainly` has it: pictures}. A lost picture may lie in another folder only if none
+    of the file's `places` has a name that is there twice.
     """
     lone = all(len(known[posixpath.basename(plainly(place))]) < 2 for place in places)
     claims = defaultdict(list)
@@ -660,12 +660,12 @@ def spelt_otherwise(lost: list, places: Iterable, folder: str, known: dict) -> d
 
 
 def shows_upright(data: dict) -> bool:
-    """Whether a COCO file is of a program that shows pictures upright; Label Studio writes stored sizes."""
+    """Whether a COCO file's program shows pictures upright. Label Studio does, but writes stored sizes."""
     return any(program in str(data.get("info")) for program in ("Label Studio", "tools/predict.py"))
 
 
 def may_be_turned(path: Path | str) -> bool:
-    """Whether a PNG has a part that can say how it is turned: Pillow would decode it whole to know."""
+    """Whether a PNG has a chunk that can hold an orientation. To find out, Pillow would decode it whole."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(part := file.read(8)) == 8:
@@ -677,7 +677,7 @@ def may_be_turned(path: Path | str) -> bool:
 
 
 def header(path: Path | str) -> tuple[tuple, int] | None:
-    """A picture's stored size, and EXIF's 2 to 8 if that turns or mirrors it, or 0; None if unreadable."""
+    """A picture's stored (width, height), EXIF orientation 2 to 8, or 0 if upright; None if unreadable."""
     try:
         with Image.open(str(path), formats=FORMATS) as image:
             plain = image.format == "PNG" and not may_be_turned(path)
@@ -696,9 +696,9 @@ def seen_size(path: Path | str) -> tuple | None:
 
 
 def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.ndarray, set]:
-    """The pictures' sizes (N, 2), and names of those whose size the file does not give (0).
+    """The pictures' sizes (N, 2), and the names of those whose size is missing from the file (0).
 
-    Such a size is read from the picture as it is seen. Raises UserError for a picture that cannot be read.
+    A missing size is read from the picture as it is seen. Raises UserError for a picture that cannot be read.
     """
     read = {}
     for name, size in zip(files, sizes, strict=True):
@@ -711,13 +711,13 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.
 
 def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
                  notes: Notes, upright: bool = False, read: Iterable = ()) -> dict[int, int]:
-    """{face: EXIF's 2 to 8} of faces whose landmarks lie on the picture as stored, and not as it is seen.
+    """{face: EXIF orientation, 2 to 8} of faces whose landmarks lie on the picture as stored, not as seen.
 
-    An oblong picture that EXIF turns by a quarter (5 to 8) tells, where the file gives its size as stored.
-    Then its program did not know EXIF, and all pictures that EXIF turns are meant, square and upside down
-    ones too. But if of those oblong ones more landmarks lie outside as stored than as seen, or none does and
-    the program is known for it (`upright`), it showed pictures upright: only the sizes are wrong; they are
-    corrected in place. `read` names pictures whose size the file did not give: there only the landmarks tell.
+    The evidence is oblong pictures that EXIF turns by a quarter (5 to 8) and whose size in the file is the
+    stored one: their program ignored EXIF, so all that EXIF turns are meant, square or upside-down ones too.
+    But if more of their landmarks lie outside as stored than as seen, or as many and the program shows
+    pictures upright (`upright`), only the sizes are wrong; they are corrected in place. For the pictures in
+    `read`, whose size the file did not give, only the landmarks tell.
     """
     def outside(faces, step):
         return sum((points[i][visible[i] > 0] > sizes[i][::step]).sum() for i in faces)
@@ -734,7 +734,7 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
         for i in oblong:
             notes.add("upright", files[i])
             sizes[i] = sizes[i][::-1]
-        # A size as the picture is seen tells of a program that knows EXIF.
+        # A size of the picture as seen shows that the program knows EXIF.
         known = [(size, *headers[name]) for name, size in zip(files, sizes) if name not in read]
         upright |= any(turn > 4 and tuple(size[::-1]) == raw != tuple(size) for size, raw, turn in known)
         undecided = () if oblong or upright else (*turns, *(() if gap else unknown))
@@ -768,10 +768,10 @@ def originals(files: list) -> list[str]:
 
 
 def notes_of(train, val, paths: tuple) -> list[str]:
-    """What there is to say of the Faces to train on and of those beside them (or None), each line once.
+    """The notes on the Faces to train on and on the validation Faces (or None), each line once.
 
-    A picture of both is said, too, and what trains without mirroring. Raises UserError where the landmarks
-    differ.
+    Adds notes on landmarks that no face has, on training without mirroring, and on pictures in both sets.
+    Raises UserError if their categories differ in more than the skeleton.
     """
     notes = train.notes + (val.notes if val else [])
     if never := list(compress(train.scheme.names, ~train.visible.any(0))):
@@ -798,10 +798,10 @@ def shared_pictures(*sets) -> set[str]:
 
 
 def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
-    """The faces' strata: their images' breed, else their category where several train, else how names begin.
+    """The faces' strata: their images' breed, else their category if several train, else how names begin.
 
-    The part of a name before "_" counts, as in n02085620_1073, if all names have one, two pictures or more
-    share it on average, and it is not the same for all. Else there are no strata: all "".
+    The part of a name before the first "_", as in n02085620_1073, counts if all names have one, two pictures
+    or more share it on average, and it is not the same for all. Otherwise there are no strata: all are "".
     """
     if any(breeds) or any(categories):
         return list(breeds if any(breeds) else categories)
@@ -815,7 +815,7 @@ def read_breeds(files: list, breeds: tuple, categories: list) -> list[str]:
 
 def read_annotations(entries: list, images: dict, categories: dict, k: int, path: Path,
                      notes: Notes) -> tuple[tuple, tuple, tuple, np.ndarray]:
-    """The N faces with a labelled landmark: annotations, ids, image ids, (N, K, 3). Raises UserError."""
+    """The N faces with a labelled landmark: entries, ids, image ids, triples (N, K, 3). Raises UserError."""
     rows, ids, shown, written = [], {}, set(), {str(key): key for key in images}
     for number, entry in enumerate(entries):
         key = identity(number if entry.get("id") is None else entry["id"])
@@ -862,7 +862,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         triples = triples.reshape(k, 3)
     except (TypeError, ValueError, OverflowError):
         given = f", not {len(values)}" if isinstance(values, list) and len(values) != 3 * k else ""
-        bare = given and len(values) in (3 * k + 1, 3 * k + 2)  # k is a third of them, without names
+        bare = given and len(values) in (3 * k + 1, 3 * k + 2)  # without names, k is len(values) // 3
         advice = "; if they are x and y alone, write a 2 behind each two" if bare else ""
         raise UserError(f"{where}: keypoints must be {3 * k} numbers{given}: {k} times x, y, v{advice}"
                         ) from None
@@ -896,12 +896,12 @@ def hull_of(points: np.ndarray) -> np.ndarray:
 
 
 def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = False) -> str | None:
-    """Why a box x, y, width, height is none of a face with this hull: "empty", "mismatched"; None if right.
+    """Why x, y, width, height cannot be the box of a face with this hull: "empty", "mismatched", or None.
 
-    A box is right whose IoU with the hull is at least MIN_IOU. As landmarks need not span the face, one is
-    right also that covers COVERED of the hull, however large it is; for that it may grow by TIGHT on each
-    side, because landmarks lie a little outside of tight boxes. Where they are known to span the face
-    (`spans`: more than half of DogFLW's) only the IoU counts.
+    A box is right if its IoU with the hull is at least MIN_IOU. As landmarks need not span the face, a box is
+    also right if it covers COVERED of the hull, however large it is. For this it is first widened by TIGHT on
+    each side, because landmarks may lie slightly outside tight boxes. Where the landmarks are known to span
+    the face (`spans`: more than half of DogFLW's), only the IoU counts.
     """
     if box is None:
         return "empty"
@@ -915,7 +915,7 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
 
 
 def is_stretched(box: np.ndarray, hull: np.ndarray, size: np.ndarray) -> bool:
-    """Whether a box is the hull of the landmarks and of 0, 0, where Supervisely has those not labelled."""
+    """Whether a box is the hull of the landmarks and 0, 0, where Supervisely puts landmarks not labelled."""
     least = np.array([0, 0, *hull[:2] + hull[2:]])
     return hull[:2].max() > 1 and np.abs(box - least).max() <= 1 and (box[2:] < size - 1).any()
 
@@ -923,7 +923,7 @@ def is_stretched(box: np.ndarray, hull: np.ndarray, size: np.ndarray) -> bool:
 def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
     """A face's box x, y, width, height from its hull: TIGHT wider on each side, cut to the picture.
 
-    A single landmark says nothing of the face's size: then it is the whole picture.
+    A single landmark says nothing about the face's size, so its box is the whole picture.
     """
     if hull[2:].max() <= 1:
         return np.array([0, 0, *size], dtype=np.float64)
@@ -936,21 +936,21 @@ def rebuilt_box(hull: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def box_of(value: object) -> np.ndarray | None:
-    """A bbox as an array x, y, width, height with positive sides, or None where it is no such thing."""
+    """A bbox as an array x, y, width, height with positive sides, or None if it is anything else."""
     try:
         box = np.array(value, dtype=np.float64).reshape(4)
     except (TypeError, ValueError, OverflowError):
         return None
-    return box if (np.abs(box) < MAX_NUMBER).all() and (box[2:] > 0).all() else None  # NaN is below nothing
+    return box if (np.abs(box) < MAX_NUMBER).all() and (box[2:] > 0).all() else None  # false for NaN
 
 
 def are_corners(boxes: np.ndarray, hulls: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether a file's boxes (N, 4) are x1, y1, x2, y2.
 
-    They are if nine of ten, read so, lie in their picture and fit their landmarks no worse than as x, y,
-    width, height, and if a tenth, read as that, reach out of their picture by a twentieth of its side and fit
-    worse. Ten or more of DogFLW's boxes were told rightly in each of 900 draws. One right box in 70, drawn at
-    random, fits better as corners by chance; fewer than four must do so by an IoU of 0.2. Of 60,000 none did.
+    They are if nine in ten, read so, lie in their picture and fit their landmarks no worse than as x, y,
+    width, height, and if one in ten, read as the latter, ends over a twentieth of a side outside its picture
+    and fits worse. In each of 900 draws, ten or more of DogFLW's boxes were judged rightly. One right box in
+    70 fits better as corners by chance; fewer than four must do so by an IoU of 0.2: none of 60,000 did.
     """
     least = 0.2 if len(boxes) < 4 else 0
     corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -989,7 +989,7 @@ SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test",)
 
 
 def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
-    """An export's files (train, val), val None if it has no split. Raises UserError saying what was sought.
+    """An export's files (train, val); val is None if it has none. Raises UserError saying what was sought.
 
     ann_root: a file, or a folder with train.json and val.json; train/ and valid/, each with
     _annotations.coco.json (Roboflow), or another single JSON file (FiftyOne, CVAT); names with
@@ -1009,7 +1009,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
 
     def in_folder(*folders):
         files = [p for folder in folders for p in sorted(folder.glob("[!.]*.json"))]
-        return [p for p in files if "keypoint" in p.name] or files  # COCO has instances and captions beside
+        return [p for p in files if "keypoint" in p.name] or files  # COCO also has instances and captions
     files = in_folder(ann_root, ann_root / "annotations")
 
     def hits(word):
@@ -1017,7 +1017,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         short = min((p.stem for p in found), key=len, default="")
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
-    # "training" alone is a file's whole name: training_log.json is none.
+    # "training" counts only as a file's whole name: training_log.json is no annotation file.
     trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")

@@ -28,7 +28,7 @@ def region_colours(scheme) -> dict[int, tuple]:
 
 
 def all_regions(scheme) -> dict[str, list]:
-    """The regions that have landmarks, and as "-" the landmarks of none."""
+    """The regions that have landmarks, and "-" for the landmarks of no region."""
     rest = set(range(len(scheme.names))).difference(*scheme.regions.values())
     return {name: list(index) for name, index in {**scheme.regions, "-": sorted(rest)}.items() if index}
 
@@ -47,8 +47,8 @@ def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.nd
                    truth: np.ndarray | None = None, side: float = 0.0) -> np.ndarray:
     """A copy of an (H, W, 3) uint8 RGB picture with (K, 2) landmarks.
 
-    A colour a region, left filled, right a ring; sizes fit the landmarks' extent, or a face whose box has a
-    `side` of so many pixels. `truth` (K, 2) is drawn as thin white lines from prediction to truth.
+    Each region has a colour; right landmarks are rings, others are filled. Sizes fit the landmarks' extent
+    or, if larger, 0.6 of `side`, the box's in pixels. White lines lead from the points to `truth` (K, 2).
     """
     image = np.ascontiguousarray(image).copy()
     shown = np.flatnonzero(np.isfinite(points).all(1) & (True if visible is None else visible))
@@ -116,7 +116,7 @@ def as_png(figure) -> bytes:
 
 
 def plot_curves(path: Path, runs: dict, metrics: Iterable[str]) -> bool:
-    """Losses and metrics of a run {name: rows} over the epochs, or the first ones of several to compare.
+    """Plot a run's losses and metrics over the epochs; of several runs {name: rows}, the first ones only.
 
     False without matplotlib.
     """
@@ -144,7 +144,7 @@ def plot_curves(path: Path, runs: dict, metrics: Iterable[str]) -> bool:
 
 
 def mean_face(faces) -> np.ndarray:
-    """Every landmark's mean place in sides of the face's box (K, 2), the box's middle at 0; or NaN."""
+    """Every landmark's mean place (K, 2) from the box's middle, in units of its longer side; else NaN."""
     seen, boxes = (faces.visible > 0)[..., None], faces.boxes
     places = (faces.points - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None]) / boxes[:, 2:].max(1)[:, None, None]
     with np.errstate(invalid="ignore"):
@@ -179,11 +179,11 @@ class Log:
             self.board = SummaryWriter(config.work_dir, purge_step=len(rows) + 1)
 
     def begin(self, dataset, settings: dict):
-        """args.json, a new run's train_batch.jpg, and what a kill kept from being written of a run."""
+        """Write args.json, a new run's train_batch.jpg, and, on resuming, what a kill left unwritten."""
         if self.quiet:
             return
         folder, path = self.config.work_dir, self.config.work_dir / "args.json"
-        if self.rows and path.is_file():  # who made the epochs until now
+        if self.rows and path.is_file():  # the versions that made the epochs so far
             with contextlib.suppress(UserError, AttributeError, TypeError):  # it may have been edited
                 before = load_json(path)
                 former = [*before.get("former_versions", []), before.get("versions")]

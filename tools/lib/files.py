@@ -20,23 +20,23 @@ import numpy as np
 
 from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
-TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"  # suffixes of what is hardly JSON
+TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"  # suffixes of files that are hardly JSON
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
-# The files of predict.py and align_faces.py, by which folders that they have made are known.
+# Files by which the output folders of predict.py and align_faces.py are recognised.
 PREDICTIONS, TRANSFORMS = "predictions.json", "transforms.json"
 
 
 def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: str = ""):
     """Write pieces of bytes to a file, which appears under `path` whole or not at all.
 
-    writer: a name for this one, where several may write the file at once.
+    writer: a name for this process, if several may write the file at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name a file: what a kill leaves behind is overwritten by the next try, never piled up.
+    # A fixed name per file: what a killed process leaves is overwritten by the next try and never piles up.
     temporary = path.with_name(f".{path.name[-50:]}{writer}.tmp")  # shorter than any name may be
     try:
-        temporary.unlink(missing_ok=True)  # a link there, in someone's archive, leads to another file
+        temporary.unlink(missing_ok=True)  # a link there, from someone's archive, would lead elsewhere
         with open(temporary, "xb") as f:
             f.writelines(parts)
             f.flush()
@@ -49,7 +49,7 @@ def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: 
 
 
 def put_in_place(temporary: Path, path: Path):
-    """os.replace. On Windows a file that another program has open (a table, say) is tried for a while."""
+    """os.replace; on Windows, tried for a while if another program has the file (a table, say) open."""
     for wait in (0.1, 0.5, 2.0, None) if os.name == "nt" else (None,):
         try:
             return os.replace(temporary, path)
@@ -60,16 +60,16 @@ def put_in_place(temporary: Path, path: Path):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is empty but for a lock, or not there."""
+    """Whether a folder is missing, or empty except for a lock."""
     return not folder.exists() or folder.is_dir() and all(p.name == ".lock" for p in folder.iterdir())
 
 
 @contextlib.contextmanager
 def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
-    """The folder of --out, this process's alone meanwhile; by default `name`, or the free one of name_2, ...
+    """The folder of --out, locked for this process; by default `name`, or the first free one of name_2, ...
 
-    Raises UserError as `check_free` does, and where another process is writing. A new one that stays empty
-    is removed.
+    Raises UserError as `check_free` does, or if another process is writing there. A new folder that stays
+    empty is removed.
     """
     names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
     with contextlib.ExitStack() as stack:
@@ -78,7 +78,7 @@ def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
             try:
                 check_free("--out", folder, force)
                 stack.enter_context(file_lock(folder / ".lock", busy))
-                check_free("--out", folder, force)  # one that wrote there may just have ended
+                check_free("--out", folder, force)  # another run may just have ended there
                 break
             except (UserError, OSError) as e:  # PermissionError: it is another user's
                 stack.close()
@@ -96,9 +96,9 @@ def output_folder(given: Path | None, name: str, force: bool) -> Iterator[Path]:
 
 
 def check_free(flag: str, folder: Path, force: bool, way: str = "write into it with --force"):
-    """Raises UserError for an output folder that is a file, or that holds something, unless `force`.
+    """Raises UserError if an output folder is a file, or, without `force`, if it is not empty.
 
-    way: how to use a folder that holds something all the same.
+    way: the message's advice on how to use the folder all the same.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {folder}: is a file; name a folder")
@@ -108,7 +108,7 @@ def check_free(flag: str, folder: Path, force: bool, way: str = "write into it w
 
 @contextlib.contextmanager
 def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a file's lock, which ends with the process. Where another has it: wait, or UserError(busy)."""
+    """Hold a file's lock, at most until the process ends. If it is taken, wait, or raise UserError(busy)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:  # "w" would empty what a link leads to
         try:
@@ -152,7 +152,7 @@ def load_json(path: Path | str):
 
 
 def picture_path(root: Path | str, name: str, where: str = "") -> Path:
-    """The path of a picture that a file names, which must lie in the data root. Raises UserError."""
+    """The path of a picture named in a file. Raises UserError if it leaves the data root or is no text."""
     if not is_text(name):
         raise UserError(f"{where}file_name {name!r} holds characters that are no text; rename the picture")
     try:
@@ -161,7 +161,7 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
         raise UserError(f"{where}file_name {name!a} does not exist in this system's encoding; set "
                         "PYTHONUTF8=1") from None
     path = Path(root, name)
-    # The names of other systems too: a file written on Windows must not mean another place there than here.
+    # Other systems' absolute names count, too: a file must not mean one place here and another on Windows.
     if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative "
                         "to it")
@@ -172,18 +172,18 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
 
 
 class RecordFile:
-    """Byte arrays one after the other in a file that is made once and then read: `records[i]` is number i.
+    """Byte arrays, one after the other, in a file that is made once and then read: `records[i]` is number i.
 
-    lengths: their sizes in bytes. make: called where the file is not whole; yields them in order. Another
-    process that makes the same file is waited for.
+    lengths: their sizes in bytes. make: called if the file is missing or incomplete; yields the arrays in
+    order. If another process is making the same file, waits for it. Raises UserError if the file is cut off.
     """
 
     def __init__(self, path: Path | str, lengths: list, make: Callable):
         self.path, self.offsets = Path(path), np.cumsum([0, *lengths], dtype=np.int64)
         if not self._is_whole():
-            with file_lock(self.path.with_suffix(".lock")):  # each its own: another user's may not be opened
+            with file_lock(self.path.with_suffix(".lock")):  # one per file: another user's might not open
                 if not self._is_whole():
-                    # Locks of some shared disks end at the machine; some have none.
+                    # On some shared disks, locks do not reach other machines; some have none.
                     writer = f".{platform.node()[:50]}.{place_in_job()[0]}"
                     atomic_write(self.path, (record.tobytes() for record in make()), writer)
 
@@ -203,7 +203,7 @@ class RecordFile:
 
 
 def in_threads(function: Callable, count: int, title: str) -> Iterator:
-    """function(0), function(1), ... in order, made by as many threads as there are cores, with a bar."""
+    """Yield function(0), function(1), ... in order, run by as many threads as cores, with a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, title) as progress:
         done = 0
         for start in range(0, count, 256):  # in chunks, so that finished ones do not pile up
@@ -214,7 +214,7 @@ def in_threads(function: Callable, count: int, title: str) -> Iterator:
 
 
 def one_ahead(function: Callable, items: Iterable) -> Iterator:
-    """function(item) for every item, each result made by a thread while the one before is in use."""
+    """Yield function(item) for every item; a thread makes each result while the previous one is in use."""
     with ThreadPoolExecutor(1) as thread:
         results = (thread.submit(function, item) for item in items)
         ahead = next(results, None)
@@ -251,10 +251,10 @@ def data_root(given: Path | str | None, flag: str = "--data-root") -> Path:
 def find_dogflw(*folders) -> Path | None:
     """The folder that holds train/images, at or below `folders`, or None.
 
-    Looked for by default in kagglehub's cache (newest version first), and where Kaggle and Colab put it.
+    The default is kagglehub's cache (newest version first), then where Kaggle and Colab put the data.
     """
     if not folders:
-        # Unlike Path.home, it knows what to do without a home.
+        # Unlike Path.home, expanduser does not fail without a home.
         cache = Path(os.environ.get("KAGGLEHUB_CACHE") or os.path.expanduser("~/.cache/kagglehub"))
         kept = cache / "datasets/georgemartvel/dogflw/versions"
         versions = kept.glob("*") if os.access(kept, os.R_OK) else ()
@@ -265,7 +265,7 @@ def find_dogflw(*folders) -> Path | None:
 
 
 def make_sample(data_root: Path, ann_root: Path):
-    """Draw and convert the sample data set where it is missing. Raises UserError where a tool fails."""
+    """Draw and convert the sample data set if missing. UserError if a folder is wrong or a tool fails."""
     ours = [path.is_relative_to(ROOT / "data/sample") for path in (data_root, ann_root)]
     if ours[0] != ours[1]:
         raise UserError("--sample: --data-root and --ann-root belong together; give both, or neither")
@@ -283,7 +283,7 @@ def make_sample(data_root: Path, ann_root: Path):
 
 
 def run_directory(work_dir: Path, resume: bool) -> contextlib.AbstractContextManager:
-    """The lock on a run's folder: empty, or one to resume, and no other process's. Raises UserError."""
+    """A context that locks a run's folder. UserError if it is in use or, without `resume`, not empty."""
     if place_in_job()[0] > 0:
         return contextlib.nullcontext()
     check_free("--work-dir", work_dir, resume, "go on with --resume")

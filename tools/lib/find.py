@@ -17,30 +17,30 @@ from tools.lib.windows import whole_box
 
 BUNDLED = ROOT / "work_dirs/pretrained/best_model.pth"  # the bundled model
 
-# Of a face's score, below. From 0.5 to 0.63 it makes no difference on 170 held-out faces: 166 are found, and
-# one finding lies beside them.
+# Least score of a face (Look.score). Any value from 0.5 to 0.63 gives the same on 170 held-out faces: 166 are
+# found, and one detection lies beside them.
 MIN_SCORE = 0.57
-FAINT = 0.15  # what scores less is dropped before its next look already
+FAINT = 0.15  # what scores less is dropped even before its next look
 # Box = landmarks' hull + 20 % on each side. DogFLW's boxes have 10 %, but predicted landmarks reach less far
-# than true ones, and a box that is too small loses hanging ears for good, while one too large mends itself at
-# the next look. The last look is as tight as DogFLW's boxes (TIGHT): on held-out faces its error is 1.00
-# times that in the true boxes, and 1.05 times with 20 %.
+# than true ones. A box that is too small loses hanging ears for good, while one too large is corrected
+# by the next look. The last look is as tight as DogFLW's boxes (TIGHT): on held-out faces its error is 1.00
+# times that in the true boxes; with 20 % it would be 1.05 times.
 MARGIN = 0.2
-# The squares looked at first: sides as parts of the picture's longer side, each overlapping the next by half.
-# A locator was trained on faces from a quarter of a window to all of it, so it needs fewer.
+# Sides of the first search squares, as fractions of the picture's longer side; neighbours overlap by half.
+# A locator was trained on faces that fill from a quarter to all of a window, so it needs fewer sizes.
 FACE_SIDES, LOCATOR_SIDES = (3 / 4, 1 / 2, 1 / 3, 1 / 4), (3 / 4, 1 / 2, 1 / 4)
 CLOSER = 2.0  # side of the locator's closer look / the longer side of the landmarks' hull
-# IoU of the second look's box and the one its landmarks give: a face reproduces its box, background drifts.
+# Least IoU of the second look's box with its landmarks' box: a face reproduces its box, background drifts.
 STABLE = 0.5
-SAME = 0.7  # IoU of two findings from which on they are one at first; which of them is the face shows later
-# Of the smaller box: at last two findings with more are one face; IoU would keep an eye inside a face.
+SAME = 0.7  # detections with a higher IoU are one at the first look; OVERLAP decides at the second
+# Two detections that share more of the smaller box are one face; IoU would keep an eye inside a face.
 OVERLAP = 0.5
 
 
 def checkpoint_file(given: Path | str | None) -> Path:
-    """A checkpoint's path: of a run's folder its best_model.pth; of None the bundled model.
+    """A checkpoint's path: for a run's folder its best_model.pth, for None the bundled model.
 
-    Raises UserError where there is none.
+    Raises UserError if a folder has no best_model.pth, or this copy no bundled model.
     """
     path = BUNDLED if given is None else Path(given)
     if path == BUNDLED and not path.is_file():
@@ -56,15 +56,15 @@ def checkpoint_file(given: Path | str | None) -> Path:
 # ---------------------------------------------------------------- the looks' boxes
 
 def closer_square(box: np.ndarray) -> np.ndarray:
-    """The square (4,) in which the locator looks closer at what it saw in a box of `hull_boxes`."""
+    """The square (4,) for the locator's closer look at a face, from its box (4,) with MARGIN."""
     side = max(box[2:]) / (1 + 2 * MARGIN) * CLOSER
     return np.array([*(box[:2] + box[2:] / 2 - side / 2), side, side])
 
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, nested: bool = True) -> np.ndarray:
-    """Non-maximum suppression: indices of the best-scored boxes, none of which are one face.
+    """Non-maximum suppression: indices of the best-scoring boxes, no two of which show the same face.
 
-    That is: with `nested`, share more than OVERLAP of the smaller; else have an IoU of more than SAME.
+    Those that do share more than OVERLAP of the smaller one (`nested`), or have an IoU above SAME (else).
     """
     if nested:
         area, limit = boxes[:, 2:].prod(1), OVERLAP
@@ -83,7 +83,7 @@ def search_squares(image: np.ndarray, sides: tuple) -> np.ndarray:
     height, width = image.shape[:2]
 
     def starts(length: int, side: float) -> list | np.ndarray:
-        """Where the squares begin along a side of the picture; a larger one lies around its middle."""
+        """Where squares start along a side of the picture; one larger than the side is centred on it."""
         if length <= side:
             return [(length - side) / 2]
         return np.linspace(0, length - side, math.ceil(2 * (length - side) / side) + 1)
@@ -98,29 +98,29 @@ def search_squares(image: np.ndarray, sides: tuple) -> np.ndarray:
 @dataclass
 class Look:
     """What a network saw in a box of a picture."""
-    picture: int  # which of the pictures
-    box: np.ndarray  # (4,) that was looked at
+    picture: int  # index of the picture
+    box: np.ndarray  # (4,), the box that was looked at
     points: np.ndarray  # (K, 2) in the picture
-    scores: np.ndarray  # (K,) of 0..1, probabilities of being about right
-    network: object  # that looked
+    scores: np.ndarray  # (K,) in 0..1, probabilities that the points are about right
+    network: object  # the network that looked
     located: float | None = None  # the score of the locator's closer look, where it found the box
 
     @cached_property
     def score(self) -> float:
         """The mean m of the landmarks' scores; where a locator found the box, (m * m * located) ** (1 / 3).
 
-        The locator knows what is no face, which the face model never saw, and the face model has more pixels.
+        The locator has learnt what is no face, which the face model never saw; that model sees more pixels.
         """
         mean = float(self.scores.mean())
         return mean if self.located is None else (mean**2 * self.located) ** (1 / 3)
 
     def around(self, margin: float) -> np.ndarray:
-        """The box (4,) that the landmarks give."""
+        """The box (4,) around the landmarks, wider by `margin` (box_around)."""
         return box_around(self.points, self.box, margin, self.network.room)
 
     @cached_property
     def next_box(self) -> np.ndarray:
-        """That box as the next look needs it: roomier than a face's own."""
+        """The box (4,) for the next look, with MARGIN: roomier than a face's own."""
         return self.around(MARGIN)
 
     def upright(self, margin: float) -> tuple[np.ndarray, float]:
@@ -134,7 +134,7 @@ class Look:
         return float(overlaps(self.box[None], self.next_box[None])[0, 0])
 
     def as_face(self, box: np.ndarray) -> dict:
-        """What a Predictor returns of it."""
+        """The dict that a Predictor returns for this face."""
         return {"box": box, "points": self.points, "scores": self.scores, "score": self.score,
                 "located": self.located}
 
@@ -149,8 +149,8 @@ def as_result(face: dict, **picture) -> dict:
 class Predictor:
     """Landmarks of the faces in a picture; made by `load_predictor`.
 
-    face, locator: what has look([(image, box, turn), ...], flip) -> points (N, K, 2), scores (N, K), and
-    `whole`, `scheme`, `room` (of room_of).
+    face, locator: objects with look([(image, box, turn), ...], flip) -> points (N, K, 2), scores (N, K), and
+    with `whole`, `scheme` and `room` (from room_of).
     """
 
     def __init__(self, face, locator=None):
@@ -158,11 +158,11 @@ class Predictor:
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray | list | None = None,
                  min_score: float = MIN_SCORE) -> list[dict]:
-        """One RGB picture (H, W, 3) uint8 -> a list of faces, best first where they were found.
+        """One RGB picture (H, W, 3) uint8 -> a list of faces, best first if they were searched for.
 
-        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) of 0..1, "score",
-        "located": Look's}. With boxes (N, 4) exactly these are looked at; without, faces are found, and those
-        with a score below min_score are left out. Raises UserError for what is no picture or no box.
+        A face is {"box": (4,) x y w h, "points": (K, 2) x y in the picture, "scores": (K,) in 0..1, "score",
+        "located": as in Look}. With boxes (N, 4), exactly these are looked at; without, faces are searched
+        for, and those that score below min_score left out. Raises UserError for an invalid picture or box.
         """
         return self.many([image], [boxes], min_score)[0]
 
@@ -186,7 +186,7 @@ class Predictor:
         return faces
 
     def follow(self, image: np.ndarray, faces: list[dict]) -> list[dict]:
-        """The faces of the frame before in the next one, in their order, each looked at upright."""
+        """The previous frame's faces in the next frame `image`, in the same order, each looked at upright."""
         pairs, room = self.scheme.flip_pairs, self.face.room
         boxes = [(0, *upright(f["points"], pairs, f["box"], MARGIN, room)) for f in faces]
         looks = see(self.face, [image], boxes)
@@ -195,13 +195,13 @@ class Predictor:
         return [look.as_face(look.around(TIGHT)) for look in looks]
 
     def _find(self, images: list, sought: list[int], min_score: float) -> list[Look]:
-        """Look at windows, then with the face model at the boxes of what was found: Looks, the best first.
+        """Search windows, then look with the face model at what was found: Looks, the best first.
 
-        A locator looks at each finding again, upright and in a square that it half fills, before the face
-        model does. A part of a face can score higher than all of it, so what overlaps is kept until the face
-        model has looked; then the box that best reproduces itself stays, the larger of similar ones, and what
-        is not stable is no face. What stays is looked at once more in the box of its own landmarks, upright
-        and mirrored too: the first box may have cut off an ear.
+        A locator, if there is one, first looks at each detection again, upright, in a square that it half
+        fills. A part of a face can score higher than the whole, so overlapping detections are kept until the
+        face model has looked. Then the box that best reproduces itself stays, and the larger of similar ones;
+        what is not stable is no face. What stays is looked at once more, in the box of its own landmarks,
+        upright, and mirrored too: the first box may have cut off an ear.
         """
         network, sides = (self.locator, LOCATOR_SIDES) if self.locator else (self.face, FACE_SIDES)
         faint = min(FAINT, min_score)
@@ -211,7 +211,7 @@ class Predictor:
             turned = [(look.picture, *look.upright(MARGIN)) for look in found]
             closer = [(i, closer_square(box), turn) for i, box, turn in turned]
             found = [look for look in see(network, images, closer, flip=False) if look.score >= faint]
-            if self.locator.scheme.names != self.face.scheme.names:  # and so other boxes: a look between
+            if self.locator.scheme.names != self.face.scheme.names:  # so other boxes: one look between
                 boxes = [(look.picture, look.next_box) for look in found]
                 found = self._again(images, found, boxes, flip=False)
         boxes = [(look.picture, look.next_box) for look in found]
@@ -223,7 +223,7 @@ class Predictor:
         return sorted(faces, key=lambda look: -look.score)
 
     def _again(self, images: list, looks: list[Look], boxes: list, flip: bool = True) -> list[Look]:
-        """The face model's looks at what other looks have found."""
+        """The face model's looks at `boxes`, one for each of `looks`, whose locator scores they take over."""
         again = see(self.face, images, boxes, flip)
         for look, before in zip(again, looks, strict=True):
             look.located = before.score if self.locator and before.located is None else before.located
@@ -231,9 +231,9 @@ class Predictor:
 
 
 def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndarray:
-    """The boxes (N, 4), float64; of None there are none.
+    """The boxes as (N, 4) float64; (0, 4) for None.
 
-    Raises UserError for what is no RGB picture (H, W, 3) uint8, or for boxes without a size.
+    Raises UserError if `image` is no RGB picture (H, W, 3) uint8, or a box has no size or lies outside it.
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
             and image.size):
@@ -242,9 +242,9 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
     try:
         sides = np.asarray([] if boxes is None else boxes, dtype=float)
         sides = sides.reshape(-1, 4) if sides.ndim < 3 and sides.shape[-1] in (0, 4) else np.zeros((1, 4))
-    except (TypeError, ValueError, IndexError, RuntimeError):  # the last: of a tensor with a gradient
+    except (TypeError, ValueError, IndexError, RuntimeError):  # the last: a tensor that requires grad
         sides = np.zeros((1, 4))
-    if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # NaN is below nothing
+    if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # false for NaN
         raise UserError("boxes must be numbers (N, 4): x, y, width, height with positive sides, not "
                         f"{single_line(str(boxes))}")
     if not intersections(sides, whole_box(image.shape[1::-1])[None]).all():
@@ -255,7 +255,7 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
 
 
 def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
-    """Look at boxes [(picture, box), ...] in full batches: a list of Looks. A third value turns the crop."""
+    """Looks, in full batches, at boxes [(picture's index, box[, turn of the crop in degrees]), ...]."""
     if not boxes:
         return []
     points, scores = network.look([(images[i], *box) for i, *box in boxes], flip)
@@ -265,8 +265,8 @@ def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
 def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:
     """The looks that score `faint` or more, without those that show the same face as a better one.
 
-    Better is a larger score, and the larger of similar ones; at the second look (`again`) also the more
-    stable one, and of nested faces only one stays.
+    Looks are ranked by score times the root of their size, at the second look (`again`) also times their
+    stability; then, of nested boxes, only one stays.
     """
     found = []
     for picture in dict.fromkeys(look.picture for look in looks):
@@ -282,12 +282,12 @@ def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:
 def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None,
                  locator: Path | str | bool | None = None, device: str = "auto",
                  batch_size: int = 32) -> Predictor:
-    """A Predictor from a face checkpoint; None is the bundled one.
+    """A Predictor from a face checkpoint, or from the bundled one for None. Raises UserError.
 
-    open_checkpoint(path, device, batch_size) opens one.
-    locator: a checkpoint trained with `--crop image`; None takes locator.pth beside the checkpoint, or
-    ../locator/best_model.pth of a neighbouring run, or for the same landmarks the bundled one; False does
-    without.
+    open_checkpoint(path, device, batch_size) opens a checkpoint.
+    locator: a checkpoint trained with `--crop image`. None (or True) takes locator.pth beside the checkpoint,
+    else ../locator/best_model.pth of a neighbouring run, else the bundled one if its landmarks are the same.
+    False uses no locator.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")

@@ -1,22 +1,22 @@
-"""The kind of an ear and the pose of a face, decided from the true landmarks alone.
+"""The kind of an ear and the pose of a face, decided only from the true landmarks.
 
-The frame of a face is its eyes: "along" is the line from one interocular landmark to the other, "up" is
-square to it, away from the nose. So a tilted head changes nothing. The thresholds were chosen by looking at
-faces of DogFLW's train split (3,408 faces, 6,816 ears), and lie where few ears do.
+The eyes set the frame of a face: "along" is the line from one interocular landmark to the other, "up" is
+perpendicular to it, away from the nose, so tilting the head changes nothing. The thresholds were chosen by
+looking at faces of DogFLW's train split (3,408 faces, 6,816 ears), and lie where few ears do.
 """
 import numpy as np
 
-# An ear's heights are measured from the middle of its base, in parts of the ear: the distance from there to
-# its farthest landmark. Four fifths of the ears have a tip above 0.8 or below -0.8.
-ERECT_TIP, ERECT_FALL = 0.5, 0.25  # the tip is at least so high, and less than so far below the highest point
-HANGING_TIP, HANGING_PEAK = -0.25, 0.25  # the tip is lower, and no point is so high
-# The nose's distance from the middle of the eyes, along them, in distances of the eyes. From 0.25 on a face
-# is visibly turned (13 % of the faces); it is 0.09 in the median face.
+# Heights in an ear are measured from the middle of its base, in units of the distance from there to the
+# ear's farthest landmark. Four fifths of the ears have a tip above 0.8 or below -0.8.
+ERECT_TIP, ERECT_FALL = 0.5, 0.25  # the tip is this high at least, and less than this below the highest point
+HANGING_TIP, HANGING_PEAK = -0.25, 0.25  # the tip is lower than this, and no point is this high
+# The nose's offset from the eyes' midpoint, along their line, in units of the distance between them. From
+# 0.25 on, a face is visibly turned (13 % of the faces); in the median face the offset is 0.09.
 TURNED = 0.25
 
 
 def face_frame(faces) -> tuple[np.ndarray, np.ndarray]:
-    """Every face's direction up (N, 2), its nose's offset in distances of the eyes (N,); NaN if unknown."""
+    """Every face's unit vector up (N, 2), and its nose's offset in eye distances (N,); NaN if unknown."""
     nose = faces.scheme.regions.get("nose", [])
     if not faces.scheme.interocular or not nose:
         return np.full((len(faces), 2), np.nan), np.full(len(faces), np.nan)

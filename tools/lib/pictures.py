@@ -1,4 +1,4 @@
-"""Pictures of every kind: what a file is by its first bytes, and its pixels as one sees them."""
+"""Pictures of every kind: a file's format by its first bytes, and its pixels as they are seen."""
 import math
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, features
 
 from tools.lib.cli import UserError
 
-# Named, because Pillow also knows formats that are programs (EPS runs Ghostscript), and goes by content.
+# Listed because Pillow goes by content and also opens formats that are programs (EPS runs Ghostscript).
 # AVIF comes with Pillow 11.3.
 AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif") else ()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
@@ -32,7 +32,7 @@ UNREAD = {
     "PDF": "export its pages as PNG",
     "raw camera": "develop it to JPEG first",
 }
-# Where a file holds what, and what it is then; the first that fits counts.
+# Offset in a file, the bytes there, and the format that they mean; the first match counts.
 HEADS = [
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
     (8, b"CR\x02\x00", "raw camera"), (0, b"FUJIFILMCCD-RAW", "raw camera"), (0, b"IIU\x00", "raw camera"),
@@ -95,9 +95,9 @@ def read_image(path: Path | str) -> np.ndarray:
 def read_picture(path: Path | str, at_most: float = math.inf) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a picture: ((h, w, 3) uint8 RGB, its own (width, height)). Raises UserError naming it.
 
-    Upright by its EXIF tag; of an animation the first frame; what is transparent shows GREY. Values of more
-    than 8 bits come as `to_8_bits` says. A picture of more than `at_most` pixels is returned smaller: a JPEG
-    is decoded at a half, a quarter or an eighth at once, so that memory stays bounded; others are decoded
+    It is turned upright by its EXIF tag. An animation gives its first frame; transparent pixels show GREY.
+    `to_8_bits` maps values of more bits. A picture of more than `at_most` pixels is returned smaller: a JPEG
+    is decoded right away at a half, a quarter or an eighth, so that memory stays bounded; others are decoded
     whole first, and refused where Pillow takes them for a decompression bomb (179 megapixels).
     """
     try:
@@ -135,8 +135,8 @@ def can_read(kind: str) -> bool:
 
 
 def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int]]:
-    """`read_picture` without its words for what goes wrong."""
-    with open(path, "rb") as file:  # by its name Pillow would map a TIFF into memory, and turn it wrongly
+    """`read_picture` without its error messages."""
+    with open(path, "rb") as file:  # given a name, Pillow would map a TIFF into memory and turn it wrongly
         image = open_picture(path, file, at_most)
         colours_of_16_bits, own = ";16" in str(getattr(image, "tile", "")), None
         if math.prod(image.size) > at_most and isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -167,7 +167,7 @@ def orientation(image: Image.Image) -> int:
     """EXIF's tag of that name, 1 to 8 as a rule; 1 where there is none, or EXIF is damaged."""
     try:
         return image.getexif().get(0x112, 1)
-    except Exception:  # Pillow's parsers raise nearly anything; the pixels may be well
+    except Exception:  # Pillow's parsers raise nearly anything; the pixels may be intact
         return 1
 
 
@@ -216,7 +216,7 @@ def check_tiff(file: BinaryIO):
 
 
 def decode_deep(path: Path | str) -> np.ndarray:
-    """A picture whose upper 8 bits alone Pillow would keep: (H, W) or (H, W, 3 or 4) uint8."""
+    """A picture of which Pillow would keep only the upper 8 bits: (H, W) or (H, W, 3 or 4) uint8."""
     values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise ValueError("damaged, or a kind that OpenCV does not know")
@@ -232,8 +232,8 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
 
     A file says how many bits hold a value, not how many of them the camera used. So the largest value
     decides: the whole range is the least power of two with an even exponent that holds it, 2^8, 2^10, 2^12,
-    2^14, 2^16 or more, and is mapped to 0..255. Floats up to 1 are fractions of it. Negative values and NaN
-    are black.
+    2^14, 2^16 or more, and is mapped to 0..255. Floats that do not exceed 1 count as fractions. Negative,
+    NaN and infinite values are black.
     """
     values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
     top = values.max(initial=0)

@@ -31,13 +31,13 @@ WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), o
 
 
 def choose_device(name: str, training: bool = False) -> torch.device:
-    """torch.device for --device; auto is cuda, mps or cpu, in this order. Raises UserError where it fails.
+    """torch.device for --device; auto is the first available of cuda, mps, cpu. Raises UserError if it fails.
 
-    An NVIDIA GPU that this PyTorch cannot use is an error for `training`, which would take days on the CPU;
-    else a note.
+    With auto, an NVIDIA GPU that this PyTorch cannot use is an error for `training`, which would take days on
+    the CPU; otherwise a note is printed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's own, of drivers and old GPUs: what they mean is said here
+        warnings.simplefilter("ignore")  # PyTorch's about drivers and old GPUs: the errors below explain them
         if name == "auto":
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -64,9 +64,9 @@ def choose_device(name: str, training: bool = False) -> torch.device:
 
 
 def nvidia_gpu_here() -> bool:
-    """Whether there is an NVIDIA GPU that may be used: by a device file, nvidia-smi, or CUDA's complaint.
+    """Whether this process was given an NVIDIA GPU, by a device file, nvidia-smi or CUDA's error message.
 
-    Not by /proc/driver/nvidia: a container that was given no GPU shows its host's.
+    /proc/driver/nvidia would not do: in a container that was given no GPU it shows the host's.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "x") in ("", "-1"):
         return False
@@ -92,7 +92,7 @@ def why_no_cuda() -> str:
 
 
 def choose_amp(device: torch.device, wanted: bool = True) -> torch.dtype | None:
-    """bfloat16 where the device computes in it, float16 where its tensor cores know that alone, else None."""
+    """bfloat16 if the device computes in it, float16 if its tensor cores support only that, else None."""
     if not wanted or device.type == "mps":
         return None
     if device.type == "cuda":
@@ -110,18 +110,18 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.Abstra
 
 
 def prepare(device: torch.device):
-    """Settings of the process that make steps on this device fast."""
+    """Set up this process so that steps on the device are fast."""
     cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
     if device.type == "cpu" and sys.platform == "linux":
-        # glibc hands every large tensor back to the system when it is freed; on the CPU getting the pages
-        # again costs a third of a step. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
+        # glibc returns a large tensor's memory to the system when it is freed; getting the pages again costs
+        # a third of a step on the CPU. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32 where a tensor is not in 16 bits
+    torch.set_float32_matmul_precision("high")  # TF32 for float32 matrix products
 
 
 # ---------------------------------------------------------------- one process or many
@@ -129,7 +129,7 @@ def prepare(device: torch.device):
 class Processes:
     """The processes of a job as torchrun starts them. With one process nothing is exchanged.
 
-    Use as a context: the process group is closed at its end.
+    Use as a context manager: the process group is closed at its end, unless an error ends it.
     """
 
     def __init__(self, device_name: str = "auto", training: bool = True):
@@ -147,8 +147,8 @@ class Processes:
 
     def __exit__(self, kind: type | None, *_):
         if self.world > 1 and kind is None:
-            # DistributedDataParallel refers to itself and to the group. Left to the interpreter's end, a
-            # thread of gloo that then drops the last broadcast's tensor would abort the process.
+            # DistributedDataParallel is a reference cycle that holds the group. If it were left to exit, a
+            # gloo thread that then frees the last broadcast's tensor would abort the process.
             gc.collect()
             dist.destroy_process_group()
 
@@ -157,11 +157,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def say(self, *text):
-        """Print, in the first process alone."""
+        """Print, in the first process only."""
         if self.first:
             print(*text, flush=True)
 
@@ -172,22 +172,22 @@ class Processes:
         wrapped = nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # `average_buffers` does better, once, where they are used
+        wrapped.broadcast_buffers = False  # `average_buffers` averages them instead, before their use
         return wrapped
 
     def without_sync(self, model: nn.Module, left: int) -> contextlib.AbstractContextManager:
-        """The context of a micro-batch whose gradients only add up, where another one follows."""
+        """The context of a micro-batch: if others are `left`, its gradients add up without an exchange."""
         return model.no_sync() if left and self.world > 1 else contextlib.nullcontext()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor's sum over the processes, on their device; of one process the tensor itself."""
+        """A tensor's sum over the processes, on their device; with one process the tensor itself."""
         if self.world > 1:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
 
     def average_buffers(self, *models: nn.Module):
-        """Make the processes' batch norm statistics their mean: each saw other faces. One call for all."""
+        """Average batch norm statistics over the processes, which saw different faces, in one exchange."""
         buffers = [b for model in models for name, b in model.named_buffers() if ".running_" in name]
         if buffers and self.world > 1:
             flat = self.sum(torch.cat([b.flatten() for b in buffers])) / self.world
@@ -195,7 +195,7 @@ class Processes:
                 buffer.copy_(mean.view_as(buffer))
 
     def from_first(self, make: Callable):
-        """What make() returns in the first process, for all: nodes may not share a disk."""
+        """What make() returns in the first process, sent to all, because nodes may not share a disk."""
         box = [make() if self.first else None]
         if self.world > 1:
             dist.broadcast_object_list(box, 0, device=self.device)
@@ -205,7 +205,7 @@ class Processes:
 # ---------------------------------------------------------------- what settings ask for
 
 def contradictions(config) -> list[str]:
-    """What a run's settings ask for that cannot be together: one text each."""
+    """The contradictions in a run's settings: one message each."""
     losses = {flag_of(name): value for name, value in vars(config).items() if name.endswith("_weight")}
     resumed = config.resume and (config.work_dir / "last.pth").exists()
     locator = config.crop == "image" and config.empty and config.kl_weight
@@ -220,7 +220,7 @@ def contradictions(config) -> list[str]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Without the count of batches, which only a momentum of None reads: one kernel less per layer."""
+    """BatchNorm2d without its batch counter, which only a momentum of None needs: a kernel less per layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
@@ -238,13 +238,13 @@ def for_training(model: nn.Module, config, plan, processes: Processes, amp: torc
     elif config.compile:
         model = torch.compile(model, dynamic=False)
     if processes.device.type == "cuda":
-        # Launches of a small batch would limit. Twice a step's faces need no more memory: no gradients.
+        # Small batches are bound by kernel launches. Without gradients, twice the faces need no more memory.
         processes.predict_batch = min(64, 2 * plan.batch_size // (processes.world * config.accumulate))
     return processes.wrap(model)
 
 
 class Graphed(nn.Module):
-    """A model whose training passes are replayed as CUDA graphs; other shapes, and eval mode, go through it.
+    """A model whose training passes are replayed as CUDA graphs; other shapes, and eval mode, run normally.
 
     captured: {shape of a batch: function}.
     """
@@ -259,7 +259,7 @@ class Graphed(nn.Module):
 
 
 class WithAutocast(nn.Module):
-    """A model and its autocast in one pass: so backward is captured outside of autocast, as a step has it."""
+    """A model with autocast inside its forward pass, so that backward is captured outside autocast."""
 
     def __init__(self, model: nn.Module, device: torch.device, amp: torch.dtype | None):
         super().__init__()
@@ -276,15 +276,15 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
             say: Callable) -> nn.Module:
     """Capture training passes of `faces` crops of each of `sizes` pixels: two launches instead of thousands.
 
-    The same kernels on the same numbers (torch.cuda.make_graphed_callables). Gradients are the graph's own
-    buffers, which the next backward pass overwrites: not with accumulation. Without CUDA the model itself and
-    a word. Call it before DistributedDataParallel wraps the model, and before other threads use CUDA. Raises
-    UserError where capture fails: CUDA's state cannot be trusted after that.
+    It runs the same kernels on the same numbers (torch.cuda.make_graphed_callables). Gradients lie in the
+    graph's buffers, which the next backward pass overwrites, so they cannot accumulate. Without CUDA, it says
+    so and returns the model. Call it before DistributedDataParallel wraps the model and other threads use
+    CUDA. Raises UserError if capture fails, because CUDA's state cannot be trusted after that.
     """
     if device.type != "cuda":
         say(f"--graphs: needs CUDA; on {device.type} steps run as usual")
         return model
-    # Gradients remember the first capture's stream: not to wait for, nor to warn of. Of newer torch alone.
+    # Gradients remember the first capture's stream: neither wait for it nor warn. Only newer torch has these.
     getattr(torch.autograd.graph, "set_override_stale_capture_stream", bool)(True)
     getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     before, captured = [b.clone() for b in model.buffers()], {}
@@ -299,7 +299,7 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
             raise UserError(f"--graphs: a step of {faces} faces at {size} pixels cannot be captured "
                             f"({single_line(e)}); do without, or take a smaller --batch-size") from None
     for buffer, value in zip(model.buffers(), before):
-        buffer.copy_(value)  # the warm-up passes counted in batch norm's statistics
+        buffer.copy_(value)  # the warm-up passes changed batch norm's statistics
     say(f"--graphs: steps of {faces} faces at {' and '.join(map(str, sizes))} pixels captured")
     return Graphed(model, captured)
 
@@ -316,7 +316,7 @@ def explained_ends(last: Path) -> Iterator[None]:
     with contextlib.suppress(ValueError):  # in a thread (of a web page) there are no handlers
         signal.signal(signal.SIGINT, stop)
         if place_in_job()[1] == 1:
-            signal.signal(signal.SIGTERM, stop)  # torchrun's others wait in C++, where no handler runs
+            signal.signal(signal.SIGTERM, stop)  # in a job they may wait in C++, where no handler runs
     try:
         yield
         return
@@ -334,7 +334,7 @@ def explained_ends(last: Path) -> Iterator[None]:
 def reason_of(error: Exception) -> str | None:
     """What an error means to the user, or None: PyTorch has no types for most of these."""
     text, dynamo = str(error), sys.modules.get("torch._dynamo")
-    # Newer versions have a wider type, of a missing Triton too.
+    # Newer versions have a broader type, which covers a missing Triton, too.
     failed = dynamo and getattr(dynamo.exc, "ShortenTraceback", dynamo.exc.BackendCompilerFailed)
     if failed and isinstance(error, failed):
         return f"--compile: this machine cannot ({single_line(text)}); leave it out"
@@ -353,7 +353,7 @@ def reason_of(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that; cuDNN without room for an algorithm says that it finds no engine."""
+    """Whether an error means out of memory; cuDNN without room for any algorithm says it finds no engine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED",
                                         "DefaultCPUAllocator"))
@@ -361,7 +361,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
-    """UserError where the device's memory does not hold a batch."""
+    """Raises UserError if a batch does not fit into the device's memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -377,9 +377,9 @@ def end_worker(error: Exception, _):
 
 
 def quiet_worker(_: int):
-    """A data worker's first act: signals go to the parent, which ends its workers; one thread each."""
+    """Set up a data worker: it leaves signals to the parent, which ends its workers, and has one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # whoever ends the group means no failure
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # ending the whole group is no failure
     sys.excepthook = lambda *_: None  # of the thread that hands batches over, when the parent has ended
     # Where that thread finds no room in /dev/shm it would drop the batch, and the parent would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
@@ -412,14 +412,14 @@ class FiniteWatch:
         self.files, self.title, self.last = files, title, last
 
     def add(self, loss: torch.Tensor, faces: list[int]):
-        """The loss of a step, and the faces in it."""
+        """Add a step's loss, and the indices of the faces in it."""
         self.first = torch.where(loss.isfinite() | (self.first >= 0), self.first, len(self.recent))
         self.recent.append(faces)
 
     def check(self, scaler: torch.amp.GradScaler, model: nn.Module | None = None):
         """Look at the steps since the last check; waits for the device. With `model`, at its weights too.
 
-        float16 skips steps whose gradients overflow, but not without end. Raises UserError naming the faces.
+        With float16, steps whose gradients overflow are skipped, but not for ever. UserError names the faces.
         """
         first, recent, self.recent = int(self.first), self.recent, []
         if first < 0 and model is not None and not nn.utils.get_total_norm(model.parameters()).isfinite():
@@ -435,7 +435,7 @@ class FiniteWatch:
 def versions(device: torch.device, amp: torch.dtype | None) -> dict[str, str]:
     """What a run was made with, as plain strings; rounding depends on the device and the precision, too."""
     try:
-        # Not a repository around this one. Named like this, another user's checkout counts, too.
+        # Named explicitly: no repository around this one counts, but another user's checkout does, too.
         command = ["git", "--git-dir", ROOT / ".git", "--work-tree", ROOT, "describe", "--always", "--dirty"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here

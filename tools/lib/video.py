@@ -23,17 +23,17 @@ from tools.lib.cli import UserError, check_name
 from tools.lib.files import put_in_place
 from tools.lib.find import MIN_SCORE, OVERLAP, Predictor
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be read is named by us, in one line
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # we report what cannot be read, in one line
 FIND_EVERY = 10  # frames of a video between searches for new faces; between them known ones are followed
-SOUGHT = 1.0  # seconds after one was lost in which every frame is searched
-MOST_DAMAGED = 30  # frames in a row that cannot be read; more are the end
-# One-euro filter (Casiez, Roussel, Vogel, CHI 2012), speeds in face sizes a second: a still face is smoothed
-# at MIN_CUTOFF Hz, and BETA opens the filter as it moves: the overlay lags by less than 2 % of the face then.
+SOUGHT = 1.0  # seconds after a face was lost in which every frame is searched
+MOST_DAMAGED = 30  # so many unreadable frames in a row are the end of the video
+# One-euro filter (Casiez, Roussel, Vogel, CHI 2012), with speeds in face sizes per second. A still face is
+# smoothed at MIN_CUTOFF Hz. BETA opens the filter as it moves, so the overlay lags by under 2 % of the face.
 MIN_CUTOFF, BETA, SPEED_CUTOFF = 1.0, 10.0, 1.0
-LONGEST_GAP = 600.0  # seconds between two frames; more is a clock that jumped
-FASTEST = 60.0  # frames a second that a video of a variable rate is written with at most
+LONGEST_GAP = 600.0  # seconds between two frames; if there are more, the clock has jumped
+FASTEST = 60.0  # frames per second: the highest rate chosen for a video of variable rate
 PLAYED = ("aac", "mp3", "opus")  # sound in an mp4 that browsers play
-# In a session of its own: Ctrl-C is for us, and ffmpeg ends whole when its input does.
+# ffmpeg runs in a session of its own: Ctrl-C reaches only us, and ffmpeg ends properly when its input does.
 ALONE = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
 HANG_UP = getattr(signal, "SIGHUP", None)  # a terminal that went away; Windows has none
 INSTALL = "install ffmpeg (apt, brew or winget install ffmpeg)"
@@ -44,11 +44,11 @@ INSTALL = "install ffmpeg (apt, brew or winget install ffmpeg)"
 class Video:
     """Frames of a video file, of a camera (by its number) or of a stream (rtsp://...), with their times.
 
-    source: a Path, an int, or the text of an address. `rate` is what to write it with, in frames a second;
-    `length` in frames, 0 where it is not known; `live` is true of what does not wait to be read: of it the
-    newest frame comes next, and those missed do not. Raises UserError naming the source where it cannot be
-    opened, or holds no frame. `cut` says at the end what of it could not be read; `stretch` is the width of
-    its pixels / their height, and frames come with square ones.
+    source: a Path, an int, or an address as text. `rate` is the rate to write it at, in frames per second;
+    `length` is in frames, 0 if unknown. `live` is true of a source that does not wait for its reader: the
+    newest frame comes next, and missed ones are dropped. `cut` says at the end what could not be read.
+    `stretch` is the width / height of the source's pixels; frames are returned with square ones. Raises
+    UserError naming the source if it cannot be opened or holds no frame.
     """
     stretch = 1.0
 
@@ -56,7 +56,7 @@ class Video:
         self.source, self.name = source, name_of(source)
         self.capture = open_capture(source)
         self.length, self.cut = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))), None
-        self.damaged = 0  # frames that could not be read, with others behind them
+        self.damaged = 0  # unreadable frames that were followed by readable ones
         self.stretch = pixel_aspect(self.capture)
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else 25.0
@@ -70,7 +70,7 @@ class Video:
             self.rate = writing_rate(source, self.rate)
 
     def frames(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
-        """Yield (seconds since the first frame, RGB (H, W, 3) uint8), until an Event is set or it ends."""
+        """Yield (seconds since the first frame, RGB (H, W, 3) uint8) until `stopped` is set or it ends."""
         count, first, before = 0, 0.0, 0.0
         for seconds, frame in self._live(stopped) if self.live else self._recorded(stopped):
             first = seconds if not count else first
@@ -85,7 +85,7 @@ class Video:
             mend = "copy it again" if local else "if it is a picture, download it and name its file"
             raise UserError(f"{self.name}: cannot be read as a video; {mend}")
         seen, whole = before + 1 / self.rate, self.duration
-        if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are rough
+        if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are approximate
             self.cut = f"{seen:.1f} of about {whole:.1f} s could be read; the rest is missing or damaged"
         elif self.damaged:
             self.cut = f"frames that are damaged, and left out: {self.damaged}"
@@ -109,7 +109,7 @@ class Video:
     def _live(self, stopped: threading.Event) -> Iterator[tuple[float, np.ndarray]]:
         newest, ended = queue.Queue(1), threading.Event()
 
-        def pull():  # the one that uses the capture, and so closes it
+        def pull():  # the only thread that reads the capture, so it closes it, too
             good = True
             while good and not ended.is_set():
                 good, frame = self.capture.read()
@@ -121,7 +121,7 @@ class Video:
         thread.start()
         try:
             while not stopped.is_set():
-                with contextlib.suppress(queue.Empty):  # to look at `stopped` while nothing comes
+                with contextlib.suppress(queue.Empty):  # to check `stopped` while no frame comes
                     item = newest.get(timeout=0.2)
                     if item is None:
                         return
@@ -132,7 +132,7 @@ class Video:
 
 
 def name_of(source: Path | int | str) -> str:
-    """What a source is called in messages and files' names; an address without its password and its query."""
+    """A source's name in messages and file names; an address is given without its password and query."""
     if isinstance(source, int):
         return f"camera {source}"
     if isinstance(source, Path):
@@ -142,25 +142,25 @@ def name_of(source: Path | int | str) -> str:
 
 
 def open_capture(source: Path | int | str) -> cv2.VideoCapture:
-    """OpenCV's reader of a source; videos of a phone come upright from it."""
+    """OpenCV's reader for a source, which turns a phone's videos upright."""
     if isinstance(source, Path):
-        check_name(source)  # OpenCV 5 crashes
+        check_name(source)  # OpenCV 5 crashes on some names
     capture = cv2.VideoCapture(str(source) if isinstance(source, Path) else source)
-    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # which OpenCV 4.11 alone leaves off
+    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # only OpenCV 4.11 leaves it off by default
     return capture
 
 
 def pixel_aspect(capture: cv2.VideoCapture) -> float:
-    """Width / height of a pixel as it is shown: 1 but for old cameras' and discs' video (DV, DVD)."""
+    """Width / height of a pixel as shown: 1 except for video of old cameras and discs (DV, DVD)."""
     wide, high = capture.get(cv2.CAP_PROP_SAR_NUM), capture.get(cv2.CAP_PROP_SAR_DEN)
     aspect = wide / high if wide > 0 and high > 0 else 1.0
-    if abs(aspect - 1) < 0.01 or not 0.1 < aspect < 10:  # 1280:1281 comes of rounded sizes
+    if abs(aspect - 1) < 0.01 or not 0.1 < aspect < 10:  # 1280:1281 comes from rounded sizes
         return 1.0
     return 1 / aspect if capture.get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90 else aspect
 
 
 def duration(source: Path | int | str, otherwise: float) -> float:
-    """Seconds that a video lasts by ffprobe, which knows of cuts without a new encoding; else `otherwise`."""
+    """A video's length in seconds by ffprobe, which knows cuts made without re-encoding; else `otherwise`."""
     if not isinstance(source, Path) or not shutil.which("ffprobe"):
         return otherwise
     command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-of", "json", "-show_entries",
@@ -171,14 +171,14 @@ def duration(source: Path | int | str, otherwise: float) -> float:
     clock = re.fullmatch(r"(\d{1,6}):(\d\d?):(\d+(?:\.\d+)?)", written)
     file = said.get("format", {})
     tag = clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3]) - float(
-        file.get("start_time") or 0)  # it counts from 0, however late the first frame is
+        file.get("start_time") or 0)  # the tag counts from 0, however late the first frame is
     return float(stream.get("duration") or tag or file.get("duration") or otherwise)
 
 
 def writing_rate(path: Path, mean: float) -> float:
-    """Frames a second to write a video with: the mean rate if it is constant, else one that loses no frame.
+    """Frames per second to write a video at: the mean rate if it is constant, else one that loses no frame.
 
-    Judged by the first 64 frames, which are decoded once more for it; at most FASTEST.
+    Judged by the first 64 frames, which are decoded twice for this; at most FASTEST, or the mean if higher.
     """
     capture, times = open_capture(path), []
     while len(times) < 64 and capture.grab():
@@ -190,7 +190,7 @@ def writing_rate(path: Path, mean: float) -> float:
     drift = np.array(times) - times[0] - np.arange(len(times)) / mean
     if np.abs(drift).max() < 0.5 / mean:
         return mean
-    if steps.max() < 1.5 * steps.min():  # constant, and the file says another
+    if steps.max() < 1.5 * steps.min():  # constant, but not the rate in the file
         return float(1 / steps.mean())
     return float(min(max(mean, 1 / steps.min()), max(mean, FASTEST)))
 
@@ -198,15 +198,15 @@ def writing_rate(path: Path, mean: float) -> float:
 # ---------------------------------------------------------------- following
 
 class OneEuroFilter:
-    """Steadies (K, 2) points over time; landmark by landmark, all at once."""
+    """The one-euro filter: smooths points (K, 2) over time, each landmark by its own speed."""
 
     def __init__(self):
         self.points, self.speed = None, 0.0
 
     def __call__(self, points: np.ndarray, size: float, seconds: float) -> np.ndarray:
-        """The points of the next frame, steadied; `size` of the face in pixels makes speeds comparable.
+        """The next frame's points, smoothed. size: the face's in pixels, which makes speeds comparable.
 
-        seconds: since the frame before.
+        seconds: since the previous frame.
         """
         def weight(cutoff):
             return 1 / (1 + 1 / (2 * math.pi * cutoff * seconds))
@@ -220,10 +220,10 @@ class OneEuroFilter:
 
 
 class Tracker:
-    """Follows faces: each is looked at where it was; every FIND_EVERY frames new ones are sought, and in each
-    frame for SOUGHT seconds after one was lost.
+    """Follows faces: looks at each where it was last, and searches for new ones every FIND_EVERY frames, and
+    in every frame for SOUGHT seconds after one was lost.
 
-    boxes: where faces are in the first frame (N, 4), or None: they are found.
+    boxes: the faces' boxes (N, 4) in the first frame, or None to search for them.
     """
 
     def __init__(self, predictor: Predictor, boxes: np.ndarray | list | None = None,
@@ -235,7 +235,7 @@ class Tracker:
     def __call__(self, frame: np.ndarray, seconds: float) -> list[dict]:
         """The faces of the next RGB frame (H, W, 3), at its time in seconds.
 
-        "id" is a face's number. "points" are the frame's own, to measure; "steady" are steadied, to look at.
+        "id" is a face's number. "points" are this frame's own, for measuring; "steady" are smoothed, to show.
         """
         step, given, self.given = max(seconds - self.seconds, 1e-3), self.given, None
         tracks = self.predictor.follow(frame, self.tracks)
@@ -259,7 +259,7 @@ class Tracker:
         shared = intersections(tight[None], known)[0]
         same = np.flatnonzero(shared > OVERLAP * np.minimum(tight[2:].prod(), known[:, 2:].prod(1)))
         if len(same):
-            if len(room) == 2:  # one landmark tells no size, a new finding does
+            if len(room) == 2:  # one landmark tells no size, but a new detection does
                 self.tracks[same[0]]["box"] = tight
             return
         if "id" not in track:
@@ -271,11 +271,11 @@ class Tracker:
 
 @contextlib.contextmanager
 def until_stopped() -> Iterator[threading.Event]:
-    """The first Ctrl-C, SIGTERM or SIGHUP only sets the Event that this yields: so a frame is done whole."""
+    """Yield an Event that the first Ctrl-C, SIGTERM or SIGHUP only sets, so that a frame can be finished."""
     stopped, before = threading.Event(), {}
 
     def stop(number, _):
-        if stopped.is_set() and number != HANG_UP:  # a shell and the system may both say that
+        if stopped.is_set() and number != HANG_UP:  # the shell and the system may both send SIGHUP
             raise KeyboardInterrupt
         stopped.number = number
         stopped.set()
@@ -303,9 +303,9 @@ def has_h264() -> bool:
 class VideoWriter:
     """Writes frames to an mp4 that appears under `target` whole or not at all: `finish` makes it appear.
 
-    H.264, which browsers play, where ffmpeg is installed, or the system's own can be had by OpenCV; else
-    MPEG-4 part 2. The rate is constant: frames are repeated to last as long as their times say. A context
-    manager; leaving it without `finish` leaves nothing behind.
+    It is H.264, which browsers play, if ffmpeg is installed or OpenCV can use the system's encoder; else
+    MPEG-4 part 2. The rate is constant: frames are repeated or dropped to match their times. Use as a context
+    manager; leaving it without `finish` leaves no file behind.
     """
 
     def __init__(self, target: Path | str, rate: float, size: tuple[int, int]):
@@ -314,8 +314,8 @@ class VideoWriter:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.process = self.writer = None
         if has_h264():
-            # No colour tags: as OpenCV reads, so the source's YUV values come back. An odd side gets a black
-            # line.
+            # No colour tags: this reverses OpenCV's conversion on reading and so restores the source's YUV
+            # values. An odd side gets a black line.
             command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
                        "-s", f"{size[0]}x{size[1]}", "-r", f"{rate:.6f}", "-i", "-",
                        "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-preset", "veryfast",
@@ -341,7 +341,7 @@ class VideoWriter:
             self.process.kill()
             self.process.wait()
             for pipe in (self.process.stderr, self.process.stdin):
-                with contextlib.suppress(OSError):  # of what it did not take any more
+                with contextlib.suppress(OSError):  # closing flushes what ffmpeg no longer takes
                     pipe.close()
         if self.writer:
             self.writer.release()
@@ -376,9 +376,9 @@ class VideoWriter:
         return f"{self.target}: could not be written whole; is the disk full?{said}"
 
     def finish(self, sound: Path | None = None) -> str:
-        """Close the file and let it appear, with the sound of the video file `sound`.
+        """Close the file and move it to `target`, with the sound of the video file `sound`, if given.
 
-        Returns what is to be said about it, in a few words, or "". Raises UserError where it is not whole.
+        Returns a short remark for the user, or "". Raises UserError if the file is not whole.
         """
         if self.process:
             try:
@@ -390,7 +390,7 @@ class VideoWriter:
             word = add_sound(self.temporary, sound, self.count / self.rate) if sound else ""
         else:
             self.writer.release()
-            # OpenCV itself says nothing.
+            # OpenCV itself reports no error.
             if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.count:
                 raise UserError(f"{self.target}: could not be written whole; is the disk full?")
             word = f"without sound; for it {INSTALL}" if self.codec == "avc1" else (
@@ -400,9 +400,9 @@ class VideoWriter:
 
 
 def add_sound(video: Path, source: Path, seconds: float) -> str:
-    """Give an mp4 the first sound track of another file, up to `seconds`; copied if browsers know its kind.
+    """Give an mp4 the first sound track of another file, up to `seconds`; copied if browsers play its codec.
 
-    Returns what went wrong in a few words, or "": then the file has the sound, or the source has none.
+    Returns a short remark on what went wrong, or "" if the file has the sound or the source has none.
     """
     probe = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=codec_name",
              "-of", "csv=p=0", f"file:{source}"]

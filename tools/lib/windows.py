@@ -15,7 +15,7 @@ from tools.lib.cli import UserError
 from tools.lib.files import RecordFile, in_threads
 from tools.lib.pictures import GREY, format_of, read_image
 
-DECODING = 2  # raise it when kept pixels change: caches of before are then not read
+DECODING = 2  # raise it when the kept pixels change, so that older caches are not read
 
 
 def whole_box(size: tuple | np.ndarray) -> np.ndarray:
@@ -36,10 +36,10 @@ def apply_matrix(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def face_window(box: np.ndarray | tuple, picture_size: np.ndarray | tuple, size: float, padding: float,
                 reach: float) -> tuple[tuple, tuple]:
-    """Which part of the picture a crop of this face can need, and at what resolution it is kept.
+    """The part of the picture that a crop of `size` pixels of this face can need, and its size as kept.
 
     Returns (x, y, w, h) in the picture and (w, h) as kept: faces larger than the crop are shrunk once, by
-    area, so that sampling them bilinearly does not alias.
+    area, so that bilinear sampling does not alias. reach: side of what crops can show / the plain crop's.
     """
     (x, y, w, h), side = box, max(box[2], box[3]) * padding
     half = side * reach / 2 + 1
@@ -66,11 +66,11 @@ def window_matrix(window: tuple, kept: tuple) -> np.ndarray:
 
 def warp(pixels: np.ndarray, to_picture: np.ndarray, matrix: np.ndarray, size: int,
          out: np.ndarray | None = None, over: bool = False) -> np.ndarray:
-    """Sample a (size, size, 3) crop bilinearly; outside is mid-grey, or (`over`) what `out` held.
+    """Sample a (size, size, 3) crop bilinearly; outside the pixels it is GREY, or (`over`) what `out` held.
 
-    `to_picture` maps pixels -> picture, `matrix` on to the crop. With `over`, pixels much finer than the
-    crop's are shrunk first, by area, so that nothing aliases. Without it, crops of half the windows' scale
-    (--progressive's small ones) alias a little: that is fast.
+    `to_picture` maps pixels -> picture, `matrix` picture -> crop. With `over`, pixels much finer than the
+    crop's are first shrunk by area, so that nothing aliases. Without it, crops at half the windows' scale
+    (--progressive's small ones) alias a little, for the sake of speed.
     """
     to_crop = matrix @ np.vstack([to_picture, [0, 0, 1]])
     if over and (shrink := math.sqrt(abs(np.linalg.det(to_crop[:, :2])))) < 0.7:
@@ -86,7 +86,7 @@ def warp(pixels: np.ndarray, to_picture: np.ndarray, matrix: np.ndarray, size: i
 def crop_of(image: np.ndarray, box: np.ndarray | tuple, matrix: np.ndarray, size: int,
             padding: float) -> np.ndarray:
     """The crop (size, size, 3) that `matrix` makes of the face in `box`, shrunk by area first."""
-    reach = np.abs(matrix[0, :2]).sum() / math.hypot(*matrix[0, :2])  # above 1 where it turns
+    reach = np.abs(matrix[0, :2]).sum() / math.hypot(*matrix[0, :2])  # above 1 if it rotates
     window, kept = face_window(box, image.shape[1::-1], size, padding, reach)
     return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
 
@@ -98,12 +98,12 @@ def inside(points: np.ndarray, size: int) -> np.ndarray:
 
 def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: float,
           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What a locator learns from: a crop of picture i, on a part of another picture, or with no face in it.
+    """A locator's training sample: fills `crop` with picture i, on grey or on a part of another picture.
 
-    place(i) -> a random matrix, points (K, 2), labelled (K,), colour; the same is returned, and `crop` is
-    filled. At the chance `empty` the crop lies where the face is not, or what lies behind shows in the face's
-    place. Of a crop with less than a quarter of the landmarks, `labelled` is -1 for all that are labelled. Of
-    a picture that has none, one of `with_background`, it is -1 for all.
+    place(i) -> a random matrix, points (K, 2), labelled (K,), colour; the same is returned. With probability
+    `empty`, the crop is to show no face: it lies elsewhere, or the background is put in the face's place. If
+    it shows no face, or under a quarter of the labelled landmarks, `labelled` is -1 for these; for a picture
+    without labels (of `with_background`), it is -1 for all.
     """
 
     def shows(drawn):
@@ -135,11 +135,11 @@ def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: 
 
 
 def with_background(faces, folder: Path | None, say: Callable = print, *others):
-    """Faces looked for in whole pictures, and after them the pictures in `folder`, which show no face.
+    """A locator's `faces`, followed by the pictures in `folder`, which show no face; None adds none.
 
-    A locator learns from them what is none (see `scene`). They have no labelled landmark, so no metric counts
-    them. None adds nothing. Raises UserError for a folder without pictures, for one that cannot be read, and
-    where a picture is one of the faces', or of `others`: Faces (or None) that choose or are scored.
+    From these a locator learns what is no face (see `scene`). As they have no labelled landmark, no metric
+    counts them. Raises UserError if the folder has no pictures, if one cannot be read, and if one is also in
+    `faces` or in `others`: Faces (or None) for model selection or for testing.
     """
     if folder is None:
         return faces
@@ -175,7 +175,7 @@ def read_described(path: Path, size: Iterable[int]) -> np.ndarray:
 
 
 class Windows:
-    """The part of its picture that every face needs, decoded once into a file in `folder` (None: each time).
+    """Each face's part of its picture, decoded once into a file in `folder`, or at each access if it is None.
 
     The file's name holds a hash of all it depends on (names, sizes and times of the pictures, geometry), so a
     stale one is never read. Raises UserError naming the first picture that is missing or cannot be read.
@@ -184,7 +184,7 @@ class Windows:
     def __init__(self, faces, size: float, padding: float, reach: float, folder: Path | str | None = None):
         self.paths, self.sizes, self.records = [faces.root / f for f in faces.files], faces.sizes, None
         self.geometry = [face_window(b, s, size, padding, reach) for b, s in zip(faces.boxes, faces.sizes)]
-        missing = [path for path in self.paths if not os.path.exists(path)]  # False of a name too long, too
+        missing = [path for path in self.paths if not os.path.exists(path)]  # also False for too long a name
         if missing:
             count = f"{len(missing)} of {len(self.paths)} missing"
             some = len(missing) < len(self.paths) / 2
@@ -204,7 +204,7 @@ class Windows:
         return cut_window(read_described(self.paths[i], self.sizes[i]), *self.geometry[i])
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(pixels (h, w, 3) uint8, matrix pixels -> picture)."""
+        """Face i's pixels (h, w, 3) uint8, and their 2 x 3 matrix pixels -> picture."""
         window, (w, h) = self.geometry[i]
         pixels = self.records[i].reshape(h, w, 3) if self.records else self._decode(i)
         return pixels, window_matrix(window, (w, h))
