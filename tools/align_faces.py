@@ -1,13 +1,13 @@
-"""Turn faces upright and to one size, by a similarity transform on eyes and nose.
+"""Turn faces upright and scale them to one size, by a similarity transform of eyes and nose.
 
     uv run tools/align_faces.py --ann val.json --data-root DogFLW --out aligned
     uv run tools/align_faces.py --predictions predictions/predictions.json --data-root photos
 
-What classifiers of expression or breed build on. --out gets one picture a face, and transforms.json. That
-holds for every face `file`, `face` (annotation id, or number in the picture), `picture`, `matrix` (2 x 3,
-pixels of the file -> of the picture), `landmarks` (in the picture, null where unlabelled) and `residual` (how
-far eyes and nose are from the template, in eye distances: large in profile). Faces without both eyes and a
-nose are named there as `left_out`.
+Classifiers of expression or breed start from such faces. --out gets one picture per face and transforms.json,
+which holds for every face its `file`, `face` (annotation id, or number in the file), `picture` (the aligned
+one), `matrix` (2 x 3, pixels of the file -> of the picture), `landmarks` (in the picture, null if unlabelled)
+and `residual` (how far eyes and nose are from the template, in eye distances: large in profile). Faces that
+lack an eye or the nose are listed there under `left_out`.
 """
 import argparse
 import json
@@ -30,9 +30,9 @@ from tools.lib.pictures import read_image
 from tools.lib.windows import apply_matrix, crop_of, invert_matrix, read_described
 from train_simple import Trained
 
-# Where the middles of left eye, right eye and nose go, in eye distances from the point between the eyes.
-# Measured over 3,400 DogFLW faces with all their landmarks (medians), as is the middle of the landmarks' hull
-# and its half side.
+# Where the centres of left eye, right eye and nose go, in eye distances from the midpoint of the eyes. These
+# are medians over 3,400 DogFLW faces with all their landmarks, as are the centre of the landmarks' hull and
+# half its side.
 TEMPLATE = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.71]])
 CENTRE, HALF_SIDE = np.array([0.0, 0.19]), 1.35
 
@@ -57,7 +57,7 @@ def middles(points: np.ndarray, visible: np.ndarray, indices: tuple) -> np.ndarr
 def sides(faces: list, indices: tuple) -> tuple:
     """The indices with left and right swapped where the faces' left is the animal's, not the picture's.
 
-    Then the nose of most is above the line from left to right, and not below it as the template has it.
+    Then the nose of most faces lies on the other side of the line from left to right than in the template.
     """
     found = [m for *_, points, visible in faces if (m := middles(points, visible, indices)) is not None]
     left, right, nose = indices
@@ -67,7 +67,7 @@ def sides(faces: list, indices: tuple) -> tuple:
 
 def fit(source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
     """The similarity transform source -> target as a 2 x 3 matrix, or None where there is none."""
-    if hasattr(SimilarityTransform, "from_estimate"):  # scikit-image 0.26 and later, where `estimate` goes
+    if hasattr(SimilarityTransform, "from_estimate"):  # scikit-image 0.26 and later: `estimate` is deprecated
         transform = SimilarityTransform.from_estimate(source, target)
     else:
         transform = SimilarityTransform()
@@ -120,7 +120,7 @@ class Aligner:
 
     def __init__(self, scheme: data.Scheme, faces: list, out: Path, size: int, margin: float):
         self.indices, self.out, self.size = sides(faces, parts(scheme)), out, size
-        self.scale = size / (2 * HALF_SIDE * (1 + margin))  # pixels an eye distance
+        self.scale = size / (2 * HALF_SIDE * (1 + margin))  # pixels per eye distance
         self.target = (TEMPLATE - CENTRE) * self.scale + (size - 1) / 2
         self.aligned, self.left_out, self.used = [], [], Counter()
 
@@ -151,13 +151,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ann", type=Path, metavar="FILE", help="COCO keypoint file")
     source.add_argument("--predictions", type=Path, metavar="FILE", help="predictions.json of predict.py")
-    add_checkpoint(parser, "what made the predictions; it names the landmarks", positional=False)
-    add("--category", metavar="NAME", help="of --ann, where it has several with different landmarks")
+    add_checkpoint(parser, "the model that made --predictions; it names the landmarks", positional=False)
+    add("--category", metavar="NAME", help="category of --ann to use, if several have different landmarks")
     add("--data-root", type=Path, metavar="DIR", help="folder of the pictures (default: kagglehub's DogFLW)")
-    add("--out", type=Path, metavar="DIR", help="(default: aligned, then aligned_2, ...)")
-    add("--size", type=int, default=224, metavar="S", help="pixels of the square pictures (default: 224)")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: aligned, then aligned_2, ...)")
+    add("--size", type=int, default=224, metavar="S", help="side of the pictures in pixels (default: 224)")
     add("--margin", type=float, default=0.6, metavar="F",
-        help="room around a typical face, in parts of it (default: 0.6, which cuts no ear of 4 faces in 5)")
+        help="room around a typical face, as a fraction of it (default: 0.6; it cuts no ear in 4 of 5 faces)")
     add("--force", action="store_true", help="write into a folder that is not empty")
     args = parser.parse_args(argv)
     if args.ann and args.checkpoint or args.predictions and args.category:

@@ -1,10 +1,10 @@
-"""Measure this machine: how fast faces come, how fast a step is, what limits, and how long a run will take.
+"""Measure this machine: how fast faces load, how fast a step is, what the limit is, how long a run takes.
 
     uv run tools/benchmark.py --sample
     uv run tools/benchmark.py --data-root DogFLW --backbone hrnet_w32 --no-pretrained
 
-Takes the flags of train_simple.py (its --help lists them) and trains nothing that is kept. Without
---batch-size it also looks for the largest batch that fits on a GPU. All of it uses the trainer's own step and
+Takes the flags of train_simple.py (its --help lists them), and keeps nothing of what it trains. On a GPU,
+without --batch-size, it also looks for the largest batch that fits. All of it uses the trainer's own step and
 loop.
 """
 import itertools
@@ -25,7 +25,7 @@ from tools.lib.windows import with_background
 
 PRICE = ("--batch-size 64 --lr {lr:g}; its price, measured for 64 instead of 16 at twice the rate from "
          "scratch at 128 px: nme_iod 0.1082 instead of 0.1040 after 20 epochs, 0.0896, not 0.0866, after 60")
-LAUNCH_BOUND = 0.8  # of a step's time in enqueueing it: above this the device waits for its kernels
+LAUNCH_BOUND = 0.8  # the share of a step's time that enqueueing it takes, above which the device waits
 ENDLESS = 10**6  # epochs
 
 
@@ -44,7 +44,7 @@ class Bench:
         self.repeat = 20 if self.device.type == "cuda" else 8
 
     def plan(self, faces: int) -> trainer.Plan:
-        """A plan without end for as many faces, at full size."""
+        """A plan without end for this many faces, with full-size crops only."""
         return trainer.Plan(replace(self.config, progressive=0.0, epochs=ENDLESS), faces)
 
 
@@ -70,7 +70,7 @@ def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> floa
     """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
     sampler = epoch_batches(bench.plan(len(bench.dataset)))
     batches = batches_of(bench.dataset, sampler, workers, torch.device("cpu"))
-    for _ in range(2 + 2 * workers):  # what was fetched ahead while nobody timed
+    for _ in range(2 + 2 * workers):  # batches that were fetched ahead, before the timing begins
         next(batches)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -79,7 +79,7 @@ def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> floa
 
 
 def timed(batches: Iterator, waits: list[float]) -> Iterator:
-    """The same batches; the seconds that each was waited for go to the list `waits`."""
+    """Yield the same batches, and add the seconds spent waiting for each to the list `waits`."""
     while True:
         start = time.perf_counter()
         batch = next(batches, None)
@@ -96,7 +96,7 @@ def resident(bench: Bench, faces: int, size: int) -> dict:
 
 
 def step_seconds(bench: Bench, batch: dict, repeat: int | None = None) -> float:
-    """Seconds to finish a bare step (a micro-batch of it): the trainer's own, on a batch on the device."""
+    """Seconds per micro-batch of a bare step: the trainer's own, on a batch that is on the device."""
     repeat = repeat or bench.repeat
     bench.run.wrapped.train()
     batches = itertools.repeat(batch)
@@ -110,10 +110,10 @@ def step_seconds(bench: Bench, batch: dict, repeat: int | None = None) -> float:
 
 
 def enqueue_seconds(bench: Bench, repeat: int = 5) -> float:
-    """Seconds of this process's own work for a step: until all its kernels are enqueued on an idle device.
+    """Seconds per micro-batch that this process needs to enqueue a step's kernels on an idle device.
 
-    With graphs the step itself. Else one of two small faces: the same kernels with little to compute, because
-    a device that falls behind by about a thousand kernels makes the process wait for it.
+    With graphs, the step itself is timed. Else a step of two small faces: the same kernels with little to
+    compute, because a device that falls about a thousand kernels behind makes the process wait for it.
     """
     graphs = isinstance(bench.run.wrapped, runtime.Graphed)
     batch = resident(bench, *(bench.micro_batch, bench.config.input_size) if graphs else (2, 64))
@@ -171,15 +171,15 @@ class Parts:
         part, start = self.open.pop()
         spent = time.perf_counter() - start
         self.of(part)[0] += spent
-        if self.open:  # an outer part's time is without its inner parts'
+        if self.open:  # an outer part's time does not include its inner parts
             self.of(self.open[-1][0])[0] -= spent
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that the backward pass will need."""
+        """Count the bytes of a tensor that the backward pass will need, and return it detached."""
         storage = tensor.untyped_storage()
         self.of(self.open[-1][0])[1] += (storage.data_ptr() not in self.seen) * storage.nbytes()
         self.seen.add(storage.data_ptr())
-        return tensor.detach()  # itself would be a cycle, which holds the whole graph beyond the pass
+        return tensor.detach()  # else a reference cycle would keep the whole graph after the pass
 
     def forward(self, bench: Bench, images: torch.Tensor) -> dict[str, list]:
         """One pass by part."""
@@ -207,9 +207,9 @@ def profile_parts(bench: Bench, batch: dict) -> dict[str, tuple[float, int]]:
 # ---------------------------------------------------------------- the loop
 
 def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
-    """Two epochs of the real loop; of the second: seconds a micro-batch, share of them waiting for faces.
+    """Run two epochs of the real loop; of the second: seconds per micro-batch, share spent waiting for faces.
 
-    On the CPU of as many faces as take some ten seconds; bare: seconds of a bare step.
+    On the CPU, an epoch has only as many faces as take about ten seconds. bare: seconds of a bare step.
     """
     number, waits = len(bench.faces), []
     if bench.device.type == "cpu":
@@ -217,7 +217,7 @@ def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
     bench.run.plan = plan = bench.plan(number)
     sampler = epoch_batches(plan, bench.run.progress["epoch"])
     batches = timed(batches_of(bench.dataset, sampler, bench.config.num_workers, bench.device), waits)
-    for _ in range(2):  # the second has its workers started
+    for _ in range(2):  # in the second, the workers are running already
         waits.clear()
         start = time.perf_counter()
         trainer.train_one_epoch(bench.run, batches, bench.faces.files)
@@ -257,8 +257,8 @@ def print_memory(device: torch.device) -> None:
 def verdict(bare: float, loop: float, waited: float, enqueue: float | None, config: trainer.Config) -> str:
     """What limits a run, in words, and what to try.
 
-    Seconds of a bare step, of one in the loop, and to enqueue one (None: the device is the CPU); waited: the
-    share of the loop spent waiting for faces.
+    bare, loop, enqueue: seconds of a bare step, of a step in the loop, and to enqueue one (None on the CPU).
+    waited: the share of the loop spent waiting for faces.
     """
     extra = loop / bare - 1
     if extra > 0.05:
@@ -318,7 +318,7 @@ def print_parts(bench: Bench, batch: dict, bare: float) -> None:
 
 
 def print_batches(bench: Bench) -> None:
-    """The rate at every batch that fits; graphs are of one batch alone, so these run without."""
+    """Print the rate at every batch size that fits. Only the run's own size uses CUDA graphs."""
     size = bench.config.input_size
     for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
         print_rate(f"bare step, batch {batch}", batch, seconds,

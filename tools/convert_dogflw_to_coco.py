@@ -3,10 +3,10 @@
     uv run tools/convert_dogflw_to_coco.py --download
     uv run tools/convert_dogflw_to_coco.py --dogflw_root DogFLW --out_dir data/dogflw/annotations
 
-Reads ROOT/{train,test}/{images/*.png,labels/*.json}, any number of landmarks; sizes come from the headers.
-CatFLW's ROOT/{images,labels} has no split: it becomes OUT/train.json alone. Every face comes through: a
-wrong box is rebuilt from the landmarks, a missing landmark gets v = 0, and `repaired` in the annotation
-says so. What cannot be mended is listed, and nothing is written unless --skip-bad leaves it out.
+Reads ROOT/{train,test}/{images/*.png,labels/*.json}, with any number of landmarks; the pictures' sizes come
+from their headers. CatFLW's ROOT/{images,labels} has no split: it becomes OUT/train.json only. Faces are
+repaired, not dropped: a wrong box is rebuilt from the landmarks, a missing landmark gets v = 0; `repaired` in
+the annotation says so. What cannot be repaired is listed; nothing is written unless --skip-bad leaves it out.
 """
 import json
 import math
@@ -30,8 +30,8 @@ MAX_LABEL_BYTES, LISTED = 10_000_000, 20
 SPLITS = {"train": "train.json", "test": "val.json"}
 
 # DogFLW's 46 landmarks in order; "/" marks a pair, left first: left in the picture, the dog's right side.
-# The authors published no names. upper_lip_side (43, 44) is the upper lip's: in an open mouth it stays with
-# 38, away from 41.
+# The authors published no names. upper_lip_side (43, 44) belongs to the upper lip: in an open mouth it stays
+# close to 38, away from 41.
 PARTS = """ear_inner_base/ ear_inner_edge_upper/ ear_inner_edge_lower/ ear_tip/ ear_outer_edge_lower/
     ear_outer_edge_upper/ ear_outer_base/ head_top/ eye_inner_corner/ eye_outer_corner/ eye_upper_lid/
     eye_lower_lid/ nose_bridge nose_top nose_upper_edge/ muzzle_side/ cheek/ nose_between_nostrils nostril/
@@ -47,7 +47,7 @@ LINES = [[0, 2, 4, 6, 8, 10, 12, 0], [1, 3, 5, 7, 9, 11, 13, 1], [0, 14, 15, 1],
 
 
 def category(k: int) -> dict:
-    """The COCO category: DogFLW's scheme for 46 landmarks, else numbered points and nothing claimed."""
+    """The COCO category: for 46 landmarks DogFLW's scheme, else numbered points without pairs or regions."""
     base = {"id": 1, "name": "dog_face" if k == 46 else "face", "supercategory": "animal"}
     if k != 46:
         return {**base, "keypoints": [f"point_{i}" for i in range(k)], "skeleton": []}
@@ -72,7 +72,7 @@ def number(value: object) -> float:
 
 
 def once(pairs: list) -> dict:
-    """A JSON object whose keys differ; Python would silently take the last of two."""
+    """A JSON object, if no key occurs twice; Python would silently keep the last value."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("uses a key twice")
     return dict(pairs)
@@ -122,17 +122,17 @@ def convert_face(points: np.ndarray, box: list | None, width: int,
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a PNG or a JPEG is all there, as far as that can be told without decoding it."""
+    """Whether a file is a complete PNG or JPEG, as far as that can be told without decoding it."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            image.verify()  # a PNG's parts and their sums; nothing of a JPEG
+            image.verify()  # checks a PNG's chunks and their checksums, but nothing of a JPEG
             return image.format == "PNG" or path.read_bytes()[-2:] == b"\xff\xd9"
     except Exception:  # Pillow's parsers raise nearly anything on damaged files
         return False
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) as read_image shows it; decodes only what is odd."""
+    """(width, height) as read_image gives them; decodes only what is not a complete PNG or JPEG."""
     size = seen_size(path) or (0, 0)
     if max(size) >= MAX_SIDE:
         raise ValueError(f"{size[0]} x {size[1]} pixels is too large")
@@ -147,7 +147,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 # ---------------------------------------------------------------- the data set
 
 def listing(folder: Path, root: Path, bad: list) -> dict[str, Path]:
-    """{stem: path} of a folder's pictures or labels. Links that leave the data set go to `bad`."""
+    """{stem: path} of a folder's pictures or labels. Files that cannot be used go to `bad`."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; DogFLW has train and test, each with images and labels, "
                         "CatFLW images and labels alone")
@@ -194,7 +194,7 @@ def read_split(folder: Path, root: Path, bad: list) -> list:
 
 
 def build(faces: list, k: int, root: Path, bad: list, repairs: dict[str, list]) -> dict:
-    """The COCO file of one split. Adds to `bad`, and what was repaired to `repairs` {kind: [stem, ...]}."""
+    """The COCO file of one split. Adds unusable labels to `bad`, repaired ones' stems to `repairs`."""
     images, annotations = [], []
     for picture, label, (width, height), points, box, written in faces:
         try:

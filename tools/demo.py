@@ -3,11 +3,11 @@
     uv run tools/demo.py                                   # http://127.0.0.1:7860
     uv run tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
 
-It needs gradio, which uv run has (with pip: pip install gradio). The page works offline, and answers this
-machine alone unless --host says otherwise. Its models are the bundled one and work_dirs/*/best_model.pth; a
-visitor can name no other file. Moving the threshold does not run the network again. A photo and what was made
-of it are deleted after an hour, and when the page ends. tools/README.md says how it becomes a Hugging Face
-Space.
+It needs gradio, which uv run installs (with pip: pip install gradio). The page works offline, and answers
+only this machine unless --host says otherwise. It offers the bundled model, --checkpoint and
+work_dirs/*/best_model.pth; visitors cannot name any other file. Moving the threshold does not run the network
+again. A photo and the files made from it are deleted after an hour, and when the server stops.
+tools/README.md explains how to make it a Hugging Face Space.
 """
 import atexit
 import contextlib
@@ -37,7 +37,7 @@ from tools.lib.find import FAINT, MIN_SCORE, as_result, checkpoint_file
 from tools.lib.pictures import read_image
 from train_simple import load_predictor
 
-OLDEST = 6, 18  # gradio whose page this is, as pyproject.toml has it
+OLDEST = 6, 18  # the oldest gradio that this page works with, as in pyproject.toml
 MAX_BYTES, MAX_PIXELS = 20 * 2 ** 20, 50_000_000  # of a photo
 SHOWN = 1280  # longer side of the picture on the page; the download is as large as the photo
 TITLE, WELCOME = "Dog face landmarks", "Drop a photo, paste one, or use the camera."
@@ -52,9 +52,9 @@ CSS = """
 
 
 def import_gradio() -> ModuleType:
-    """gradio, told to send nothing anywhere, to keep no history, and to use a folder of this process alone.
+    """Import gradio, set to send nothing anywhere, keep no history, and use a folder of this process only.
 
-    Raises UserError where it is missing or too old.
+    Raises UserError if it is missing or too old.
     """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")  # read at its import
     for name in [*os.environ]:
@@ -105,7 +105,7 @@ def numbered(image: np.ndarray, faces: list[dict], scheme: Scheme, scale: float 
 
 
 def in_words(faces: list[dict], found: list[dict], scheme: Scheme) -> str:
-    """What was found, as HTML: the scores and whose colour is whose, or why there are none."""
+    """What was found, as HTML: the scores and the colours of the regions, or why no dog was found."""
     if not found:
         return "<b>No dog found.</b> A face should look at the camera and fill a tenth of the photo."
     if not faces:
@@ -122,11 +122,11 @@ def in_words(faces: list[dict], found: list[dict], scheme: Scheme) -> str:
 def build(models: dict[str, Path | None], device: str = "auto", locator: Path | None = None) -> object:
     """The page, gradio's Blocks. models: {name: checkpoint, None for the bundled one}, default first."""
     load = functools.lru_cache(4)(lambda model: load_predictor(models[model], locator, device))
-    load(next(iter(models)))  # what is wrong with it is said at the start
+    load(next(iter(models)))  # so that its errors are reported at the start
     gr = import_gradio()
     from gradio.processing_utils import save_bytes_to_cache
 
-    @functools.lru_cache(64)  # by path alone: gradio names a photo's folder by the photo's content
+    @functools.lru_cache(64)  # the path is enough: gradio names a photo's folder after its content
     def look(photo: str, model: str) -> list[dict]:
         return load(model)(read_photo(photo), min_score=FAINT)
 
@@ -175,7 +175,7 @@ def lay_out(gr: ModuleType, models: list[str], find: Callable, welcome: str) -> 
             photo = gr.Image(label="Photo", type="filepath", height=320, buttons=[],
                              sources=["upload", "webcam", "clipboard"],
                              webcam_options=gr.WebcamOptions(mirror=False))
-            photo.preprocess = lambda upload: upload and upload.path  # opened by read_photo alone
+            photo.preprocess = lambda upload: upload and upload.path  # only read_photo opens it
             threshold = gr.Slider(FAINT, 1, MIN_SCORE, step=0.01, label="Threshold")
             model = gr.Dropdown(models, value=models[0], label="Model")
         with gr.Column(scale=11, min_width=400):
@@ -196,9 +196,9 @@ def lay_out(gr: ModuleType, models: list[str], find: Callable, welcome: str) -> 
 
 
 def serve(page: object, host: str | None = None, port: int | None = None) -> str:
-    """Start the page's server, in threads of its own: its address. Raises UserError if it cannot."""
+    """Start the page's server in its own threads, and return its address. Raises UserError if it cannot."""
     gr = import_gradio()
-    try:  # here, because gradio tries a hundred ports whatever is wrong
+    try:  # checked here, because gradio would try a hundred ports, whatever the error
         socket.create_server((host or "127.0.0.1", port or 0)).close()
     except (OSError, OverflowError) as e:
         raise UserError(f"--host {host or '127.0.0.1'} --port {port or 'any'}: cannot listen ({e})") from None
@@ -212,10 +212,10 @@ def serve(page: object, host: str | None = None, port: int | None = None) -> str
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="the model at first (default: the bundled one)")
-    add("--locator", type=Path, metavar="FILE", help="as in predict.py (default: the one that fits a model)")
-    add("--host", metavar="NAME", help="address to answer at, 0.0.0.0 for all of them (default: 127.0.0.1)")
-    add("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
+    add("--checkpoint", type=Path, metavar="FILE", help="model selected at first (default: the bundled one)")
+    add("--locator", type=Path, metavar="FILE", help="as in predict.py (default: one that fits each model)")
+    add("--host", metavar="NAME", help="address to listen on, 0.0.0.0 for all of them (default: 127.0.0.1)")
+    add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860 on)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
@@ -229,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     here, there = (folder.glob("*/best_model.pth") for folder in (Path("work_dirs"), ROOT / "work_dirs"))
     for path in [*sorted(here), *sorted(there)]:
         models.setdefault(path.parent.name, path)
-    with contextlib.suppress(ValueError):  # in a thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: photos are deleted
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that photos are deleted
     page = build(models, args.device, args.locator)
     print(f"{serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
     page.block_thread()

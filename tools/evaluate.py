@@ -5,16 +5,16 @@
     uv run tools/evaluate.py --results theirs.json --ann val.json --data-root DogFLW --out report
     uv run tools/evaluate.py --checkpoint best_model.pth --results predictions/predictions.json --match
 
-Writes report.html (one page, everything inside), report.json, report.csv and the pictures into --out: by
-region, kind of ear, pose, landmark, breed and face, with the worst faces, and how far the scores can be
-trusted. A results file is COCO's, [{"image_id", "keypoints": [x, y, score, ...], "score"}], with
-"annotation_id" where a picture has several faces; of several results for one face the one with the highest
-score counts. --match is for programs that find the faces themselves, as tools/predict.py does without boxes:
-a face takes the result that overlaps it best, and faces without one are counted; with --checkpoint the error
-is compared with the one in the true boxes.
+Writes report.html (one self-contained page), report.json, report.csv and the pictures into --out: errors by
+region, kind of ear, pose, landmark, breed and face, the worst faces, and how far the scores can be trusted.
+A results file is COCO's, [{"image_id", "keypoints": [x, y, score, ...], "score"}], with "annotation_id" where
+a picture has several faces. If a face has several results, the one with the highest score counts. --match is
+for programs that find the faces themselves, as tools/predict.py does without boxes: a face takes the result
+that overlaps it best, and the report says how many faces were found. With --checkpoint, it also compares the
+error with the checkpoint's own in the true boxes.
 
-Beware: some public figures are measured in a crop that was stretched to a square, where the same predictions
-have another error (8.57 there was 8.04 in the picture); these here are in the picture's pixels.
+Beware: some published errors are measured in a crop stretched to a square, where the same predictions
+have another error (8.57 there was 8.04 in the picture). Here all errors are in the picture's pixels.
 """
 import argparse
 import contextlib
@@ -43,12 +43,12 @@ from tools.lib.report import as_html, as_table, plots, print_report
 from tools.lib.runtime import Processes, enough_memory, versions
 from train_simple import METRICS, NORMALIZERS, Config, Trained, crop_side, nan_mean, predict
 
-LIMIT = 0.10  # beyond it a face counts as failed, and the error curve's area ends
-RADIUS = Config.score_radius  # in sides of the crop, of other programs' scores
+LIMIT = 0.10  # a face with a larger error counts as failed; the area under the error curve ends here
+RADIUS = Config.score_radius  # for other programs' scores, as a fraction of the crop's side
 BINS = 10  # of scores from 0 to 1
 WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png",
           "mean_face.png")
-SAME_FACE = 0.5  # IoU of the boxes that the landmarks give from which on a result is of that face
+SAME_FACE = 0.5  # a result is of a face if the boxes around their landmarks have at least this IoU
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
     "nme_iod": "the same / the distance between the two interocular landmarks, where both are labelled",
@@ -84,7 +84,7 @@ def definitions(main: str, radius: float) -> dict[str, str]:
 # ---------------------------------------------------------------- the numbers
 
 def pck(points: np.ndarray, faces: Faces, length: np.ndarray, threshold: float) -> float:
-    """The share of labelled landmarks with an error of at most threshold * length (N,), NaN left out."""
+    """The share of labelled landmarks with error <= threshold * length (N,); NaN lengths do not count."""
     error = np.linalg.norm(points - faces.points, axis=-1)  # (N, K)
     counts = (faces.visible > 0) & np.isfinite(length)[:, None]
     return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
@@ -96,15 +96,15 @@ def failure_rate(errors: np.ndarray) -> float:
 
 
 def area_under_curve(errors: np.ndarray) -> float:
-    """The area under the errors' distribution up to LIMIT, / LIMIT. A face adds what is right of it."""
+    """The area under the cumulative distribution of the errors from 0 to LIMIT, divided by LIMIT."""
     return nan_mean(np.maximum(0, 1 - np.asarray(errors) / LIMIT))
 
 
 def along_and_across(points: np.ndarray, faces: Faces, length: np.ndarray) -> np.ndarray:
-    """Mean error / length (N,) along the outline and square to it: (K, 2).
+    """Mean error / length (N,) along the outline and at right angles to it: (K, 2).
 
-    The outline's direction at a landmark is the one from one of its two neighbours in the skeleton to the
-    other, in the truth. NaN for landmarks that are not between two others.
+    The outline's direction at a landmark points from one of its two neighbours in the skeleton to the other,
+    in the true landmarks. NaN for landmarks that do not have exactly two neighbours.
     """
     result, neighbours = np.full((len(faces.scheme.names), 2), np.nan), defaultdict(set)
     for i, j in faces.scheme.skeleton:
@@ -194,17 +194,17 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
 # ---------------------------------------------------------------- other programs' results
 
 def parse_result(path: Path, number: int, row: dict, k: int) -> tuple:
-    """A result: keypoints (K, 3), score, the id it names or None, picture's id, file. Raises UserError."""
+    """A result: keypoints (K, 3), score, annotation_id or None, image_id, file_name. Raises UserError."""
     try:
         triples = np.array(row["keypoints"], np.float64).reshape(k, 3)
         certainty, named = float(row.get("score") or 0), row.get("annotation_id")
         if (image := identity(row["image_id"])) is None:
             raise ValueError
-        picture = PurePosixPath((row.get("file_name") or "").replace("\\", "/")).parts  # ours have it
+        picture = PurePosixPath((row.get("file_name") or "").replace("\\", "/")).parts  # predict.py gives it
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{path}: result {number} needs image_id, keypoints ({k} x 3 numbers) and "
                         "score") from None
-    if not (np.abs(triples[:, :2]).max() < MAX_NUMBER and math.isfinite(certainty)):  # NaN is below nothing
+    if not (np.abs(triples[:, :2]).max() < MAX_NUMBER and math.isfinite(certainty)):  # `<` fails for NaN
         raise UserError(f"{path}: result {number} has numbers that are not finite, or a landmark beyond "
                         f"{MAX_NUMBER:g}")
     return triples, certainty, None if named is None else str(identity(named)), str(image), picture
@@ -241,9 +241,9 @@ def faceless(ann: Path) -> set[str]:
 
 
 def other_annotation(path: Path, faces: Faces, category: str | None = None) -> Faces | None:
-    """A COCO data set's faces, of another annotator, landmarks in our order; None for results. UserError.
+    """The faces of another annotator's data set, landmarks in our order; None for results. Raises UserError.
 
-    Results may come as a data set, too; then their annotations have a score or an annotation_id.
+    Results may also come as a data set; then their annotations have a score or an annotation_id.
     """
     content = load_json(path)
     if not (isinstance(content, dict) and content.get("images") and content.get("categories")):
@@ -263,13 +263,13 @@ def other_annotation(path: Path, faces: Faces, category: str | None = None) -> F
 
 def read_results(path: Path, faces: Faces, match: bool = False, empty: Collection = (),
                  other: Faces | None = None) -> tuple[dict[int, np.ndarray], int]:
-    """{index of a face: x, y, score (K, 3)} of a COCO keypoint-results file, and the number of results of its
-    pictures, and of the `empty` ones, that are of no face. Raises UserError.
+    """Read COCO keypoint results: {index of a face: x, y, score (K, 3)}, and how many results in the faces'
+    pictures, and in the `empty` ones, belong to no face. Raises UserError.
 
-    other: what `other_annotation` read of it; then NaN is where that has no label.
+    other: what `other_annotation` read from the file; NaN then marks landmarks that it does not label.
 
-    The best-scored result of every face, all of which must have one; or, to `match`, the one that overlaps it
-    best. A result's image_id is the picture's, or its file's name, with or without the suffix.
+    Every face takes its result with the highest score, and must have one; with `match`, the result that
+    overlaps it best. A result's image_id is the picture's, or its file name, with or without the suffix.
     """
     if other:
         rows = [{"image_id": i, "keypoints": np.column_stack([xy, v])}
@@ -347,7 +347,7 @@ def annotations_of(args: argparse.Namespace, trained: Trained | None) -> Path:
     folder = trained.config.ann_root
     if not folder.is_absolute():  # a --light one keeps a folder's name alone
         raise UserError(f"{args.checkpoint}: does not say where its data are; name a COCO file with --ann")
-    if not os.path.exists(folder):  # False of another user's, too
+    if not os.path.exists(folder):  # also False for another user's private folder
         raise UserError(f"{folder}: the data of {args.checkpoint} are not here; name a COCO file with --ann")
     try:
         _, val = find_annotations(folder)
@@ -389,7 +389,7 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
         first = " and ".join(names[i] if i < len(names) else "none" for names in (ours, theirs))
         raise UserError(f"{ann}: its {len(ours)} landmarks are not the {len(theirs)} of {args.checkpoint}: "
                         f"number {i} is {printable(first)}; name a file with the same ones, in their order")
-    if trained:  # partners as trained; the rest too, where the file says nothing of it
+    if trained:  # the model's scheme, but the file's regions and interocular where it has them
         said = {n: said for n in ("regions", "interocular") if (said := getattr(faces.scheme, n))}
         if differ := [n for n in said if said[n] != getattr(trained.scheme, n)]:
             print(f"{ann}: its {' and '.join(differ)} are used; those of {args.checkpoint} differ")
@@ -463,20 +463,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_checkpoint(parser)
     add("--ann", type=Path, metavar="FILE",
-        help="COCO keypoint file (default: val.json of the run; the bundled model needs one)")
+        help="COCO keypoint file (default: val.json of the checkpoint's run; needed without --checkpoint)")
     add("--data-root", type=Path, metavar="DIR",
-        help="folder that its file names count from (default: the run's, else kagglehub's DogFLW)")
+        help="folder that its file names are relative to (default: the run's, else kagglehub's DogFLW)")
     add("--category", metavar="NAME",
-        help="which one, where the file has categories with different landmarks")
+        help="category to score, if the file has several with different landmarks")
     add("--out", type=Path, metavar="DIR",
-        help="folder for the report (default: evaluation, beside --checkpoint or --results; of the "
-             "bundled model, here)")
+        help="folder for the report (default: evaluation, beside --results or --checkpoint; for the "
+             "bundled model, in the current folder)")
     add("--results", type=Path, metavar="FILE",
-        help="score these COCO keypoint results, or another annotator's data set; --checkpoint lends its "
-             "defaults, with --match its errors")
-    add("--match", action="store_true", help="the results are of a program that found the faces itself")
+        help="score these COCO keypoint results, or another annotator's data set; --checkpoint then gives "
+             "the defaults and, with --match, the errors to compare with")
+    add("--match", action="store_true", help="the results come from a program that found the faces itself")
     add("--padding", type=float,
-        help="of --results without --checkpoint: the side that nme divides by / the box's longer one "
+        help="for --results without --checkpoint: nme divides by this many times the box's longer side "
              f"(default: {data.PADDING})")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
         help="average with the mirrored picture's prediction (default: on)")
@@ -506,7 +506,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_unwritten(args: argparse.Namespace) -> None:
-    """Raises UserError where --out holds a report that --force does not give up."""
+    """Raises UserError if --out holds a report and --force is not given."""
     there = [name for name in WRITES if (args.out / name).exists()]
     if there and not args.force:
         raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "
@@ -524,7 +524,7 @@ def write_report(args: argparse.Namespace, report: dict, faces: Faces, points: n
     try:
         print(f"{len(faces)} faces of {report['ann']}; {report['source']}")
         print_report(report)
-    finally:  # neither a full disk nor a closed pipe may cost both the lines and the files
+    finally:  # a closed pipe loses only the printed lines, a full disk only the files
         for name, content in files.items():
             atomic_write(args.out / name, [content])
         for name in {*WRITES} - {*files}:  # of an earlier report
@@ -540,11 +540,11 @@ def main(argv: list[str] | None = None) -> None:
             faces, ann = read_faces(args, trained)
             if processes.first:
                 busy = f"--out {args.out}: another report is being written there; name another folder"
-                lock = args.out / ".report.lock"  # what cannot be written is said now
+                lock = args.out / ".report.lock"  # an unwritable folder is reported now
                 stack.enter_context(file_lock(lock, busy))
-                if os.name != "nt":  # where an open file cannot be deleted
+                if os.name != "nt":  # Windows does not delete an open file
                     stack.callback(lock.unlink, missing_ok=True)
-                check_unwritten(args)  # another may just have ended
+                check_unwritten(args)  # another run may just have written its report
             padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
             if trained:
                 padding, radius = trained.config.padding, trained.config.score_radius

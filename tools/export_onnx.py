@@ -5,15 +5,15 @@
     uv run tools/export_onnx.py --checkpoint best_model.pth --out dog.onnx --no-flip
     uv run tools/export_onnx.py --checkpoint best_model.pth --light small.pth
 
-The ONNX file holds everything between pixels and landmarks: uint8 RGB crops `image` (N, S, S, 3) in,
-`landmarks` (N, K, 2) in crop pixels and `scores` (N, K) out, N from 1 on. Normalisation and decoding are the
-checkpoint's own. Its metadata hold names, flip_pairs, input_size, padding and what is known of the licence;
-the crop is a square of `padding` times the face box's longer side. The exported file runs a photo in
-onnxruntime, and is left only where its landmarks are PyTorch's; the time a face takes is printed. With pip it
-needs: pip install onnx onnxruntime.
+The ONNX file holds everything from pixels to landmarks, with the checkpoint's normalisation and decoding. Its
+input is uint8 RGB crops `image` (N, S, S, 3), N >= 1; its outputs are `landmarks` (N, K, 2) in crop pixels
+and `scores` (N, K). Its metadata hold names, flip_pairs, input_size, padding, what is known of the licence,
+and more. The crop is a square of `padding` times the face box's longer side. The file is written only if it
+gives PyTorch's landmarks for a photo in onnxruntime; the time per face is printed. With pip it needs:
+pip install onnx onnxruntime.
 
---safetensors writes a folder in the form of a Hugging Face repository: model.safetensors, config.json,
-README.md. --light writes the checkpoint once more, to hand on: 16-bit weights, no folders of this machine.
+--safetensors also writes a folder like a Hugging Face repository: model.safetensors, config.json, README.md.
+--light writes only a copy of the checkpoint to hand on: 16-bit weights, no paths of this machine.
 """
 import argparse
 import io
@@ -62,8 +62,8 @@ class Exported(nn.Module):
         self.register_buffer("colour", torch.eye(3, 4)[None])
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        image = image.float()  # the first node: TensorRT lets uint8 into nothing but a cast
-        # Colours as they are, but of the batch's size: a trace would keep the size that `normalize` makes up.
+        image = image.float()  # the first node: TensorRT accepts uint8 only as the input of a cast
+        # Leaves colours unchanged. Made here, because a trace would fix the batch size of the default.
         colour = self.colour.expand(image.shape[0], 3, 4)
         image = normalize(image, self.model.mean, self.model.std, colour)
         heatmaps = self.model(image)
@@ -83,7 +83,7 @@ def latency(function: Callable) -> float:
 
 
 def licence(trained: Trained) -> tuple[str, str, str]:
-    """(training data's name, identifier of the hub, what it means for the weights), as far as is known."""
+    """(the training data's name, the hub's identifier of their licence, what it means for the weights)."""
     scheme, config = trained.scheme, trained.config
     if config.sample and not config.weights and not config.pretrained:
         return "drawn sample", "mit", (
@@ -110,14 +110,14 @@ def metadata(trained: Trained, flip: bool) -> dict[str, str]:
 
 
 def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
-    """The ONNX file's bytes. Raises UserError without the packages for it."""
+    """The ONNX file's bytes. Raises UserError if onnx is missing, or ONNX cannot hold the model."""
     try:
         import onnx
     except ImportError:
         raise UserError("onnx is missing: pip install onnx onnxruntime") from None
     file, names = io.BytesIO(), ("image", "landmarks", "scores")
     example = (torch.from_numpy(photographs(trained.size, 2)),)
-    # The exporter that traces: it needs no further package. It warns of values that are constant here.
+    # The tracing exporter needs no further package. It warns about values that become constants here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -135,7 +135,7 @@ def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
 
 
 def export_onnx(trained: Trained, flip: bool, path: Path) -> None:
-    """Write the file, checked against PyTorch on a photo. Raises UserError, leaving nothing, if not equal."""
+    """Write the file if it agrees with PyTorch on a photo. If not, raises UserError and writes nothing."""
     try:
         import onnxruntime
     except ImportError:
@@ -216,7 +216,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     # The hub reads results out of this block; JSON is YAML.
     hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
     errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items()
-              if k in METRICS and not chosen.endswith(SEEN)]  # errors on faces it knew are no results
+              if k in METRICS and not chosen.endswith(SEEN)]  # errors on faces it trained on are no results
     index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
         "metrics": errors}]}]
@@ -248,11 +248,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add_checkpoint(parser)
     add("--out", type=Path, metavar="FILE",
-        help="the ONNX file (default: the checkpoint's name with .onnx, or dog_face.onnx)")
+        help="the ONNX file (default: the checkpoint's name with .onnx; for the bundled model dog_face.onnx)")
     add("--safetensors", type=Path, metavar="DIR", help="also write safetensors and a model card here")
-    add("--light", type=Path, metavar="FILE", help="write a checkpoint of half the size here; nothing else")
+    add("--light", type=Path, metavar="FILE", help="write only a checkpoint of half the size, here")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
-        help="average with the mirrored crop: twice the time, a little more exact (default: on)")
+        help="average with the mirrored crop: takes twice the time, a little more accurate (default: on)")
     add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     take_checkpoint(args)

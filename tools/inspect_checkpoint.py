@@ -1,11 +1,11 @@
-"""What is in a checkpoint, and what differs between several. Runs no code out of a file.
+"""Show what is in a checkpoint, or what differs between several. Runs no code from the files.
 
     uv run tools/inspect_checkpoint.py                                      # the bundled model
     uv run tools/inspect_checkpoint.py --checkpoint work_dirs/hrnet_w32
     uv run tools/inspect_checkpoint.py --checkpoint work_dirs/a work_dirs/b/epoch_20.pth --plot c.png
 
-A checkpoint may also be a run's folder, which stands for its best_model.pth. Curves come from metrics.csv
-beside it; "test" are the errors on faces that chose nothing, of test.json beside it.
+A run's folder stands for its best_model.pth. Curves come from the metrics.csv beside a checkpoint; "test"
+errors, on faces that did not choose the epoch, come from the test.json beside it.
 """
 import argparse
 import csv
@@ -23,7 +23,7 @@ CURVES = ("train_loss", "val_loss", *METRICS)
 
 
 def show(value: object) -> str:
-    """A value of a checkpoint as one short piece of a line, whatever a stranger put there."""
+    """A value of a checkpoint as a short text for one line, whatever someone has put there."""
     text = f"{value:.4g}" if isinstance(value, float) else printable(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -37,7 +37,7 @@ def read_run(path: Path) -> dict:
     parameters = sum(p.numel() for p in trained.model.parameters())
     values = {k: show(metrics.get(k, "-")) for k in (*METRICS, "val_loss", "train_loss", "chosen_on")}
     once = file.with_name("test.json")
-    if file.name == "best_model.pth" and once.is_file():  # of faces that chose nothing
+    if file.name == "best_model.pth" and once.is_file():  # errors on faces that did not choose the epoch
         values |= {f"test {k}": show(v) for k, v in load_json(once).items() if k in METRICS and v is not None}
     return {"path": file, "scheme": trained.scheme, "args": stored["args"],
             "versions": versions if isinstance(versions, dict) else {}, "summary": {
@@ -68,7 +68,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def print_one(run: dict) -> None:
-    """All that one checkpoint holds, the weights aside."""
+    """Print everything that one checkpoint holds, except the weights."""
     names = run["scheme"].names
     print(run["path"])
     for title, values in (("", run["summary"]), ("settings", run["args"]), ("versions", run["versions"])):

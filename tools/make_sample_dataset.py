@@ -4,9 +4,9 @@
 
 Every face is a little 3-D model: a smooth union of ellipsoids (skull, cheeks, muzzle, jaw) seen along z, two
 bent ear sheets, and eyes, nose and mouth laid on that surface. The landmarks are points of the same model, so
-they sit on what is drawn. Lengths are in face units, about the distance between the outer eye corners; x
-points right, y down, z to the viewer. Face i depends on (seed, i), its defect also on how many faces there
-are; the number of worker processes changes no byte.
+they lie on what is drawn. Lengths are in face units, about the distance between the outer eye corners;
+x points right, y down, z to the viewer. Face i depends only on (seed, i), its defect also on the number of
+faces. The number of worker processes changes nothing.
 """
 import functools
 import json
@@ -90,7 +90,7 @@ def noise_tiles() -> tuple[np.ndarray, np.ndarray]:
 
 
 def wrapped(tile: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The tile's values at the places u, v, as if it went on for ever."""
+    """The tile's values at the places u, v, as if the tile were repeated for ever."""
     return cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
@@ -143,7 +143,7 @@ def make_face(rng: Rng, breed: tuple) -> dict:
     """The model of one face: {part: 3-D points}; curves hold pairs (n, left and right, xyz)."""
     chances, _, long, wide, ear_length = breed
     long, wide = long * rng.uniform(0.8, 1.25), wide * rng.uniform(0.93, 1.07)
-    ny = 0.50 + 0.22 * long + rng.uniform(-0.06, 0.08)  # height of the nose, on which the muzzle hangs
+    ny = 0.50 + 0.22 * long + rng.uniform(-0.06, 0.08)  # y of the nose, from which the muzzle is placed
     gape = rng.uniform(0.12, 0.34) if rng.random() < 0.45 else 0.0
     hang = rng.uniform(0, 0.3) if gape and rng.random() < 0.6 else 0.0
     balls = [(0, -0.12, -0.35, 0.74 * wide ** 0.5, 0.60, 0.72),  # skull
@@ -167,7 +167,7 @@ def make_face(rng: Rng, breed: tuple) -> dict:
     face = {"ny": ny, "gape": gape, "balls": balls,
             "eyes": pairs([(x - w, 0.015), (x - 0.55 * w, -0.72 * h), (x, -h), (x + 0.6 * w, -0.75 * h + up),
                            (x + w, up), (x + 0.5 * w, 0.7 * h + up / 2), (x, h), (x - 0.5 * w, 0.7 * h)]),
-            # The outline, nostrils, between them.
+            # The outline, the nostrils, and the point between them.
             "nose": pairs([(0, -0.10), (0.75 * nose, -0.085), (nose, 0), (0.75 * nose, 0.085),
                            (0.25 * nose, 0.11), (0, 0.125), (0.6 * nose, 0.045), (0, 0.05)], ny),
             "lip": pairs([(0, 0.32), (0.13, 0.37 + flew), (0.25, 0.355 + flew), (0.36 * wide ** 0.5, 0.28),
@@ -204,7 +204,7 @@ def window(points: np.ndarray, pad: float) -> tuple[tuple, np.ndarray]:
 
 def paint(canvas: np.ndarray, points: np.ndarray, colour: tuple | np.ndarray, soft: float = 0.0,
           alpha: float = 1.0) -> None:
-    """Fill a polygon (n, 2) on the float canvas, its edge softened by `soft` pixels; colour: or a picture."""
+    """Fill a polygon (n, 2) on the float canvas, softened by `soft` pixels; colour may also be a picture."""
     pad = int(3 * soft) + 2
     where, corner = window(points, pad)
     part = canvas[where]
@@ -225,9 +225,7 @@ def oval(centre: np.ndarray, radius: float, squash: float = 1.0, angle: float = 
 
 
 def background(rng: Rng, w: int, h: int) -> np.ndarray:
-    """Loose shapes (boards, leaves, grass or far lights) on a ramp of colour, out of focus, in a picture of w
-    x h.
-    """
+    """A picture (w x h) of boards, leaves, grass or distant lights on a colour gradient, out of focus."""
     light, dark = (np.float32(rng.uniform(*span) + rng.normal(0, 22, 3)) for span in ((110, 235), (30, 130)))
     y = np.linspace(0, 1, h, dtype=np.float32)[:, None, None] * np.ones((1, w, 1), np.float32)
     img = light + (dark - light) * (y if rng.random() < 0.6 else ramp(y, 0.55, 0.6))
@@ -328,7 +326,7 @@ def ear_layer(ear: np.ndarray, shape: tuple, scale: float, origin: np.ndarray,
 
 def draw_ear(canvas: np.ndarray, where: tuple, layer: np.ndarray, colours: tuple, scale: float,
              fur: np.ndarray, depth: np.ndarray | None = None) -> None:
-    """Draw an ear's layer where it lies; given `depth`, only what stands before it."""
+    """Draw an ear's layer where it lies; with `depth`, only what is in front of that."""
     fur, cover = fur[where], layer[..., 3]
     shade, inner, z = (layer[..., i] / np.maximum(cover, 1e-3) for i in range(3))
     size = (int(0.2 * scale),) * 2
@@ -430,9 +428,7 @@ def occlude(canvas: np.ndarray, rng: Rng, centre: np.ndarray, scale: float) -> N
 
 def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int], scale: float,
            origin: np.ndarray) -> np.ndarray:
-    """The picture (h, w, 3) RGB of a face: its model origin lies at `origin`, a face unit is `scale` pixels
-    long.
-    """
+    """The picture (h, w, 3) RGB of a face whose origin is at `origin`; a face unit is `scale` pixels long."""
     (w, h), scale, origin = size, scale * SS, (origin + 0.5) * SS - 0.5
     px = lambda p: (p @ turn.T)[..., :2] * scale + origin
     light = np.float32([rng.uniform(-0.7, 0.7), rng.uniform(-0.9, -0.3), 0.9])
@@ -446,7 +442,7 @@ def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int],
     fur = cv2.resize(fur, (w * SS, h * SS))
 
     shift, fuzz, ny = np.float32(rng.uniform(0, 512, 2)), rng.uniform(0.25, 0.8), face["ny"]
-    # Its colour and height; 9 lower it is out of sight.
+    # Its colour and its y; 9 units further down it is out of sight.
     collar = np.float32(rng.uniform(20, 230, 3)), rng.uniform(1.45, 1.6) + 9 * (rng.random() < 0.6)
 
     def body_coat(x, y, z):
@@ -475,7 +471,7 @@ def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int],
     iris, look = irises[rng.choice(4, p=(0.4, 0.4, 0.15, 0.05))], rng.uniform(-0.2, 0.2, 2)
     for i in (0, 1):
         draw_eye(canvas, px(face["eyes"][:, i]), look, scale, light, iris)
-    for ear in ears:  # again, what stands before the head
+    for ear in ears:  # again, but only what is in front of the head
         draw_ear(canvas, *ear, depth)
     if rng.random() < 0.12:
         occlude(canvas, rng, origin + rng.uniform((-0.7, 0), (0.7, 1.3)) * scale, scale)
@@ -488,10 +484,8 @@ def render(rng: Rng, face: dict, coat: tuple, turn: np.ndarray, size: list[int],
 # ----------------------------------------------------------------------------------------------- the data set
 
 def plan_defects(rng: Rng, train: int, test: int) -> dict[int, str]:
-    """{index: defect}: each at least once where there are faces enough, and for large sets as often as in
-    DogFLW.
-    """
-    often = max(2, round(0.038 * train))  # boxes of another scale, a fifth of them apart from the face
+    """{index: defect}: each at least once if there are enough faces; in large sets as often as in DogFLW."""
+    often = max(2, round(0.038 * train))  # boxes at a wrong scale, a fifth of them away from the face
     apart = max(1, often // 5)
     defects = ["empty", "nan", "apart", "mismatch", "outside", "empty", "nan", "outside"]
     defects += ["apart"] * (apart - 1) + ["mismatch"] * (often - apart - 1) + ["outside"] * (train // 300)
@@ -508,9 +502,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def make_label(rng: Rng, marks: np.ndarray, size: np.ndarray, defect: str | None) -> dict:
-    """DogFLW's label. The box is the landmarks' hull and some 10 %, written as strings, unless a defect
-    spoils it.
-    """
+    """A label like DogFLW's. Unless a defect spoils it, the box is the landmarks' hull plus about 10 %."""
     low, high = marks.min(0), marks.max(0)
     pad = (high - low) * rng.uniform(0.03, 0.07, (2, 2))
     box = good = np.round(np.concatenate([np.maximum(low - pad[0], 0), np.minimum(high + pad[1], size - 1)]))
@@ -592,12 +584,12 @@ def make_sample(out: Path | str, train: int = 600, test: int = 100, seed: int = 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "data/sample/dogflw",
-                        help="folder to write (%(default)s)")
-    parser.add_argument("--train", type=int, default=600, help="training faces (%(default)s)")
-    parser.add_argument("--test", type=int, default=100, help="test faces (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other dogs (%(default)s)")
+                        help="output folder (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=600, help="training faces (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=100, help="test faces (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another draws other dogs (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes; changes no byte (%(default)s)")
+                        help="processes; the result is always the same (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace what is in --out")
     args = parser.parse_args()
     for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):

@@ -7,13 +7,13 @@
     uv run tools/predict.py 0                                      # camera 0 until Ctrl-C, or rtsp://...
     uv run tools/predict.py photos/ --coco mine.json               # correct it, then train on it
 
-INPUT is a picture, a folder, a glob, a video, a COCO file's list of pictures (.json, with --data-root), the
-number of a camera, or the address of a stream. What a file is, its content says. Without boxes the faces are
-found: a locator (the same trainer with `--crop image`), or else the face model itself, looks at the whole
-picture and at overlapping squares of it; each finding is looked at again in the box around its landmarks, and
-stays if that box reproduces itself. Writes overlays, predictions.json (COCO keypoint results, in the original
-picture's pixels, file names relative to the folder printed at the end) and predictions.csv into --out; of
-videos also the seconds of each frame.
+INPUT is a picture, a folder, a glob, a video, a COCO file (.json, which lists pictures in --data-root), the
+number of a camera, or the address of a stream. Pictures and videos are recognised by their content. Without
+boxes, the faces are searched for: a locator (trained with `--crop image`), or else the face model itself,
+looks at the whole picture and at overlapping squares of it. Each find is looked at again in the box around
+its landmarks, and is kept if that box reproduces itself. Writes overlays, predictions.json (COCO keypoint
+results in the original picture's pixels; file names are relative to the folder printed at the end) and
+predictions.csv into --out. For videos, both files also give the time of each frame in seconds.
 """
 import argparse
 import contextlib
@@ -74,12 +74,12 @@ from train_simple import load_predictor
 OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
 MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before",
         ".lock": "a run is writing there, or was"}
-EVERY = 60  # seconds, or more, after which what was found is written, in case that the end comes suddenly
+EVERY = 60  # seconds, at least, between two writes of the results so far, in case the run is killed
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
-MOST_PIXELS = 50_000_000  # of a picture; a larger one is looked at smaller
-MOST_SIDE = 65_500  # of a JPEG
-WEIGHTS = ".pth", ".pt", ".ckpt", ".safetensors", ".onnx"  # checkpoints, of which the first serve
-FACE = {"id": 1, "name": "face"}  # the category, where no COCO file says another
+MOST_PIXELS = 50_000_000  # in a picture; a larger picture is scaled down
+MOST_SIDE = 65_500  # pixels, the longest side of a JPEG
+WEIGHTS = ".pth", ".pt", ".ckpt", ".safetensors", ".onnx"  # such a first INPUT is taken for a checkpoint
+FACE = {"id": 1, "name": "face"}  # the category, unless a COCO file gives another
 
 
 # ---------------------------------------------------------------- what to predict
@@ -88,24 +88,24 @@ FACE = {"id": 1, "name": "face"}  # the category, where no COCO file says anothe
 class Source:
     """One thing to predict."""
     place: Path | int | str  # a picture's or video's absolute path, a camera's number, a stream's address
-    kind: str  # "picture" or "video", which a camera is too
-    file: str = ""  # its name in what is written
-    target: Path | None = None  # its overlay
+    kind: str  # "picture" or "video"; cameras and streams count as videos
+    file: str = ""  # its name in the output files
+    target: Path | None = None  # where its overlay goes
     image_id: object = None  # its id in a COCO file
-    boxes: list | None = None  # [(annotation id, box (4,)), ...] that are given; None: faces are to be found
-    size: tuple = (0, 0)  # width and height that the boxes are of; 0 where the COCO file does not say it
+    boxes: list | None = None  # the given [(annotation id, box (4,)), ...]; None: the faces are searched for
+    size: tuple = (0, 0)  # width and height of the picture that the boxes refer to; 0 where unknown
 
 
 @dataclass
 class Listing:
     """What a COCO file says of its pictures; it needs no keypoints."""
     ids: dict  # file_name -> image id, the first if it has several
-    sizes: dict  # file_name -> (width, height), 0 where it does not say it
-    # file_name -> [(annotation id, box (4,)), ...]; the id is None of a detector's box, without keypoints
+    sizes: dict  # file_name -> (width, height), only where both are known
+    # file_name -> [(annotation id, box (4,)), ...]; the id is None for a box without keypoints
     boxes: dict
     category: dict  # its id and name
-    turned: bool = False  # whether load_coco has turned the boxes with the pictures that EXIF turns
-    upright: bool = False  # whether its program shows pictures upright
+    turned: bool = False  # whether load_coco has already turned the boxes of pictures that EXIF turns
+    upright: bool = False  # whether the program that wrote the file shows pictures upright
 
 
 def check_box(box: object, where: str) -> np.ndarray:
@@ -118,10 +118,10 @@ def check_box(box: object, where: str) -> np.ndarray:
 
 
 def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) -> Listing:
-    """Read the pictures, and their boxes, of a COCO file: a Listing. Raises UserError.
+    """Read the pictures of a COCO file, and their boxes: a Listing. Raises UserError.
 
-    root: the data root, in which the pictures are found as the trainer finds them; None: names stay. The
-    Listing's category is the first that names landmarks.
+    root: the data root, in which the pictures are looked up as the trainer does it; None keeps the names as
+    they are. The Listing's category is the first one that names landmarks.
     """
     content, notes, ids, sizes, boxes = read_file(path), Notes(), {}, {}, {}
     if isinstance(content, list):
@@ -162,9 +162,9 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
 
 
 def read_boxes(path: Path, root: Path, category: str | None = None, above: bool = False) -> Listing:
-    """The Listing of --boxes: the faces with landmarks, as the trainer reads them, or else all boxes.
+    """The Listing of --boxes: the faces with landmarks, as the trainer reads them; if it has none, all boxes.
 
-    With `above` names may count from a folder above `root`: the one counts where most of them are pictures.
+    With `above`, names may be relative to a folder above `root`: the one in which most of them are files.
     """
     content = read_file(path)
     rows = content.get("annotations") if isinstance(content, dict) else None
@@ -199,7 +199,7 @@ def made_before(folder: Path) -> str | None:
 
 
 def matches_of(text: str, out: Path) -> list[Path]:
-    """What a glob matches, without folders of what these tools have made; says which those are."""
+    """The paths that a glob matches, without the output folders of these tools; prints which those are."""
     matches, left, output = [], set(), os.path.realpath(out)
     fixed = next((i for i, part in enumerate(Path(text).parts) if glob.has_magic(part)), 0)
     for path in map(Path, sorted(glob.glob(text, recursive=True))):
@@ -233,10 +233,10 @@ def files_in(folder: Path, out: Path) -> list[Path]:
 
 
 def expand(text: str, out: Path) -> list[Source]:
-    """What an INPUT names that is no COCO file: a list of Sources. Says what a folder or glob holds beside.
+    """The Sources of an INPUT that is not a COCO file. Prints what else a folder or a glob holds.
 
-    A file that is named by itself is taken for a picture unless it is a video. `out` is left out of folders.
-    Raises UserError where there is nothing.
+    A file that is named by itself is taken for a picture unless it is a video. From folders and globs,
+    what lies in `out` is left out. Raises UserError if no picture or video remains.
     """
     if not text:
         raise UserError("an INPUT is empty; name a picture, or . for this folder")
@@ -251,7 +251,7 @@ def expand(text: str, out: Path) -> list[Source]:
         return [Source(int(camera[1] or camera[2]), "video")]
     matches = [path] if path.exists() else matches_of(text, out)
     members = dict.fromkeys(f for m in matches for f in (files_in(m, out) if m.is_dir() else [m]))
-    # A link to nowhere is named when it cannot be read.
+    # A broken link is kept: the error that it cannot be read will name it.
     members = [f for f in members if f.is_file() or f.is_symlink() and not os.path.exists(f)]
     files = [f for f in members if not Path(os.path.realpath(f)).is_relative_to(os.path.realpath(out))]
     kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
@@ -271,7 +271,7 @@ def is_listing(text: str) -> bool:
 
 
 def list_inputs(inputs: list[str], data_root: Path | None, out: Path) -> tuple[list[Source], dict]:
-    """The Sources that the command line names, without repeats, and the category of a COCO file in it."""
+    """The Sources that the command line names, without repeats, and the category of its last COCO file."""
     sources, ids, category = {}, {}, FACE
     for text in inputs:
         path = Path(text)
@@ -299,7 +299,7 @@ def list_inputs(inputs: list[str], data_root: Path | None, out: Path) -> tuple[l
 
 
 def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
-    """Give pictures their boxes and ids of a COCO file, in which a picture's name is any tail of its path."""
+    """Give pictures their boxes and ids from a COCO file, where a name may be any trailing part of a path."""
     names, spelt = {}, defaultdict(list)
     for name in listing.ids:
         spelt[plainly(name)].append(name)
@@ -317,7 +317,7 @@ def take_boxes(sources: list[Source], path: Path, listing: Listing) -> None:
 
 
 def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
-    """Turn boxes without landmarks with their pictures, where load_coco would turn faces (EXIF), in place."""
+    """Turn boxes without landmarks as EXIF turns their pictures, in place, where load_coco turns faces."""
     rows, notes = [(source, box) for source in sources for _, box in source.boxes], Notes()
     files, sizes = [source.file for source, _ in rows], np.array([source.size for source, _ in rows])
     boxes, labelled = np.array([box for _, box in rows]), np.ones((len(rows), 2))
@@ -340,7 +340,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
     paths = [s.place for s in sources if isinstance(s.place, Path)]
     try:
         common = args.data_root or (os.path.commonpath([p.parent for p in paths]) if paths else ".")
-    except ValueError:  # Windows'
+    except ValueError:  # on Windows, for paths on different drives
         raise UserError("--data-root: is needed for files on several drives") from None
     root = Path(os.path.abspath(common))
     if outside := [p for p in paths if root not in p.parents]:
@@ -349,7 +349,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
         source.boxes, source.file = fixed, re.sub(r"\W+", "_", name_of(source.place)).strip("_")
         if isinstance(source.place, Path):
             source.file = source.place.relative_to(root).as_posix()
-        # Other suffixes are kept in the overlay's name, so that a.tif and a.png do not meet.
+        # Other suffixes stay in the overlay's name, so that a.tif and a.png get different overlays.
         kept = (".mp4",) if source.kind == "video" else (".png", ".jpg", ".jpeg")
         known = Path(source.file).suffix.lower() in kept
         source.target = args.out / (source.file + ("" if known else kept[0]))
@@ -384,7 +384,7 @@ class Results:
 
     def __init__(self, sources: list[Source], scheme: Scheme, category: dict):
         self.scheme, self.category, self.rows, self.images, self.begun = scheme, category, [], [], False
-        self.due, self.empty = time.monotonic() + EVERY, []  # pictures without a face
+        self.due, self.empty = time.monotonic() + EVERY, []  # empty: the pictures without a face
         known = [s.image_id for s in sources if isinstance(s.image_id, int)]
         self.new_ids = itertools.count(max(known, default=0) + 1)
 
@@ -413,7 +413,7 @@ class Results:
         for r in self.rows:
             table.writerow([r["file_name"], *(r[key] for key in first), *r["bbox"], *r["keypoints"]])
         atomic_write(out / PREDICTIONS, [json.dumps(self.rows).encode()])
-        # Names that are no text (an old zip's) stay readable.
+        # Names that are not valid text (from an old zip, say) are escaped.
         atomic_write(out / TABLE, [text.getvalue().encode(errors="backslashreplace")])
         if coco:
             atomic_write(coco, [json.dumps(self.as_dataset()).encode()])
@@ -448,11 +448,11 @@ class Results:
 # ---------------------------------------------------------------- predicting
 
 class PictureQueue:
-    """Pictures on their way: read one by one, predicted in full batches, written."""
+    """A queue of pictures: they are read one by one, predicted in full batches, and written."""
 
     def __init__(self, predictor: Predictor, results: Results, args: argparse.Namespace):
         self.predictor, self.results, self.args, self.waiting = predictor, results, args, []
-        self.warned = False  # of boxes that may be corners
+        self.warned = False  # whether the user was warned of boxes that may be x1, y1, x2, y2
 
     def add(self, source: Source) -> None:
         """Read a picture; predict those that wait when they fill a batch. Raises UserError naming it."""
@@ -504,10 +504,10 @@ class PictureQueue:
 
 
 def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
-    """Follow the faces through a video or what a camera sees, until Ctrl-C at most.
+    """Follow the faces through a video, or through what a camera sees, until its end or Ctrl-C.
 
-    What was done until then is kept whole. Raises UserError naming a video that cannot be read or written;
-    the faces found until then are kept.
+    After Ctrl-C the video written so far is complete. Raises UserError naming a video that cannot be read or
+    written; the faces found so far are kept.
     """
     boxes, sound = source.boxes and [box for _, box in source.boxes], None
     with until_stopped() as stopped, contextlib.ExitStack() as stack:
@@ -546,7 +546,7 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
 
 def predict_all(sources: list[Source], predictor: Predictor, results: Results,
                 args: argparse.Namespace) -> int:
-    """Predict every source; names those that fail, in one line each, and returns how many did."""
+    """Predict every source. Prints one line for each that fails, and returns how many did."""
     failed, pictures = 0, PictureQueue(predictor, results, args)
     with Progress(len(sources), "files") as progress:
         for number, source in enumerate(sources, 1):
@@ -572,21 +572,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("input", nargs="+", metavar="INPUT",
         help="pictures, folders, globs, videos, a COCO file, a camera, a stream")
-    add_checkpoint(parser, "best_model.pth of a run, which may also stand before INPUT", positional=False)
+    add_checkpoint(parser, "best_model.pth of a run; may also be the first INPUT", positional=False)
     add("--data-root", type=Path, metavar="DIR",
-        help="folder that a COCO file's names count from (default: kagglehub's DogFLW)")
-    add("--category", metavar="NAME", help="the faces' category, if several of --boxes have landmarks")
+        help="folder that file names are relative to (default: kagglehub's DogFLW if an INPUT is a COCO "
+             "file, else the common folder of all files)")
+    add("--category", metavar="NAME", help="category to use, if those in --boxes have different landmarks")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--boxes", type=Path, metavar="FILE", help="a COCO file with a bbox for each face")
     boxes.add_argument("--box", type=float, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
-                       help="a face's box, the same in every picture; repeatable; in a video, at its start")
+                       help="a face's box, for every picture and for a video's first frame; may be repeated")
     add("--locator", type=Path, metavar="FILE",
         help="a checkpoint trained with --crop image (default: locator.pth beside the checkpoint, or "
              "../locator/best_model.pth; for DogFLW's landmarks the bundled one)")
     add("--min-score", type=float, default=MIN_SCORE, metavar="S",
-        help=f"faces found below it are left out (default: {MIN_SCORE})")
-    add("--out", type=Path, metavar="DIR", help="(default: predictions, then predictions_2, ...)")
-    add("--coco", type=Path, metavar="FILE", help="also write a COCO data set: predict, correct, train")
+        help=f"leave out found faces with a lower score (default: {MIN_SCORE})")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: predictions, or predictions_2, ...)")
+    add("--coco", type=Path, metavar="FILE", help="also write a COCO data set, to correct and to train on")
     add("--force", action="store_true",
         help="write into a folder that is not empty, and over an existing --coco FILE")
     add("--batch-size", type=int, default=32, metavar="N", help="crops a forward pass (default: 32)")
@@ -594,7 +595,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     first = Path(args.input[0])
     run = not args.checkpoint and args.input[0] and os.path.isfile(first / "best_model.pth")
-    if first.suffix.lower() in WEIGHTS or run:  # an older spelling
+    if first.suffix.lower() in WEIGHTS or run:  # the older way to give a checkpoint
         args.input.pop(0)
         if args.checkpoint:
             raise UserError(f"--checkpoint {args.checkpoint} and {first}: give one checkpoint")
@@ -611,7 +612,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.coco and args.coco.exists() and not args.force:
         raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco:
-        args.coco.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now
+        args.coco.parent.mkdir(parents=True, exist_ok=True)  # so that it fails now, not after hours
     if args.category and not args.boxes:
         raise UserError("--category: says which faces of --boxes; give both, or leave it out")
     return args
@@ -635,7 +636,7 @@ def run(args: argparse.Namespace) -> None:
         with enough_memory():
             failed = predict_all(sources, predictor, results, args)
     finally:  # a run that is stopped keeps what it has
-        if results.begun:  # also without a face, so that another run knows these overlays
+        if results.begun:  # even without a face, so that later runs recognise the folder
             results.write(args.out, args.coco)
     done = len(sources) - failed
     if done or results.rows:
@@ -655,16 +656,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def stop_once(number: int, _) -> None:
-    """A signal as Ctrl-C, by which what is done is kept; while that is written, the next one is not heard."""
+    """Treat a signal as Ctrl-C, so that results are kept, and ignore it while they are written."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with contextlib.suppress(ValueError):  # not in a thread
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
         for number in (signal.SIGTERM, HANG_UP):
-            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            if number and signal.getsignal(number) == signal.SIG_DFL:  # unless it is ignored, as by nohup
                 signal.signal(number, stop_once)
     with output_folder(args.out, OUT, args.force) as args.out:
         run(args)

@@ -2,9 +2,9 @@
 
     uv run tools/visualize_dataset.py data/dogflw/annotations/train.json --data-root DogFLW --out looks
 
-Says what was repaired or left out in reading, and writes into --out
-    raw.jpg           whole pictures with their boxes (green) and landmarks, left filled, right rings
-    trainer.jpg       what the trainer sees, a row a face: the plain crop, augmented ones, target heatmaps
+Prints what was repaired or left out when the file was read, and writes into --out
+    raw.jpg           whole pictures with boxes (green) and landmarks (left ones filled, right ones rings)
+    trainer.jpg       what the trainer sees, a row per face: the plain crop, augmented ones, target heatmaps
     landmarks.png     every landmark's number and name on the mean face
     repaired.jpg      boxes that the converter rebuilt: the original in red, the new one in green
 """
@@ -47,14 +47,14 @@ def draw_box(tile: np.ndarray, matrix: np.ndarray, box: np.ndarray | tuple,
 
 
 def raw_tiles(faces: data.Faces, chosen: np.ndarray, originals: dict) -> Iterator[np.ndarray]:
-    """Whole pictures of the `chosen` faces: landmarks, boxes in green, thinner those of other faces there.
+    """Whole pictures of the `chosen` faces: landmarks, and boxes in green, thinner for the other faces there.
 
-    In red the box that `originals` has, of before the repair.
+    If `originals` has a face's box from before the repair, it is drawn in red.
     """
     for i in chosen:
         name, size, old = faces.files[i], faces.sizes[i], originals.get(faces.ids[i])
         corners = np.array([[0, 0], size])
-        if old is not None:  # it can lie anywhere; what is a picture's size away need not be seen
+        if old is not None:  # it can lie anywhere; what is more than a picture's size away is cut off
             old = np.clip(old, -size, 2 * size)
             corners = np.concatenate([corners, old])
         view = (*corners.min(0), *np.ptp(corners, axis=0))
@@ -71,7 +71,7 @@ def raw_tiles(faces: data.Faces, chosen: np.ndarray, originals: dict) -> Iterato
 
 
 def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> Iterator[np.ndarray]:
-    """Four tiles a face: plain crop, two augmented ones, and the targets of the second over its picture."""
+    """Four tiles per face: the plain crop, two augmented ones, and the targets of the last one over it."""
     options = {"input_size": size, "padding": padding, "seed": seed}
     plain = DogFLWDataset(faces, **options)
     augmented = DogFLWDataset(faces, augment=Augmentation(), **options)
@@ -95,8 +95,8 @@ def trainer_tiles(faces: data.Faces, size: int, padding: float, seed: int) -> It
 def label_slots(marks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int]]:
     """Which slot (M, 2) names which landmark (N, 2): [(landmark, slot), ...].
 
-    Straight lines of the least total length never cross; but rather a detour than a line that runs through
-    another landmark.
+    Straight lines of the least total length never cross. A line that runs through another landmark counts as
+    as 200 pixels longer, so that a detour is preferred.
     """
     cost = np.linalg.norm(marks[:, None] - slots, axis=-1)
     for i, mark in enumerate(marks):
@@ -154,9 +154,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("ann", type=Path, metavar="ANN", help="a COCO keypoint file")
     add("--data-root", type=Path, metavar="DIR",
         help="folder its file names are relative to (default: kagglehub's cache)")
-    add("--category", metavar="NAME", help="which one, where the file has several with different landmarks")
+    add("--category", metavar="NAME", help="category to show, if several have different landmarks")
     add("--out", type=Path, metavar="DIR", required=True, help="folder for the pictures")
-    add("--number", type=int, default=12, metavar="N", help="faces a sheet, drawn at random (default: 12)")
+    add("--number", type=int, default=12, metavar="N", help="faces per sheet, chosen at random (default: 12)")
     add("--seed", type=int, default=0, help="another seed shows other faces and augmentations (default: 0)")
     add("--input-size", type=int, default=data.SIZE, metavar="S",
         help=f"the trainer's crop in pixels (default: {data.SIZE})")
