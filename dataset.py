@@ -70,7 +70,7 @@ class Faces:
     def whole_pictures(self):
         """The same faces, boxed by their whole pictures. Raises UserError if a picture has several faces."""
         if len(set(self.files)) < len(self):
-            raise UserError("--crop image: some pictures have several faces; a locator takes one in each")
+            raise UserError("--crop image: some pictures have several faces; a locator needs one per picture")
         return replace(self, boxes=np.stack([whole_box(size) for size in self.sizes]))
 
     def split(self, fraction: float, seed: int = 0):

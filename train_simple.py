@@ -446,8 +446,8 @@ def load_sets(config: Config, processes):
         return train, val, None, paths[1].name
     rest, held = train.split(config.holdout)
     if not held or not rest:
-        raise UserError(f"--holdout {config.holdout}: leaves one side without a face; try another "
-                        "or add pictures: the faces of one stay together")
+        raise UserError(f"--holdout {config.holdout}: leaves one part without a face; try another fraction, "
+                        "or add pictures (the faces of one picture stay together)")
     return rest, held, val, "held out of train"
 
 
@@ -460,7 +460,7 @@ def test_once(run: Run, datasets: dict, chosen_on: str):
         run.ema.load_state_dict(chosen["model"])
         dataset = datasets[chosen["size"]]
         *_, metrics = validate(run, dataset)
-        say(f"on {len(dataset)} faces that chose nothing: {as_text(metrics, METRICS)}")
+        say(f"on {len(dataset)} faces that did not choose it: {as_text(metrics, METRICS)}")
         if run.processes.first:
             result = as_json({"faces": len(dataset), "chosen_on": chosen_on, **metrics})
             atomic_write(path.with_name("test.json"), [result])

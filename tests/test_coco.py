@@ -79,7 +79,7 @@ def test_a_single_landmark_has_the_whole_picture_for_a_box(read):
     data["annotations"][0].update(bbox=None, keypoints=[*data["annotations"][0]["keypoints"][:3], *[0] * 12])
     faces = read(data)
     assert faces.boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
-    assert faces.notes == ["boxes that are the whole picture: 1 of one landmark, which tells no size; give them a bbox (annotation 1)"]
+    assert faces.notes == ["boxes set to the whole picture: 1 with a single landmark, which gives no size; add a bbox (annotation 1)"]
 
 
 def test_a_plain_file_is_read_as_it_is(read):
@@ -231,7 +231,7 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "flip_pairs missing, names with sides": (categories({"keypoints": SIDES}), "no flip_pairs; 2 taken", 6),
     "flip_pairs from 1": (categories({"keypoints": SIDES, "flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
     "flip_pairs from 1, no sides": (categories({"flip_pairs": [[1, 2], [4, 5]]}), "counts from 1", 6),
-    "flip_pairs missing, a side misspelt": (categories({"keypoints": [*SIDES[:4], "rigth_ear"]}), "in the names left_ear has no other side", 6),
+    "flip_pairs missing, a side misspelt": (categories({"keypoints": [*SIDES[:4], "rigth_ear"]}), "no landmark is named as the other side of left_ear", 6),
     "flip_pairs against the names": (categories({"keypoints": SIDES, "flip_pairs": [[0, 3], [1, 4]]}),
                                      "does not pair left_eye with right_eye", 6),
     "flip_pairs lacks one": (categories({"keypoints": SIDES, "flip_pairs": [[0, 1]]}),
@@ -246,7 +246,7 @@ KINDS = {  # what changes the plain file of 6 faces, (in one note, faces read)
     "a category that is not in the file": (lambda d: d["annotations"][1].update(category_id=9), "category 9 is not in the file", 6),
     "categories counted from 0 by the annotations": (each(lambda a: a.update(category_id=0)),
                                                      "category 0 is not in the file; it is read as the one with 5 landmarks (1 such in all)", 6),
-    "an id twice": (annotation(id=1), "1 ids that another annotation has, with a number behind them (annotation 1)", 6),
+    "an id twice": (annotation(id=1), "1 duplicate annotation ids, with a number appended (annotation 1)", 6),
     "an annotation twice": (lambda d: d["annotations"].append(dict(d["annotations"][1])), "left out: 1 given twice (annotation 2)", 6),
     "a picture without an annotation": (lambda d: d["images"].append({"id": 99, "file_name": "bare.jpg", "width": 9, "height": 9}),
                                         "beside the faces: 1 pictures without an annotation (bare.jpg)", 6),
@@ -522,7 +522,7 @@ def test_names_that_lead_out_count_by_how_they_end(read, tmp_path):
         image["file_name"] = ["/data/upload/4/", "..\\..\\media\\upload\\4\\", "../media/upload/4/"][i % 3] + image["file_name"]
     faces = read(data, "root/result.json", tmp_path / "root")
     assert faces.files == [f"images/pic_{i}.jpg" for i in range(6)]
-    assert faces.notes == ["read otherwise: 6 names that lead out of the data root by how they end "
+    assert faces.notes == ["read otherwise: 6 names outside the data root, by the end of their paths "
                            "(/data/upload/4/pic_0.jpg)"]
     (tmp_path / "root/images/pic_3.jpg").unlink()
     refused(read, data, "leaves the data root", path="root/result.json", root=tmp_path / "root")
@@ -708,7 +708,7 @@ def test_split_folders_are_told_by_the_files_names(read, tmp_path, train, val):
 def test_names_may_be_spelt_otherwise(read, tmp_path, written, there):
     draw(tmp_path / "root" / there)
     faces = read(plain(1, name=written), root=tmp_path / "root")
-    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that are spelt otherwise than the pictures, lack their folder or have one more ({written})"]
+    assert faces.files == [there] and faces.notes == [f"read otherwise: 1 names that differ from the files' in spelling, or by a missing or extra folder ({written})"]
     draw(tmp_path / "root" / there.upper())  # two of them: neither is meant for certain
     if written != there.upper():
         assert read(plain(1, name=written), root=tmp_path / "root").files == [written]
@@ -932,13 +932,13 @@ def test_pairs_that_names_tell(names, pairs):
     ("lower_lip", 0), ("left_ear", 1), ("rightear", 1), ("LEFTEAR", 1), ("EarL", 1), ("LTail", 1), ("r_hip", 1), ("FL", 1)])
 def test_a_landmark_without_its_other_side_ends_mirroring(read, lone, sided):
     faces = read(plain(names=["left_eye", "right_eye", "nose", "chin", lone]))
-    assert faces.flip_pairs == ([] if sided else [[0, 1]]) and (f"{lone} has no other side" in faces.notes[0]) == sided
+    assert faces.flip_pairs == ([] if sided else [[0, 1]]) and (f"other side of {lone};" in faces.notes[0]) == sided
 
 
 @pytest.mark.parametrize("pair", [("lear", "rear"), ("EarL2", "EarR2"), ("lobe_lft", "lobe_rgt")])
 def test_sides_that_only_a_letter_tells_end_mirroring(read, pair):
     faces = read(plain(names=["left_eye", "right_eye", "nose", *pair]))
-    assert faces.flip_pairs in ([], [[0, 1], [3, 4]]) and (faces.flip_pairs or f"{pair[0]} has no other side" in faces.notes[0])
+    assert faces.flip_pairs in ([], [[0, 1], [3, 4]]) and (faces.flip_pairs or f"other side of {pair[0]};" in faces.notes[0])
 
 
 def dlib(n, pairs):
@@ -963,7 +963,7 @@ def test_partners_may_be_numbered_along_the_face(read):
     faces = read(dlib(12, []))
     assert faces.flip_pairs == [[5, 8], [6, 9], [7, 10]]
     assert "without a partner: jaw_0 (6 in all)" in faces.notes[0]
-    assert any("mirrored, jaw_0 would lie elsewhere in nine of ten faces (4 in all)" in note for note in faces.notes), faces.notes
+    assert any("mirrored, jaw_0 would be in the wrong place in nine of ten faces (4 in all)" in note for note in faces.notes), faces.notes
     assert not any("nine of ten" in note for note in read(dlib(9, [])).notes)  # too few to tell
     faces = read(dlib(12, [*true[:2], [5, 2]]))
     assert faces.flip_pairs == [[0, 4], [1, 3], [5, 8], [6, 9], [7, 10]] and "does not pair left_brow_0" in faces.notes[0]

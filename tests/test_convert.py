@@ -493,7 +493,7 @@ def test_download(run, root, tmp_path, monkeypatch):
             return str(root.parent)
     monkeypatch.setitem(sys.modules, "kagglehub", Hub())
     code, out, _ = run("--download", "--out_dir", tmp_path / "out")
-    assert code == 0 and "6 + 3 faces came" in out and "3855 + 480" in out and "train: 6 faces" in out
+    assert code == 0 and "6 + 3 faces were downloaded" in out and "3855 + 480" in out and "train: 6 faces" in out
     (root / "test/labels/n1_0.json").unlink()
     one_line(*run("--download", "--out_dir", tmp_path / "out"), "incomplete", "6 + 3 pictures, 8 labels")
     monkeypatch.setattr(Hub, "dataset_download", lambda *_: 1 / 0)

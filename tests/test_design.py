@@ -280,7 +280,7 @@ def test_what_a_disk_refuses_is_one_line(capsys, number, advice):
         raise OSError(number, "no", "/data/best_model.pth")
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    assert end.value.code == 2 and capsys.readouterr().err == f"error: /data/best_model.pth: no; {advice}nothing older is lost\n"
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: /data/best_model.pth: no; {advice}earlier files are intact\n"
 
 
 def test_a_tilde_is_the_home_folder_in_every_spelling(monkeypatch):

@@ -519,7 +519,7 @@ def test_checkpoint(run, report, tmp_path, capsys):
         assert content["metrics"][name] == pytest.approx(checkpoint["metrics"][name], rel=1e-4)
     assert f"nme {content['metrics']['nme']:.4f}" in text and "chosen on val.json" in text
     assert "flatter" in text and "stretched" in content["definitions"]["beware"]
-    for split, word in (("val", "these very faces chose it"), ("train", "was trained on faces of this file")):
+    for split, word in (("val", "its epoch was chosen on these very faces"), ("train", "was trained on faces of this file")):
         shutil.copy(run.ann_root / f"{split}.json", tmp_path)  # a copy elsewhere is the same file, too
         tool.main([str(run.work_dir / "best_model.pth"), "--ann", str(tmp_path / f"{split}.json"), "--data-root", str(run.data_root),
                    "--out", str(tmp_path / split), "--device", "cpu"])

@@ -132,7 +132,7 @@ def test_every_kind_of_file(run, picture, script, tmp_path):
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and len([line for line in lines if line.startswith("error: ")]) == 5, result.stderr
     for text in ("truncated.jpg", "empty.png", "tiny.png", "IMG_0001.HEIC: ", "4 of 15 files",
-                 "4 files in it are no pictures or videos (2 .txt, 1 .jpg, 1 .json)"):
+                 "4 files in it are neither pictures nor videos (2 .txt, 1 .jpg, 1 .json)"):
         assert text in result.stderr, text
     found = {r["file_name"]: points(r) for r in read(tmp_path / "out")[0]}
     assert len(found) == 11
@@ -610,7 +610,7 @@ def test_a_trimmed_video_is_whole_and_a_damaged_one_is_not(run, picture, tmp_pat
     ffmpeg("-i", tmp_path / "long.mp4", "-c", "copy", "-movflags", "faststart", tmp_path / "fast.mp4")
     whole = (tmp_path / "fast.mp4").read_bytes()
     (tmp_path / "damaged.mp4").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match="1 of 1 files could not be predicted, or not to their end"):
+    with pytest.raises(UserError, match="1 of 1 files could not be predicted, or only in part"):
         predict(run.work_dir / "best_model.pth", tmp_path / "damaged.mp4", "--box", *box, "--min-score", 0, "--out",
                 tmp_path / "out")
     said = capfd.readouterr()
@@ -1057,7 +1057,7 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         "--data-root: DogFLW was not found on this machine; name the folder of the pictures": (checkpoint, coco, *out),
         "leaves the data root": (checkpoint, coco, "--data-root", tmp_path / "full", *out),
         "not a checkpoint": (tmp_path / "dog.pt", photo, *out),
-        "is a checkpoint; name what it is to look at": (run.work_dir, *out),
+        "is a checkpoint; name a picture, folder or video": (run.work_dir, *out),
         "--category dog: .*dog.json has no landmarks": (checkpoint, photo, "--boxes", tmp_path / "dog.json", "--category", "dog", *out),
         "--coco .*full: is a folder": (checkpoint, photo, "--coco", tmp_path / "full", *out),
         "was trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
@@ -1290,7 +1290,7 @@ def test_folders_in_a_folder(tmp_path, capsys):
     sources = tool.expand(str(tmp_path / "in"), tmp_path / "in/out")
     assert [s.place.relative_to(tmp_path).as_posix() for s in sources] == ["in/sub/a.png"]
     assert sorted(capsys.readouterr().err.splitlines()) == [
-        f"{tmp_path}/in/before: is left out: predictions of before",
+        f"{tmp_path}/in/before: is left out: earlier predictions",
         f"{tmp_path}/in/link: is left out: a link to a folder; name it, too",
         f"{tmp_path}/in/now: is left out: a run is writing there, or was"]
     for text in (f"{tmp_path}/in", f"{tmp_path}/in/sub", f"{tmp_path}/in/s*/*.png"):
@@ -1311,9 +1311,9 @@ def test_a_glob_leaves_out_what_was_made_before(tmp_path, capsys):
         sources = tool.expand(str(tmp_path / text), tmp_path / "in/out")
         assert [s.place.relative_to(tmp_path / "in").as_posix() for s in sources] == ["a.png", "sub/c.png"]
         said = capsys.readouterr().err.splitlines()
-        assert sum("in/found: is left out: predictions of before" in line for line in said) == 1
-        assert sum("in/sub/aligned: is left out: aligned faces of before" in line for line in said) == 1
-        assert [line for line in said if "no pictures" in line] == [f"{tmp_path / text}: 1 files in it are no pictures or videos "
+        assert sum("in/found: is left out: earlier predictions" in line for line in said) == 1
+        assert sum("in/sub/aligned: is left out: earlier aligned faces" in line for line in said) == 1
+        assert [line for line in said if "neither pictures" in line] == [f"{tmp_path / text}: 1 files in it are neither pictures nor videos "
                                                                     "(1 .txt)"] * ("png" not in text)
     named = tool.expand(str(tmp_path / "in/found/*.png"), tmp_path / "in/out")  # what is named is meant
     assert [s.place.name for s in named] == ["a.png"]
@@ -1388,7 +1388,7 @@ def test_the_checkpoint_may_come_first_or_by_its_flag():
     assert (str(args.checkpoint), args.input) == ("best.pth", ["a.jpg"])
     assert tool.parse_args(["a.jpg"]).checkpoint is None  # the bundled one
     for wanted, argv in {"one.pth and two.pth: give one checkpoint": ["two.pth", "a.jpg", "--checkpoint", "one.pth"],
-                         "name what it is to look at": ["two.pth"], "arguments are required": []}.items():
+                         "name a picture, folder or video after it": ["two.pth"], "arguments are required": []}.items():
         with pytest.raises(UserError, match=wanted):
             tool.parse_args(argv)
 

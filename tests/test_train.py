@@ -459,7 +459,7 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
         report = json.loads((tmp_path / "report/report.json").read_text())
         assert {k: report["metrics"][k] for k in once} == pytest.approx(once, abs=1e-6)
     assert test == {"chosen_on": "held out of train", "faces": 12, **{k: pytest.approx(v, abs=1e-6) for k, v in once.items()}}
-    assert "on the faces that chose it" in said and "12 faces that chose nothing" in said
+    assert "on the faces that chose it" in said and "12 faces that did not choose it" in said
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
 
@@ -875,7 +875,7 @@ def test_a_run_goes_on_by_its_own_command_alone(run, refused, flags, tmp_path, m
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda w: (w / "last.pth").unlink(), "is missing, but not best_model.pth"),
+    (lambda w: (w / "last.pth").unlink(), "is missing, although best_model.pth"),
     (lambda w: (w / "last.pth").write_bytes((w / "last.pth").read_bytes()[:50_000]), "not loaded"),
     (lambda w: (w / "best_model.pth").unlink(), "best_model.pth is missing")])
 def test_resuming_a_folder_that_lacks_a_part_loses_nothing(run, refused, flags, tmp_path, damage, says):
@@ -913,7 +913,7 @@ def test_a_first_epoch_whose_last_file_a_kill_cut_is_made_again(refused, flags, 
     trainer.main(options)
     for file in ("last.pth", "best_model.pth", "epoch_2.pth"):
         (tmp_path / "w" / file).unlink()
-    assert "is missing, but not epoch_1.pth" in refused(*options, "--resume", "--lr", 1)
+    assert "is missing, although epoch_1.pth" in refused(*options, "--resume", "--lr", 1)
     trainer.main([*options, "--resume"])
     assert (tmp_path / "w/best_model.pth").exists() and len(rows(tmp_path / "w")) == 2
 

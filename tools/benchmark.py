@@ -263,10 +263,10 @@ def verdict(bare: float, loop: float, waited: float, enqueue: float | None, conf
     extra = loop / bare - 1
     if extra > 0.05:
         input_limits = waited > extra / 2
-        what = "the input limits, try more --num-workers" if input_limits else "the loop's own work limits"
-        return f"{what} ({100 * extra:.0f} % over the bare step)"
+        what = "the input; try more --num-workers" if input_limits else "the loop's own work"
+        return f"limited by {what} ({100 * extra:.0f} % over the bare step)"
     if enqueue is None or enqueue < LAUNCH_BOUND * bare:
-        return "the device's arithmetic limits"
+        return "limited by the device's arithmetic"
     ways = ["--graphs"] if not (config.graphs or config.compile or config.accumulate > 1) else []
     if config.batch_size < 64:
         ways.append(PRICE.format(lr=config.lr * (64 / config.batch_size) ** 0.5))

@@ -246,8 +246,8 @@ def download() -> Path:
         raise UserError(f"{root}: the download is incomplete ({train} + {test} pictures, {labels} labels); "
                         "delete that folder and try again")
     if (train, test) != EXPECTED:
-        print(f"note: {train} + {test} faces came; DogFLW had {EXPECTED[0]} + {EXPECTED[1]} when this was "
-              "written")
+        print(f"note: {train} + {test} faces were downloaded; DogFLW had {EXPECTED[0]} + {EXPECTED[1]} when "
+              "this was written")
     return root
 
 
@@ -295,7 +295,7 @@ def convert(root: Path, out: Path, skip_bad: bool) -> None:
     named = [f"{ascii(str(path))[1:-1]} {why}" for path, why in sorted(bad)]
     lines = f"{len(bad)} bad files:\n  " + first(named, LISTED, "\n  ")
     if bad and not skip_bad:
-        raise UserError(f"nothing written; mend these, or leave them out with --skip-bad. {lines}")
+        raise UserError(f"nothing was written; repair these, or leave them out with --skip-bad. {lines}")
     for split, coco in cocos.items():
         if not coco["images"]:
             raise UserError(f"{folders[split]}: no usable face" + (f"; {lines}" if bad else ""))

@@ -287,7 +287,7 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
     known = ways[0] if wanted & {*empty} else by_name
     unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
     if known is ways[0] and ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed and not other:
-        print(f"{path}: its image_id are taken for ids of the COCO file; if they are pictures' names, write "
+        print(f"{path}: its image_ids are read as ids of the COCO file; if they are file names, write "
               "them with their suffixes")
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
     for i, image in enumerate(known):
@@ -415,7 +415,7 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, {origin}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
     if chosen.removesuffix(SEEN) == ann.name and is_file_of(trained.config.ann_root, ann, 1):
-        source += "; these very faces chose it, so the numbers flatter it"
+        source += "; its epoch was chosen on these very faces, so the errors come out too small"
     return points, scores, source
 
 
@@ -441,9 +441,9 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
             raise UserError(f"{args.results}: labels none of the landmarks that {ann} labels on these faces")
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
-        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) and {others} "
-                   f"others in their pictures and in {len(empty)} without a face; the errors are of the "
-                   "faces found")
+        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) plus "
+                   f"{others} others, in these pictures and in {len(empty)} without a face; the errors are "
+                   "for the faces found")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
         ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))

@@ -72,7 +72,7 @@ from tools.lib.windows import check_size, whole_box
 from train_simple import load_predictor
 
 OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
-MADE = {PREDICTIONS: "predictions of before", TRANSFORMS: "aligned faces of before",
+MADE = {PREDICTIONS: "earlier predictions", TRANSFORMS: "earlier aligned faces",
         ".lock": "a run is writing there, or was"}
 EVERY = 60  # seconds, at least, between two writes of the results so far, in case the run is killed
 CHUNK_BYTES = 200_000_000  # decoded pictures held at a time
@@ -257,7 +257,8 @@ def expand(text: str, out: Path) -> list[Source]:
     kinds = {f: "" if f.name.startswith(".") else format_of(f) for f in files}  # ._x are macOS's
     if others := Counter(f.suffix.lower() or f.name for f in files if not kinds[f]):
         named = ", ".join(f"{count} {printable(name)}" for name, count in others.most_common(8))
-        print(f"{text}: {others.total()} files in it are no pictures or videos ({named})", file=sys.stderr)
+        print(f"{text}: {others.total()} files in it are neither pictures nor videos ({named})",
+              file=sys.stderr)
     if not any(kinds.values()):
         if any(map(format_of, {*members} - {*files})):
             raise UserError(f"--out {out}: the pictures of {text} are in it; name another folder")
@@ -370,7 +371,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
     if clash:
         raise UserError(f"--out {args.out}: {min(clash)} would be overwritten; name another folder")
     if twice := [t for t, n in targets.items() if n > 1]:
-        raise UserError(f"--out {args.out}: {min(twice)} would be the overlay of two; rename one of them")
+        raise UserError(f"--out {args.out}: {min(twice)} would be the overlay of two inputs; rename "
+                        "one of them")
     if args.coco and (videos := [s.file for s in sources if s.kind == "video"]):
         raise UserError(f"--coco: a data set is of pictures, and {videos[0]} is a video; save its frames "
                         "first, as by: ffmpeg -i VIDEO -vf fps=1 frames/%05d.jpg")
@@ -480,8 +482,9 @@ class PictureQueue:
             raise UserError(f"{source.place}: its {size[0]} x {size[1]} pixels are too long for an overlay; "
                             "cut it into parts")
         if scale.max() > 1:
-            tqdm.write(f"{printable(source.file)}: its {size[0]} x {size[1]} pixels are looked at, and drawn "
-                       f"on, as {image.shape[1]} x {image.shape[0]}; coordinates are in its own",
+            tqdm.write(f"{printable(source.file)}: its {size[0]} x {size[1]} pixels are scaled down to "
+                       f"{image.shape[1]} x {image.shape[0]} for prediction and overlay; coordinates refer "
+                       "to the original",
                        file=sys.stderr)
         self.waiting.append((source, image, size, boxes))
         held = sum(image.size for _, image, _, _ in self.waiting)
@@ -523,8 +526,8 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
             if boxes and not number and not intersections(np.stack(boxes), whole_box(size)[None]).all():
                 raise UserError(f"{video.name}: a --box lies outside its {size[0]} x {size[1]} pixels")
             if not number and video.stretch != 1:
-                tqdm.write(f"{video.name}: its pixels are no squares; coordinates are in its frames as they "
-                           f"play, {size[0]} x {size[1]}", file=sys.stderr)
+                tqdm.write(f"{video.name}: its pixels are not square; coordinates refer to its frames as "
+                           f"played, {size[0]} x {size[1]}", file=sys.stderr)
             faces = tracker(frame, seconds)
             if boxes and not number and len(faces) < len(boxes):
                 tqdm.write(f"{video.name}: {len(boxes) - len(faces)} of its --box score below --min-score "
@@ -601,8 +604,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--checkpoint {args.checkpoint} and {first}: give one checkpoint")
         args.checkpoint = first
     if not args.input:
-        raise UserError(f"{args.checkpoint}: is a checkpoint; name what it is to look at behind it: a "
-                        "picture, a folder, a video")
+        raise UserError(f"{args.checkpoint}: is a checkpoint; name a picture, folder or video after it")
     if args.batch_size < 1 or not 0 <= args.min_score <= 1:
         raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
     if args.data_root or any(map(is_listing, args.input)):
@@ -614,7 +616,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.coco:
         args.coco.parent.mkdir(parents=True, exist_ok=True)  # so that it fails now, not after hours
     if args.category and not args.boxes:
-        raise UserError("--category: says which faces of --boxes; give both, or leave it out")
+        raise UserError("--category: selects faces in --boxes; give both, or leave it out")
     return args
 
 
@@ -651,8 +653,8 @@ def run(args: argparse.Namespace) -> None:
                         f"train_simple.py --ann-root {as_argument(args.coco)} --data-root "
                         f"{as_argument(root)} --holdout 0.1 (with few pictures as data/README.md says)"))
     if failed:
-        raise UserError(f"{failed} of {len(sources)} files could not be predicted, or not to their end; they "
-                        "are named above")
+        raise UserError(f"{failed} of {len(sources)} files could not be predicted, or only in part; see the "
+                        "errors above")
 
 
 def stop_once(number: int, _) -> None:

@@ -173,11 +173,12 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
         first = [p for p in (best, path.with_name("epoch_1.pth")) if p.exists()]  # before the first last.pth
         left = load_checkpoint(first[0]) if first else None
         if left and (left["epoch"] > 1 or changed_settings(config, left["args"])):
-            raise UserError(f"--resume {path}: is missing, but not {first[0].name} beside it; {from_best}")
+            raise UserError(f"--resume {path}: is missing, although {first[0].name} is there; {from_best}")
         others = [path.with_name(f"{name}.json") for name in ("train", "val", "test")]
         others += {*path.parent.glob("epoch_*.pth")} - {*first}
         if there := [file.name for file in others if file.exists()]:
-            raise UserError(f"--resume {path}: is missing, but {there[0]} is there; name another --work-dir")
+            raise UserError(f"--resume {path}: is missing, although {there[0]} is there; name another "
+                            "--work-dir")
         print(f"--resume: no {path}, so this is a new run", flush=True)
         return None
     try:

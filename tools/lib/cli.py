@@ -128,7 +128,7 @@ def run_script(main: Callable):
         if e.errno not in MENDABLE:
             raise
         advice = ADVICE.get(e.errno, "")
-        print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}nothing older is lost",
+        print(f"error: {e.filename or 'writing'}: {e.strerror}; {advice}earlier files are intact",
               file=sys.stderr)
     except KeyboardInterrupt as e:  # with the number of a signal, or Ctrl-C's
         print("stopped", file=sys.stderr)

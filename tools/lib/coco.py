@@ -54,19 +54,19 @@ KINDS = {
     "copies": ("left out", "given twice"),
     "unannotated": ("beside the faces", "pictures without an annotation"),
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
-    "alone": ("boxes that are the whole picture", "of one landmark, which tells no size; give them a bbox"),
+    "alone": ("boxes set to the whole picture", "with a single landmark, which gives no size; add a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
     "pairs": ("read otherwise", "faces' landmarks as x and y alone"),
-    "renumbered": ("read otherwise", "ids that another annotation has, with a number behind them"),
+    "renumbered": ("read otherwise", "duplicate annotation ids, with a number appended"),
     "zeros": ("read as they are", "landmarks with a place, but v 0, as not labelled"),
     "confidences": ("read otherwise", "faces' v as confidences, labelled where above 0"),
     "fractions": ("read otherwise", "faces' landmarks as fractions of the picture's sides"),
-    "outside": ("read otherwise", "names that lead out of the data root by how they end"),
-    "spelt": ("read otherwise", "names that are spelt otherwise than the pictures, lack their folder or have "
-              "one more"),
+    "outside": ("read otherwise", "names outside the data root, by the end of their paths"),
+    "spelt": ("read otherwise", "names that differ from the files' in spelling, or by a missing or extra "
+              "folder"),
     "sizes": ("read otherwise", "sizes from the pictures themselves"),
     "turned": ("read otherwise", "faces of pictures that EXIF turns, turned with them"),
     "upright": ("read otherwise", "sizes of pictures that EXIF turns; the landmarks are upright already"),
@@ -145,9 +145,9 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
         notes.add("beyond", f"annotation {ids[i]}", int(beyond[i].sum()))
     wrong = lopsided(points, visible, scheme["flip_pairs"]) if scheme["flip_pairs"] else ()
     if len(wrong):
-        notes.said.append(f"flip_pairs: mirrored, {printable(scheme['names'][wrong[0]])} would lie elsewhere "
-                          f"in nine of ten faces ({len(wrong)} in all); are all partners right, or do all "
-                          "faces look to one side?")
+        notes.said.append(f"flip_pairs: mirrored, {printable(scheme['names'][wrong[0]])} would be in the "
+                          f"wrong place in nine of ten faces ({len(wrong)} in all); are all partners right, "
+                          "or do all faces look to one side?")
     kinds = [printable(chosen[str(e["category_id"])].get("name")) if len(chosen) > 1 else "" for e in entries]
     return scheme, {"files": files, "sizes": sizes, "boxes": boxes, "points": points, "visible": visible,
                     "ids": np.array(ids, object), "image_ids": np.array(image_ids, object),
@@ -405,8 +405,8 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
         rest = [n for i, n in enumerate(names) if named and i not in sided]
         lone = [n for n in rest if is_sided(n, names) or has_other_letter(n, rest)]
         if lone:  # mirrored, it would teach the wrong side
-            notes.said.append(f"no flip_pairs, and in the names {lone[0]} has no other side; so it trains "
-                              "without mirroring: name it alike, or give flip_pairs")
+            notes.said.append(f"no flip_pairs, and no landmark is named as the other side of {lone[0]}; so "
+                              "it trains without mirroring: rename it, or give flip_pairs")
             return []
         if named:
             own = f"; without a partner: {rest[0]} ({len(rest)} in all)" if rest else ""

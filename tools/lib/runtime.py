@@ -45,7 +45,7 @@ def choose_device(name: str, training: bool = False) -> torch.device:
                 problem = f"there is an NVIDIA GPU, but this PyTorch cannot use it ({why_no_cuda()})"
                 if training:
                     raise UserError(f"--device auto: {problem}. {WAYS_OUT}")
-                print(f"note: {problem}; on the CPU instead", file=sys.stderr)
+                print(f"note: {problem}; using the CPU instead", file=sys.stderr)
         if str(name).partition(":")[0] not in ("cuda", "mps", "cpu"):
             raise UserError(f"--device {name}: must be auto, cuda, mps or cpu")
         try:
@@ -326,8 +326,8 @@ def explained_ends(last: Path) -> Iterator[None]:
         reason, code = reason_of(e), 2
         if not reason:
             raise
-    where = f" from {last}" if last.exists() else ""
-    print(f"error: {reason}. With --resume the run goes on{where}", file=sys.stderr)
+    where = f", from {last}" if last.exists() else ""
+    print(f"error: {reason}. Continue with --resume{where}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -343,8 +343,8 @@ def reason_of(error: Exception) -> str | None:
                 "--accumulate")
     # Not an error inside a worker, which keeps its traceback.
     if "DataLoader worker (pid" in text or "Pin memory thread" in text:
-        return ("a data worker was ended from outside, or could not hand over what it made (memory, or open "
-                "files? then lower --num-workers; in a container, raise --shm-size)")
+        return ("a data worker was killed, or could not pass on its batch (if memory or open files ran out, "
+                "lower --num-workers; in a container, raise --shm-size)")
     if is_out_of_memory(error):
         return "out of memory on the device; raise --accumulate, without --graphs"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection")):
