@@ -547,7 +547,7 @@ SESSIONS = [f"session1/pic_{i}.jpg" for i in range(5)] + [f"session2/pic_{i}.jpg
 def test_names_that_lead_out_keep_their_session(read, tmp_path, name):
     data = sessions(tmp_path, name)
     faces = read(data, root=tmp_path / "root")
-    assert faces.files == SESSIONS and "8 names that lead out" in faces.notes[0]
+    assert faces.files == SESSIONS and "8 names outside the data root" in faces.notes[0]
     (tmp_path / "root/session2/pic_1.jpg").unlink()  # then one picture would be two of the file
     refused(read, data, "session1", "session2", "both session1/pic_1.jpg", root=tmp_path / "root")
 
@@ -566,7 +566,7 @@ def named(*names):
 def test_a_picture_that_two_names_could_mean_is_given_to_neither(read, tmp_path, there, names, files):
     draw(tmp_path / "root" / there)
     faces = read(named(*names), root=tmp_path / "root")
-    assert faces.files == (files or [*names]) and any("spelt otherwise" in note for note in faces.notes) == bool(files)
+    assert faces.files == (files or [*names]) and any("in spelling" in note for note in faces.notes) == bool(files)
 
 
 def test_nor_to_a_name_that_leads_out(read, tmp_path):
@@ -727,7 +727,7 @@ def test_pictures_spread_over_folders_are_found(read, tmp_path, first):
     for name in there:
         draw(tmp_path / "root" / name)
     faces = read(plain(8), root=tmp_path / "root")
-    assert faces.files == there and f"{8 - first} names" in faces.notes[0] and "lack their folder" in faces.notes[0]
+    assert faces.files == there and f"{8 - first} names" in faces.notes[0] and "missing or extra folder" in faces.notes[0]
     draw(tmp_path / "root/setter/pic_0.jpg")
     assert read(plain(8), root=tmp_path / "root").files != there
 

@@ -1463,7 +1463,7 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
     Image.fromarray(picture[0]).save(tmp_path / "new\nline.png")
     for name in ("a.gif", "a.gif.png"):
         Image.fromarray(picture[0]).save(tmp_path / name)
-    with pytest.raises(UserError, match="overlay of two; rename one of them"):
+    with pytest.raises(UserError, match="overlay of two inputs; rename one of them"):
         predict(tmp_path / "a.gif", tmp_path / "a.gif.png", *out)
     for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "exists; name another": (folder, "--coco", coco), "the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
@@ -1489,7 +1489,7 @@ def test_a_large_picture_has_coordinates_of_its_own(run, picture, tmp_path, monk
         predict(tmp_path / f"{name}.jpg", "--checkpoint", run.work_dir / "best_model.pth", "--box", *corner, *side,
                 "--out", tmp_path / name)
     said = capfd.readouterr().err
-    assert f"large.jpg: its {image.shape[1] * 4} x {image.shape[0] * 4} pixels are looked at" in said and "small.jpg" not in said
+    assert f"large.jpg: its {image.shape[1] * 4} x {image.shape[0] * 4} pixels are scaled down to" in said and "small.jpg" not in said
     (small,), (large,) = (read(tmp_path / name)[0] for name in ("small", "large"))
     assert np.allclose(large["bbox"], [*((box[:2] + 0.5) * 4 - 0.5), *box[2:] * 4], atol=0.1)
     assert np.abs((points(large) + 0.5) / 4 - 0.5 - points(small)).max() < 0.05 * box[2:].max()
