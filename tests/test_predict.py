@@ -1470,7 +1470,7 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
             tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "or of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (
             folder, "--coco", folder, "--force"), "is an INPUT": (
-            coco, "--data-root", folder, "--coco", coco, "--force"), "--category: says which": (
+            coco, "--data-root", folder, "--coco", coco, "--force"), "--category: selects faces": (
             folder, "--category", "dog"), "has boxes of pictures": (
             tmp_path / "clip.mp4", "--boxes", coco), "1 of 1 files": (
             tmp_path / "clip.mp4", "--box", 9000, 9000, 20, 20), "1 of 1 files could": (
