@@ -124,7 +124,7 @@ def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
             torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
                               input_names=list(names[:1]), output_names=list(names[1:]),
                               dynamic_axes={n: {0: "N"} for n in names}, dynamo=False)
-        except torch.onnx.OnnxExporterError as e:
+        except torch.onnx.errors.OnnxExporterError as e:
             raise UserError(f"ONNX cannot hold {trained.config.backbone} ({single_line(e)}); take the "
                             "weights by --safetensors") from None
     content = onnx.load_from_string(file.getvalue())
