@@ -286,8 +286,8 @@ def checked_scheme(category: dict, where: Path | str) -> dict:
 
     def indices(value, name: str, length: int | None = None) -> list:
         if not are_indices(value, len(names)) or length is not None and len(value) != length:
-            count = "" if length is None else f"{length} "
-            raise UserError(f"{where}: {name} must hold {count}different landmark numbers, not "
+            number = "" if length is None else f"{length} "
+            raise UserError(f"{where}: {name} must hold {number}different landmark numbers, not "
                             f"{printable(value)[:60]}")
         return value
 

@@ -50,7 +50,6 @@ class Video:
     `stretch` is the width / height of the source's pixels; frames are returned with square ones. Raises
     UserError naming the source if it cannot be opened or holds no frame.
     """
-    stretch = 1.0
 
     def __init__(self, source: Path | int | str):
         self.source, self.name = source, name_of(source)
