@@ -706,8 +706,8 @@ def test_frames_behind_a_damaged_one_are_read():
         def release(self):
             pass
     clip = object.__new__(video.Video)
-    clip.stretch = 1.0
-    vars(clip).update(source=Path("a.mp4"), name="a.mp4", capture=Capture(), live=False, rate=25.0, duration=0.28, cut=None, damaged=0)
+    vars(clip).update(source=Path("a.mp4"), name="a.mp4", capture=Capture(), live=False, rate=25.0, duration=0.28, cut=None, damaged=0,
+                      stretch=1.0)
     times = [seconds for seconds, _ in clip.frames(threading.Event())]
     assert np.allclose(times, [0, 0.04, 0.12, 0.24]) and clip.cut == "frames that are damaged, and left out: 3"
 
