@@ -21,6 +21,7 @@ from tools.lib.files import atomic_write, file_lock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the tests start
 torch.set_num_threads(1)  # they need the other cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's "&" takes away
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--no-pretrained", "--backbone", "hrnet_w18_small", "--input-size", 64, "--num-workers", 0,
          "--device", "cpu", "--no-amp")
