@@ -80,13 +80,12 @@ class Faces:
         """
         rng = np.random.default_rng([seed, 7919])
         _, first, picture = np.unique(originals(self.files), return_index=True, return_inverse=True)
-        breeds = np.array(self.breeds)[first]
-        order = np.argsort(first)  # by first appearance, not by name
-        held = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
+        breeds, order = np.array(self.breeds)[first], np.argsort(first)  # order: of first appearance
+        groups = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
         # Unbiased stochastic rounding: plain rounding would take a picture of every small breed, or of none.
-        held = np.concatenate([h[:int(len(h) * fraction + rng.random())] for h in held])
+        held = np.concatenate([group[:int(len(group) * fraction + rng.random())] for group in groups])
         is_held = np.isin(picture, held)
-        return self.take(np.flatnonzero(~is_held)), self.take(np.flatnonzero(is_held))
+        return self.take(~is_held), self.take(is_held)
 
 
 def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
@@ -138,8 +137,8 @@ class Augmentation:
 
     def draw(self, rng, can_mirror):
         """Sample a crop's geometry (keyword arguments of crop_matrix) and colour matrix (3, 4)."""
-        # rotation, scale, shift (2), contrast, saturation, gain (3), offset; a locator's shift (2), limited
-        # so that a larger crop still contains the plain crop, and a smaller one stays inside it
+        # u: 0 rotation, 1 scale, 2:4 shift, 4 contrast, 5 saturation, 6:9 gain, 9 offset, 10:12 shift of a
+        # locator's crop, limited so that a larger one contains the plain crop, and a smaller one stays inside
         u = rng.uniform(-1, 1, 12)
         scale = (1 + self.scale) ** u[1]
         shift = self.shift * u[2:4] + (self.empty > 0) * abs(1 - 1 / scale) / 2 * u[10:12]

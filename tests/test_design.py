@@ -3,6 +3,7 @@ import argparse
 import ast
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from tools.lib.cli import (
     run_script,
     setting,
 )
+from tools.lib.files import one_ahead
 from train_simple import Config
 
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in
@@ -336,3 +339,9 @@ def test_a_long_epoch_shows_life_without_a_terminal(capsys):
         return capsys.readouterr().out.splitlines()
     assert lines(interval=0) == [f"epoch 1/2: {step} of 50" for step in range(1, 51)]
     assert lines() == [] == lines(interval=0, quiet=True)
+
+
+def test_so_does_a_long_prediction(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "time", SimpleNamespace(perf_counter=itertools.count(0, 30).__next__))
+    assert list(one_ahead(str, [5, 6, 7], "predicting")) == ["5", "6", "7"]
+    assert capsys.readouterr().out.splitlines() == [f"predicting: {done} of 3" for done in range(3)]

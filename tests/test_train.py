@@ -1089,3 +1089,13 @@ def test_where_there_is_nothing_the_best_map_is_flat():
     half = trainer.heatmap_losses((flat + peaked) / 2, nowhere, nothing, 1.2, config_of()).item()
     assert trainer.heatmap_losses(flat, nowhere, nothing, 1.2, config_of()).item() == pytest.approx(0, abs=1e-5)
     assert 0 < half < trainer.heatmap_losses(peaked, nowhere, nothing, 1.2, config_of()).item()
+
+
+def test_the_logs_script_teaches(run, flags, script, tmp_path):
+    """The distillation that made the bundled model, from work_dirs/README.md: by checkpoints, and by the run's own average."""
+    taught = re.search(r"```python\n(\"\"\"python taught.py.*?)```", (ROOT / "work_dirs/README.md").read_text(), re.S)[1]
+    (tmp_path / "taught.py").write_text(taught)
+    for name, teachers in (("own", []), ("taught", [run.work_dir / "best_model.pth"] * 2)):
+        script(tmp_path / "taught.py", *teachers, "--", *flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / name, check=True)
+    own, taught = (float(rows(tmp_path / name)[0]["train_loss"]) for name in ("own", "taught"))
+    assert own + 0.3 < taught < math.inf  # its average teaches with a weight that grows from 0; checkpoints with 1

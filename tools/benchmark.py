@@ -27,6 +27,7 @@ PRICE = ("--batch-size 64 --lr {lr:g}; its price, measured for 64 instead of 16 
          "scratch at 128 px: nme_iod 0.1082 instead of 0.1040 after 20 epochs, 0.0896, not 0.0866, after 60")
 LAUNCH_BOUND = 0.8  # the share of a step's time that enqueueing it takes, above which the device waits
 ENDLESS = 10**6  # epochs
+INPUT_SECONDS = 4.0  # for which the delivery of faces is timed
 
 
 @dataclass
@@ -66,14 +67,14 @@ def print_rate(what: str, faces: int, seconds: float, more: str = "") -> None:
 
 # ---------------------------------------------------------------- input
 
-def samples_per_second(bench: Bench, workers: int, seconds: float = 4.0) -> float:
+def samples_per_second(bench: Bench, workers: int) -> float:
     """Faces a second that `workers` processes deliver (0: this one), augmentation on, start-up left out."""
     sampler = epoch_batches(bench.plan(len(bench.dataset)))
     batches = batches_of(bench.dataset, sampler, workers, torch.device("cpu"))
     for _ in range(2 + 2 * workers):  # batches that were fetched ahead, before the timing begins
         next(batches)
     start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < INPUT_SECONDS:
         count += len(next(batches)["index"])
     return count / (time.perf_counter() - start)
 

@@ -213,13 +213,15 @@ def in_threads(function: Callable, count: int, title: str) -> Iterator:
                 progress.update(done)
 
 
-def one_ahead(function: Callable, items: Iterable) -> Iterator:
-    """Yield function(item) for every item; a thread makes each result while the previous one is in use."""
-    with ThreadPoolExecutor(1) as thread:
+def one_ahead(function: Callable, items: list, title: str) -> Iterator:
+    """Yield function(item) for every item, with a bar; a thread makes each while the previous is in use."""
+    quiet = place_in_job()[0] > 0
+    with ThreadPoolExecutor(1) as thread, Progress(len(items), title, quiet) as progress:
         results = (thread.submit(function, item) for item in items)
         ahead = next(results, None)
-        while ahead:
+        for done in range(len(items)):
             ready, ahead = ahead, next(results, None)
+            progress.update(done)
             yield ready.result()
 
 
