@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tools.lib.cli import UserError, setting
-from tools.lib.coco import originals, read_coco
+from tools.lib.coco import originals, read_coco, rounded
 from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - read_image is re-exported
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
@@ -82,8 +82,8 @@ class Faces:
         _, first, picture = np.unique(originals(self.files), return_index=True, return_inverse=True)
         breeds, order = np.array(self.breeds)[first], np.argsort(first)  # order: of first appearance
         groups = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
-        # Unbiased stochastic rounding: plain rounding would take a picture of every small breed, or of none.
-        held = np.concatenate([group[:int(len(group) * fraction + rng.random())] for group in groups])
+        counts = rounded(fraction * np.array([len(group) for group in groups]), rng)
+        held = np.concatenate([group[:count] for group, count in zip(groups, counts)])
         is_held = np.isin(picture, held)
         return self.take(~is_held), self.take(is_held)
 

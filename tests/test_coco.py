@@ -447,17 +447,28 @@ def test_boxes_as_corners_are_read_as_such(read):
     assert "19 boxes as x1" in read(data).notes[1] and "1 missing" in read(data).notes[0]
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.75, 1.5, 2, 4])
+def test_boxes_in_another_scale_are_rebuilt(read, scale):
+    data = plain(20)
+    for a in data["annotations"]:
+        a["bbox"] = [scale * side for side in a["bbox"]]
+    faces, whole = read(data), read(plain(20))
+    assert (np.diagonal(coco.overlaps(faces.boxes, whole.boxes)) > 0.6).all() and len(faces.notes) == 1
+    assert faces.notes[0].endswith("landmarks: 20 in another scale (annotation 1)")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1), st.booleans())
 @example(69, 1, 1.0, False)
-def test_right_boxes_are_never_taken_for_corners(seed, n, wide, cut):
+def test_right_boxes_are_never_taken_for_corners_or_scaled(seed, n, wide, cut):
     """Faces of any size anywhere in the picture, boxes up to twice as wide, cut to the picture or not."""
     rng, size = np.random.default_rng(seed), np.array([WIDTH, HEIGHT])
     low = rng.uniform(0, 0.8 * size, (n, 2))
     hulls = np.concatenate([low, rng.uniform(0.15, 1, (n, 2)) * (size - low)], 1)
     a, b = low - wide / 2 * hulls[:, 2:], low + (1 + wide / 2) * hulls[:, 2:]
     a, b = (np.clip(a, 0, size), np.clip(b, 0, size)) if cut else (a, b)
-    assert not coco.are_corners(np.concatenate([a, b - a], 1), hulls, np.tile(size, (n, 1)))
+    for otherwise in (coco.are_corners, coco.are_scaled):
+        assert not otherwise(np.concatenate([a, b - a], 1), hulls, np.tile(size, (n, 1)))
 
 
 # ---------------------------------------------------------------- pictures: where they are, their sizes, EXIF
@@ -844,10 +855,21 @@ def test_what_an_oblong_picture_tells_holds_for_the_others(read, tmp_path, turn,
 def test_a_face_beside_a_picture_of_a_wrong_size_stays_for_what_tells_of_it(read, tmp_path):
     data = plain(2)
     data["annotations"][0].update(keypoints=BELOW, bbox=[25, 125, 40, 30])
-    draw(tmp_path / "pic_0.jpg", (HEIGHT, WIDTH))  # no EXIF turns it; the file has its sides swapped
+    draw(tmp_path / "pic_0.jpg", (WIDTH, WIDTH))
     draw(tmp_path / "pic_1.jpg")
     faces = read(data)
     assert len(faces.files) == 2 and "outside of their picture" in faces.notes[0]
+
+
+def test_width_and_height_that_are_exchanged_are_the_pictures(read, tmp_path):
+    data = plain(3)
+    for i, image in enumerate(data["images"]):
+        draw(tmp_path / image["file_name"], (HEIGHT, WIDTH) if i else (WIDTH, HEIGHT))
+        image.update(width=WIDTH, height=HEIGHT)
+    data["annotations"][1]["keypoints"][0] = HEIGHT + 15.0  # inside the size that the file says
+    faces = read(data)
+    assert faces.sizes.tolist() == [[WIDTH, HEIGHT], [WIDTH, HEIGHT], [HEIGHT, WIDTH]]
+    assert faces.notes[0] == "read otherwise: 1 sizes from the pictures themselves (pic_2.jpg)"
 
 
 def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
@@ -1060,6 +1082,7 @@ REFUSED = {
     "words": (first(keypoints=["a"] * 15), "annotation 1", "keypoints"),
     "an object": (first(keypoints={"a": 1}), "annotation 1", "keypoints"),
     "other names than numbers": (categories({"keypoints": ["a", "b"]}), "6 numbers, not 15"),
+    "v above 1 among confidences": (first(keypoints=[1, 2, 0.9, 3, 4, 1.0003] + [5, 6, 0.5] * 3), "annotation 1", "v cannot be 1.0003"),
     "v of 3": (first(keypoints=[1, 2, 3] * 5), "annotation 1", "v cannot be 3"),
     "v below 0": (first(keypoints=[1, 2, -1] * 5), "annotation 1", "v cannot be -1"),
     "v between": (first(keypoints=[1, 2, 1.5] * 5), "annotation 1", "v cannot be 1.5"),
@@ -1097,6 +1120,24 @@ def test_a_category_that_cannot_be_chosen_is_one_line(read):
     first(category_id=2)(data)
     refused(read, data, "different landmarks: 2 (4), 1 (5)", "choose one with --category '2'", category="face")
     assert len(read(data, category=1).files) == 5
+
+
+def test_pairs_in_lists_of_their_own_need_no_names(read):
+    """So mmpose's UBody."""
+    data = plain()
+    data["categories"][0].pop("keypoints")
+    for a in data["annotations"]:
+        a["keypoints"] = [a["keypoints"][i:i + 2] for i in range(0, 15, 3)]
+    faces = read(data)
+    np.testing.assert_array_equal(faces.points, read(plain()).points)
+    assert (faces.visible == 2).all() and "6 faces' landmarks as x and y alone (annotation 1)" in faces.notes[1]
+
+
+def test_categories_whose_landmarks_only_differ_in_order_say_so(read):
+    data = plain(names=SIDES)
+    categories({}, {"id": 2, "name": "cat", "keypoints": SIDES[::-1]})(data)
+    first(category_id=2)(data)
+    refused(read, data, "the same landmarks in another order: cat (5), face (5)", "choose one with --category 'cat'")
 
 
 def test_pairs_from_other_fields_are_those_of_the_category(read):
@@ -1209,6 +1250,9 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
      "val/annotations/person_keypoints_default.json"),  # two exports of CVAT
     (["train/coco.json", "valid/coco.json"], "train/coco.json", "valid/coco.json"),
     (["mine_train_val.json"], "mine_train_val.json", None),
+    (["training_humanart.json", "validation_humanart.json"], "training_humanart.json", "validation_humanart.json"),
+    (["project-1/result.json", "project-1/images/x.jpg"], "project-1/result.json", None),
+    (["export/annotations/person_keypoints_default.json"], "export/annotations/person_keypoints_default.json", None),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):
     for file in files:

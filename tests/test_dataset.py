@@ -388,11 +388,12 @@ def pictures(faces, counts, breeds):
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=60), st.integers(1, 4), st.floats(0, 0.9), st.integers(0, 99))
 def test_split_holds_out_whole_pictures_of_every_breed(faces, counts, kinds, fraction, seed):
-    """Of one breed, or where no breeds are known, so many pictures as were asked for, to within one."""
+    """Of all pictures, as many as were asked for; of each breed, to within one."""
     breeds = [f"b{i * 7 % kinds}" if kinds > 1 else "" for i in range(len(counts))]
     many = pictures(faces, counts, breeds)
     rest, held = many.split(fraction, seed)
     assert sorted([*rest.ids, *held.ids]) == list(range(len(many))) and not set(rest.files) & set(held.files)
+    assert abs(len(set(held.files)) - fraction * len(counts)) <= 0.5
     for breed in set(breeds):
         of_breed = breeds.count(breed)
         held_out = len({file for file, b in zip(held.files, held.breeds) if b == breed})
@@ -401,10 +402,12 @@ def test_split_holds_out_whole_pictures_of_every_breed(faces, counts, kinds, fra
 
 
 def test_split_differs_by_seed_and_is_fair_to_small_breeds(faces):
-    """Of breeds of two pictures, at a quarter, half give one: neither all nor none."""
+    """Of breeds of two pictures, at a quarter, half give one: neither all nor none, each as often as the others."""
     many = pictures(faces, [1] * 200, [f"b{i // 2}" for i in range(200)])
-    held = [many.split(0.25, seed)[1] for seed in range(2)]
-    assert held[0].files != held[1].files and all(30 < len(h) < 70 for h in held)
+    held = [many.split(0.25, seed)[1] for seed in range(40)]
+    assert held[0].files != held[1].files and all(len({*h.breeds}) == len(h) == 50 for h in held)
+    often = np.unique([breed for h in held for breed in h.breeds], return_counts=True)[1]
+    assert len(often) == 100 and 6 < often.min() and often.max() < 34
 
 
 def test_a_picture_can_teach_one_face_only_as_a_whole(faces):

@@ -56,6 +56,7 @@ KINDS = {
     "empty": ("boxes rebuilt from the landmarks", "missing, flat or malformed"),
     "alone": ("boxes set to the whole picture", "with a single landmark, which gives no size; add a bbox"),
     "mismatched": ("boxes rebuilt from the landmarks", "away from them"),
+    "scaled": ("boxes rebuilt from the landmarks", "in another scale"),
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
@@ -213,10 +214,14 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
         own = identity(annotation.get("category_id"))
         annotation["category_id"] = named[0] if own is None and len(named) == 1 else own
         landmarks = annotation.get("keypoints")
-        if isinstance(landmarks, list) and landmarks and all(isinstance(xyv, list) for xyv in landmarks):
-            landmarks = annotation["keypoints"] = [*chain.from_iterable(landmarks)]  # [[x, y, v], ...]
-        if isinstance(landmarks, list) and any(v not in (0, -1) for v in landmarks[2::3]):
-            lengths[str(annotation["category_id"])][len(landmarks) // 3] += 1
+        if not isinstance(landmarks, list):
+            continue
+        number = len(landmarks) // 3
+        if landmarks and all(isinstance(place, list) for place in landmarks):  # [[x, y], ...], or with v
+            number, landmarks = len(landmarks), [*chain.from_iterable(landmarks)]
+            annotation["keypoints"] = landmarks
+        if any(v not in (0, -1) for v in landmarks[2::3]):
+            lengths[str(annotation["category_id"])][number] += 1
     groups, number = defaultdict(dict), {key: max(lengths[key], key=lengths[key].get) for key in lengths}
     lend_names(categories, number)
     for key in lengths:
@@ -245,8 +250,9 @@ def choose_categories(data: dict, wanted: str | int | None, path: Path) -> tuple
     found = ", ".join(f"{name} ({k})" for name, k in zip(named, number.values(), strict=True))[:200]
     if wanted is not None and not groups:
         raise UserError(f"--category {wanted}: {path} has no landmarks of it, but of {found}")
-    raise UserError(f"{path}: its categories have different landmarks: {found}; "
-                    f"choose one with --category {named[0]!r}")
+    order = len({(k, *sorted(names)) for k, *names in groups}) == 1
+    differ = "the same landmarks in another order" if order else "different landmarks"
+    raise UserError(f"{path}: its categories have {differ}: {found}; choose one with --category {named[0]!r}")
 
 
 def lend_names(categories: dict, number: dict):
@@ -726,6 +732,11 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
     if (gap := outside(unknown, 1) - outside(unknown, -1)) > 0:
         for i in unknown:
             sizes[i] = sizes[i][::-1]  # as stored
+    for i, name in enumerate(files):
+        exchanged = not headers[name][1] and tuple(sizes[i]) != headers[name][0] == tuple(sizes[i][::-1])
+        if exchanged and outside([i], -1) <= outside([i], 1):  # width and height, and no EXIF
+            notes.add("sizes", name)
+            sizes[i] = sizes[i][::-1]
     turns = {i: headers[name][1] for i, name in enumerate(files)
              if headers[name][1] and tuple(sizes[i]) == headers[name][0]}
     oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
@@ -760,6 +771,18 @@ def turn_faces(turns: dict, sizes: np.ndarray, boxes: np.ndarray, points: np.nda
             place[:] = np.where([turn in (2, 3, 6, 7), turn in (3, 4, 7, 8)], sizes[i] - 1 - swapped, swapped)
         boxes[i] = *corners.min(0), *np.ptp(corners, axis=0)
         points[i][visible[i] == 0] = 0
+
+
+def rounded(shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shares (N,) rounded up or down at random to integers (N,) whose sum is theirs, rounded.
+
+    Sequential Poisson sampling (Ohlsson 1998) chooses those to round up, almost in proportion to their
+    fractions. Rounding each to the nearest would take a picture of every small breed, or of none.
+    """
+    below = shares.astype(int)
+    order = np.argsort((1 - rng.random(len(shares))) / np.maximum(shares - below, 1e-9))
+    below[order[:round(shares.sum()) - below.sum()]] += 1
+    return below
 
 
 def originals(files: list) -> list[str]:
@@ -872,10 +895,10 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
         notes.add("nowhere", example, int(lost.sum()))
     zeros = int((~nowhere & (v == 0)).sum())
     v[nowhere] = 0
-    if (odd := v[~np.isin(v, (0, 1, 2))]).size:
-        if not ((v >= 0) & (v <= 1) | (v == 2)).all():  # COCO-WholeBody has both; NaN is neither
-            raise UserError(f"{where}: v cannot be {odd[0]:g}; it is 0, 1 or 2, or a confidence from 0 to 1; "
-                            "if there are x and y alone, write a 2 behind each two")
+    if (odd := v[~np.isin(v, (0, 1, 2))]).size:  # COCO-WholeBody has a 2 among confidences
+        if (wrong := odd[~((odd >= 0) & (odd <= 1))]).size:
+            raise UserError(f"{where}: v cannot be {wrong[0]:.9g}; it is 0, 1 or 2, or a confidence "
+                            "from 0 to 1; if there are x and y alone, write a 2 behind each two")
         notes.add("confidences", example)
         v[v > 0] = 2
     elif zeros:
@@ -963,6 +986,25 @@ def are_corners(boxes: np.ndarray, hulls: np.ndarray, sizes: np.ndarray) -> bool
     return (possible & (gain >= 0)).mean() >= 0.9 and (possible & outside & (gain > least)).mean() >= 0.1
 
 
+def are_scaled(boxes: np.ndarray, hulls: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether a file's boxes (N, 4) are in another scale than its landmarks, as after resizing pictures.
+
+    The scale is the median over the faces of box centre / hull centre. They are if, at that scale, nine in
+    ten have an IoU of MIN_IOU with their hulls and fit better, and if one in ten fits better by 0.1 and, as
+    it is, ends over a twentieth of a side outside its picture or cannot be right (box_problem).
+    """
+    middles, centres = boxes[:, :2] + boxes[:, 2:] / 2, hulls[:, :2] + hulls[:, 2:] / 2
+    scale = np.median((middles * centres).sum(1) / np.maximum((centres**2).sum(1), 1))
+    if not scale > 0 or abs(np.log(scale)) < np.log(1.2):
+        return False
+    plain, scaled = np.array([overlaps(hull[None], np.stack([box, box / scale]))[0]
+                              for hull, box in zip(hulls, boxes, strict=True)]).T
+    wrong = (boxes[:, :2] + boxes[:, 2:] > 1.05 * sizes).any(axis=1)
+    wrong |= [box_problem(box, hull) is not None for box, hull in zip(boxes, hulls, strict=True)]
+    return (((scaled >= MIN_IOU) & (scaled > plain)).mean() >= 0.9
+            and (wrong & (scaled > plain + 0.1)).mean() >= 0.1)
+
+
 def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarray, sizes: np.ndarray,
                notes: Notes) -> np.ndarray:
     """The faces' boxes (N, 4): the file's where they are right (box_problem), else rebuilt from landmarks."""
@@ -973,8 +1015,9 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
         notes.add("corners", f"annotation {ids[given[0]]}", len(given))
         for i in given:
             boxes[i] = box_of([*boxes[i][:2], *(boxes[i][2:] - boxes[i][:2])])
+    scaled = given and are_scaled(np.stack([boxes[i] for i in given]), hulls[given], sizes[given])
     for i, box in enumerate(boxes):
-        problem = box_problem(box, hulls[i])
+        problem = "scaled" if scaled and box is not None else box_problem(box, hulls[i])
         if not problem and not visible[i].all() and is_stretched(box, hulls[i], sizes[i]):
             problem = "stretched"
         if problem:
@@ -1017,8 +1060,10 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         short = min((p.stem for p in found), key=len, default="")
         whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
         return [p for p in found if p.stem == short] if whole else found
-    # "training" counts only as a file's whole name: training_log.json is no annotation file.
+    # "training" counts only as a file's whole name: training_log.json is no annotation file,
     trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
+    # except beside a validation_x.json alone (HumanArt).
+    trains = trains or (hits("training") if len(files) == 2 and len(vals) == 1 else [])
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")
         beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
@@ -1044,6 +1089,9 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return found[0] if len(found) == 1 else None
     if not files and (train := only(for_train)):
         return train, only(for_val)
+    inner = [p for p in ann_root.glob("[!.]*")]
+    if not files and len(inner) == 1 and inner[0].is_dir():  # a packed file unpacks into a folder of its own
+        return find_annotations(inner[0])
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
