@@ -31,6 +31,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "train_simple", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: each gc.collect() would take half a second to look through it."""
+    gc.freeze()
+
+
 def as_script(name, argv, out, err):
     """In the forked process: what `python NAME ARGV >out 2>err` does."""
     for path, number in ((out, 1), (err, 2)):
@@ -142,13 +147,26 @@ def train(script, flags):
 
 
 @pytest.fixture(scope="session")
-def run(sample, train, once):
+def finished(sample, train, once):
+    def finished(name, *args):
+        def make(folder):
+            begin = time.perf_counter()
+            train(folder / "small", *args, check=True)
+            return SimpleNamespace(work_dir=folder / "small", seconds=time.perf_counter() - begin, **vars(sample))
+        return once(name, make)
+    return finished
+
+
+@pytest.fixture(scope="session")
+def run(finished):
     """A finished two-epoch run: .work_dir with best_model.pth, .data_root, .ann_root, .seconds it took."""
-    def make(folder):
-        begin = time.perf_counter()
-        train(folder / "small", check=True)
-        return SimpleNamespace(work_dir=folder / "small", seconds=time.perf_counter() - begin, **vars(sample))
-    return once("run", make)
+    return finished("run")
+
+
+@pytest.fixture(scope="session")
+def light(finished):
+    """The same of the LIGHT network."""
+    return finished("light", *LIGHT)
 
 
 def rows(work_dir):

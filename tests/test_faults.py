@@ -74,19 +74,19 @@ def test_killed_anywhere_and_resumed_is_the_same_run(run, start, flags, tmp_path
     print(f"{kills} kills, {hit.total()} while a file was being written {dict(hit)}; {runs} runs ended like the one never killed")
 
 
-def test_a_kill_behind_the_last_epoch_is_mended(run, train, tmp_path):
+def test_a_kill_behind_the_last_epoch_is_mended(light, train, tmp_path):
     """last.pth comes first: a kill right after it leaves no curves, and half a picture, of a run that has nothing left to do."""
-    folder = shutil.copytree(run.work_dir, tmp_path / "run")
+    folder = shutil.copytree(light.work_dir, tmp_path / "run")
     (folder / "curves.png").rename(folder / ".curves.png.tmp")
     (folder / ".val_predictions.jpg.tmp").write_bytes(b"half")
-    train(folder, "--resume", check=True)
-    assert {p.name for p in folder.iterdir()} == {p.name for p in run.work_dir.iterdir()}
-    assert (folder / "curves.png").read_bytes() == (run.work_dir / "curves.png").read_bytes()
+    train(folder, *LIGHT, "--resume", check=True)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in light.work_dir.iterdir()}
+    assert (folder / "curves.png").read_bytes() == (light.work_dir / "curves.png").read_bytes()
 
 
-def test_clocks_that_go_backwards(run, start, flags, tmp_path):
+def test_clocks_that_go_backwards(light, start, flags, tmp_path):
     """All that a cut run left, the face cache too, comes from the future when it is resumed."""
-    command = ("train_simple.py", *flags, "--cache", tmp_path / "cache", "--work-dir", tmp_path / "run", "--resume")
+    command = ("train_simple.py", *flags, *LIGHT, "--cache", tmp_path / "cache", "--work-dir", tmp_path / "run", "--resume")
     process = start(*command)
     wait_for(process, "epoch   1")
     process.kill()
@@ -97,7 +97,7 @@ def test_clocks_that_go_backwards(run, start, flags, tmp_path):
     process = start(*command)
     process.join()
     assert process.exitcode == 0 and process.out.read_text().count("train loss") == 2 - done
-    assert_same_run(tmp_path / "run", run.work_dir)
+    assert_same_run(tmp_path / "run", light.work_dir)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
@@ -181,11 +181,11 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)  # with what is mounted in it
 
 
-def fill(folder):
-    """Leave a disk 1 MB."""
+def fill(folder, left=2**20):
+    """Leave a disk so many bytes."""
     space = os.statvfs(folder)
     with open(folder / "filler", "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, space.f_bavail * space.f_frsize - 2**20)
+        os.posix_fallocate(f.fileno(), 0, space.f_bavail * space.f_frsize - left)
 
 
 def remount(folder, how):
@@ -194,7 +194,7 @@ def remount(folder, how):
 
 def test_a_disk_that_is_full_or_read_only_keeps_the_checkpoint(start, flags, disk):
     work_dir = disk / "run"
-    run = ("train_simple.py", *flags, "--epochs", 200, "--work-dir", work_dir, "--resume")
+    run = ("train_simple.py", *flags, *LIGHT, "--epochs", 200, "--work-dir", work_dir, "--resume")
     process = start(*run)
     wait_for(process, "epoch   1")
     fill(disk)
@@ -330,32 +330,32 @@ def test_output_that_nobody_reads_any_more(run, script, tmp_path, eager):
     assert result.stderr == "error: standard output was closed; what was written to files is whole\n"
 
 
-def test_a_video_on_a_full_disk(run, script, disk, tmp_path):
-    picture = read_image(next(run.data_root.rglob("*.png")))
-    size = 8 * picture.shape[1], 8 * picture.shape[0]
+def test_a_video_on_a_full_disk(light, script, disk, tmp_path):
+    picture = read_image(next(light.data_root.rglob("*.png")))
+    size = 4 * picture.shape[1], 4 * picture.shape[0]
     writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, size)
     for _ in range(3):
         writer.write(cv2.resize(picture, size) + np.random.default_rng(0).integers(0, 60, (size[1], size[0], 3), np.uint8))
     writer.release()
-    assert (tmp_path / "clip.mp4").stat().st_size > 2 * 2**20
-    fill(disk)
-    result = script("tools/predict.py", run.work_dir / "best_model.pth", tmp_path / "clip.mp4", "--box", 0, 0, *size,
+    assert (tmp_path / "clip.mp4").stat().st_size > 2 * 2**18
+    fill(disk, 2**18)
+    result = script("tools/predict.py", light.work_dir / "best_model.pth", tmp_path / "clip.mp4", "--box", 0, 0, *size,
                     "--out", disk / "out", "--device", "cpu")
     assert result.returncode == 2 and f"{disk / 'out' / 'clip.mp4'}: could not be written whole" in result.stderr, result.stderr
     assert not list((disk / "out").glob("*.mp4")) and not list((disk / "out").glob(".*"))
 
 
-def test_tools_on_a_full_disk_keep_what_was_there(run, script, disk, tmp_path):
-    shutil.copytree(run.ann_root, disk / "ann")
+def test_tools_on_a_full_disk_keep_what_was_there(light, script, disk, tmp_path):
+    shutil.copytree(light.ann_root, disk / "ann")
     before = {p: p.read_bytes() for p in (disk / "ann").iterdir()}
     fill(disk)
     with open(disk / "rest", "wb") as f, pytest.raises(OSError):
         while True:
             os.write(f.fileno(), bytes(4096))
-    checkpoint, ann = run.work_dir / "best_model.pth", ("--data-root", run.data_root)
-    for command in (("tools/convert_dogflw_to_coco.py", "--dogflw_root", run.data_root, "--out_dir", disk / "ann"),
+    checkpoint, ann = light.work_dir / "best_model.pth", ("--data-root", light.data_root)
+    for command in (("tools/convert_dogflw_to_coco.py", "--dogflw_root", light.data_root, "--out_dir", disk / "ann"),
                     ("tools/evaluate.py", checkpoint, "--out", disk / "ann", "--device", "cpu"),
-                    ("tools/predict.py", checkpoint, run.ann_root / "val.json", *ann, "--boxes", run.ann_root / "val.json",
+                    ("tools/predict.py", checkpoint, light.ann_root / "val.json", *ann, "--boxes", light.ann_root / "val.json",
                      "--out", disk / "ann", "--force", "--device", "cpu"),
                     ("tools/export_onnx.py", "--checkpoint", checkpoint, "--out", disk / "ann/dog.onnx")):
         result = script(*command)
