@@ -152,7 +152,8 @@ def test_bad_input_is_refused(run, aligned, tmp_path, monkeypatch):
         "wrong.json: is a file": (*ann, *root, "--out", tmp_path / "wrong.json", "--force"),
         "--checkpoint goes with --predictions": (*ann, *checkpoint, *root),
         "--category with --ann": ("--predictions", tmp_path / "wrong.json", "--category", "dog", *root),
-        "--size": (*ann, *root, "--size", 3),
+        "^--size 3: must be from 16 to 4096; --margin 5.0: must be from 0 to 4$": (*ann, *root, "--size", 3, "--margin", 5),
+        "val.json: is a data set, not predictions; give it by --ann": ("--predictions", ann[1], *checkpoint, *root, "--out", tmp_path / "out"),
         "is the folder of the pictures": (*ann, *root, "--out", run.data_root, "--force"),
     }.items():
         with pytest.raises(UserError, match=wanted):

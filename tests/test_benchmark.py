@@ -16,12 +16,13 @@ CPU = torch.device("cpu")
 
 def test_the_table(sample, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "INPUT_SECONDS", 0.1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     benchmark.main(list(map(str, ["--data-root", sample.data_root, "--ann-root", sample.ann_root, *SMALL, *LIGHT, "--cache", "none",
                                   "--batch-size", 8, "--accumulate", 2, "--epochs", 20])))
     out = capsys.readouterr().out
     assert all(line in out for line in ("input, 0 workers", "bare step", "forward pass by part", "  head", "data wait", "full loop",
-                                        "validation", "peak memory", "20 epochs of 40 faces: 0.", " min; ")), out
+                                        "validation", "peak memory", "20 epochs of 40 faces: ", " min; ")), out
+    assert "input, 1 workers" in out and "input, 2 workers" not in out  # it has one core
     assert "enqueue" not in out and "GPU" not in out  # a CPU computes where it is called
 
 
@@ -52,6 +53,20 @@ def test_a_step_is_the_trainers_own_and_its_enqueueing_is_timed_apart(monkeypatc
     calls.clear()
     benchmark.enqueue_seconds(bench)
     assert set(calls) == {(16, 256)}  # the shape that is captured
+
+
+def test_the_loop_takes_about_ten_seconds_on_a_cpu(monkeypatch):
+    """Half a second a micro-batch, four of them a step: five steps of eight faces."""
+    chosen = []
+    monkeypatch.setattr(benchmark, "epoch_batches", lambda *_: None)
+    monkeypatch.setattr(benchmark, "batches_of", lambda *_: iter(()))
+    monkeypatch.setattr(trainer, "train_one_epoch", lambda run, batches, files: next(batches))
+    run = SimpleNamespace(plan=SimpleNamespace(batch_size=8), progress={"epoch": 0})
+    bench = SimpleNamespace(run=run, device=CPU, dataset=None, faces=type("Faces", (list,), {"files": ()})(range(999)),
+                            config=SimpleNamespace(accumulate=4, num_workers=0),
+                            plan=lambda faces: chosen.append(faces) or SimpleNamespace(steps=5))
+    benchmark.measure_loop(bench, 0.5)
+    assert chosen == [5 * 8]
 
 
 def test_the_largest_batch_is_where_memory_ends():

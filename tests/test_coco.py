@@ -348,6 +348,10 @@ def test_what_trains_without_mirroring_says_so(tmp_path):
         assert len(coco.notes_of(faces, faces, (Path("train.json"), Path("val.json")))) == said + 1
         assert coco.notes_of(faces, None, (Path("train.json"), None)) == [
             "train.json: has no flip_pairs, so it trains without mirroring"] * said
+    data["categories"][0].update(flip_pairs=[], keypoints=[*SIDES[:4], "rigth_ear"])
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    notes = coco.notes_of(load_coco(tmp_path / "train.json", tmp_path), None, (Path("train.json"), None))
+    assert len(notes) == 2 and "no landmark is named as the other side of left_ear; rename it" in notes[0] and "mirroring" in notes[1]
 
 
 def test_pairs_in_another_order_are_the_same(tmp_path):
@@ -1092,7 +1096,7 @@ REFUSED = {
     "image a list": (first(image_id=[1]), "annotation 1", "names no image"),
     "all images gone": (each(lambda a: a.update(image_id=99)), "no face in it can be used (left out: 6 of an image that is not"),
     "a category's id twice": (lambda d: d["categories"].append(dict(d["categories"][0], name="cat")), "two of its categories"),
-    "an id a list": (first(id=[1]), "annotation None", "neither number nor text"),
+    "an id a list": (first(id=[1]), "annotation 0 of the list has the id [1], neither number nor text"),
     "an image's id twice": (lambda d: d["images"][1].update(id=1), "image 1 (pic_1.jpg)", "id"),
     "an image without name": (lambda d: d["images"][1].pop("file_name"), "image 1", "file_name"),
     "a width below 0": (lambda d: d["images"][1].update(width=-1), "image 1 (pic_1.jpg)", "width and height cannot be (-1, 120)"),

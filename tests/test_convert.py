@@ -252,7 +252,7 @@ def test_few_landmarks_keep_a_wide_box_but_not_one_elsewhere(converted, root):
     label["landmarks"] = [None] * 44 + [[60, 40], [64, 42]]
     write(root, "train", "n0_1", {**label, "bounding_boxes": [20, 10, 90, 80]})
     write(root, "train", "n0_2", {**label, "bounding_boxes": [1, 1, 9, 9]})
-    write(root, "train", "n0_3", {"landmarks": [None] * 45 + [[-0.5, HEIGHT - 0.6]]})  # a box in the picture's corner
+    write(root, "train", "n0_3", {"landmarks": [None] * 45 + [[-0.4, HEIGHT - 0.6]]})  # a box in the picture's corner
     faces, _, _ = converted()
     assert faces["n0_1"][1]["repaired"] == ["landmarks"] and faces["n0_1"][1]["bbox"] == [20, 10, 70, 70]
     assert faces["n0_2"][1]["repaired"] == ["box", "landmarks"]

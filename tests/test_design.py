@@ -27,6 +27,7 @@ from tools.lib.cli import (
     as_argument,
     as_plain,
     changed_settings,
+    check_ranges,
     flag_of,
     from_stored,
     is_within,
@@ -170,6 +171,16 @@ def test_every_value_out_of_range_is_reported_at_once():
             trainer.parse_args(flags)
     with pytest.raises(ValueError, match="--ema"):  # a checkpoint's settings are checked as well
         from_stored(Config, {"ema": 2.0})
+
+
+def test_a_tools_numbers_are_refused_as_a_settings_are():
+    ranges = {"size": "[16, 4096]", "min_score": "[0, 1]", "padding": "[0.5, 4]", "batch_size": "[1, inf)", "port": "[1, 65535]"}
+    args = argparse.Namespace(size=8, min_score=float("nan"), padding=4.0, batch_size=0, port=None, out="not a number")
+    with pytest.raises(UserError) as e:
+        check_ranges(args, **ranges)
+    assert str(e.value) == "--size 8: must be from 16 to 4096; --min-score nan: must be from 0 to 1; --batch-size 0: must be at least 1"
+    vars(args).update(size=16, min_score=1, batch_size=10**6)
+    check_ranges(args, **ranges)
 
 
 def test_help_shows_every_flag(capsys):

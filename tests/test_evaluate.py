@@ -453,7 +453,7 @@ def test_one_report_a_folder(run, tmp_path, monkeypatch):
             tool.main([best, "--out", str(out)])
         other.kill()
     (out / "error_curve.png").touch()
-    with pytest.raises(UserError, match="holds error_curve.png already"):
+    with pytest.raises(UserError, match="error_curve.png: exists; write over it with --force"):
         tool.main([best, "--out", str(out)])
     monkeypatch.setattr(tool, "plots", lambda *_: {})  # without matplotlib
     tool.main([best, "--out", str(out), "--force"])
@@ -685,14 +685,15 @@ def test_refuses_in_one_line(run, report, tmp_path):
     (tmp_path / "looks").mkdir()
     (tmp_path / "looks/landmarks.png").touch()  # visualize_dataset.py's
     for args, message in (
-            ([best, "--out", str(tmp_path / "looks")], "landmarks.png already"),
+            ([best, "--out", str(tmp_path / "looks")], "landmarks.png: exists; write over it with --force"),
             (["--nonsense"], "--help"), ([best, "--out", str(ann)], "is a file"),
             (["--results", str(ann), "--ann", str(ann), "--no-flip"], "--no-flip: is for a checkpoint"), (["--checkpoint", str(tmp_path / "no.pth")], "no such file"),
             ([best, "--checkpoint", best], "give one checkpoint"),
         ([best, "--category", "cat"], "--category cat"),
             ([best, "--out", str(report[0])], "--force"), ([best, "--padding", "2"], "comes from the "
                                                                                      "checkpoint"),
-            ([best, "--batch-size", "0"], "at least 1"),
+            ([best, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+            (["--results", str(ann), "--ann", str(ann), "--padding", "0"], "--padding 0.0: must be from 0.5 to 4"),
             ([best, "--ann", str(tmp_path / "no.json")], "is no file"),
             ([best, "--data-root", str(tmp_path / "no")], "no such folder"),
         ([best, "--device", "gpu"], "--device gpu: must be auto, cuda, mps or cpu"),

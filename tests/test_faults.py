@@ -262,6 +262,16 @@ def test_links_of_someones_archive_lead_nothing_elsewhere(tmp_path):
         assert (tmp_path / "mine").read_bytes() == b"precious"
 
 
+def test_a_read_only_disk_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    """Such a disk refuses even to remove what is not there."""
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    monkeypatch.setattr(files.Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as e:
+        files.atomic_write(tmp_path / "report.csv", [b"mine"])
+    assert e.value.filename == str(tmp_path / "report.csv")
+
+
 def test_writers_of_a_cache_whom_no_lock_parts_each_write_it_whole(tmp_path, monkeypatch):
     """Two machines on a disk whose locks end at the machine."""
     monkeypatch.setattr(files, "file_lock", lambda _: nullcontext())

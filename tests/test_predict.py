@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -850,6 +851,35 @@ def test_a_stopped_video_is_kept_up_to_there(light, picture, tmp_path, monkeypat
     assert cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
 
+@pytest.mark.parametrize("live,number", [(False, signal.SIGINT), (True, signal.SIGTERM), (True, signal.SIGINT)])
+def test_a_signal_ends_the_run_but_ctrl_c_only_a_live_stream(run, picture, tmp_path, monkeypatch, capsys, live, number):
+    """The recorded video is damaged; a picture follows."""
+    class Clip(video.Video):
+        def __init__(self, source):
+            super().__init__(source)
+            self.live, self.damaged, self._live = live, not live, self._recorded
+    write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]] * 12)
+    Image.fromarray(picture[0]).save(tmp_path / "behind.png")
+    real, calls = video.Tracker.__call__, []
+
+    def slow(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return real(self, *args)
+    monkeypatch.setattr(video.Tracker, "__call__", slow)
+    monkeypatch.setattr(tool, "Video", Clip)
+    goes_on = live and number == signal.SIGINT
+    with nullcontext() if goes_on else pytest.raises(KeyboardInterrupt) as end:
+        predict(run.work_dir / "best_model.pth", tmp_path / "clip.mp4", tmp_path / "behind.png", "--box", 5, 5, 50, 50, "--min-score", 0,
+                "--out", tmp_path / "out")
+    assert goes_on or end.value.args == (number,)
+    results = read(tmp_path / "out")[0]
+    assert {r["frame"] for r in results if r["file_name"] == "clip.mp4"} == set(range(5))
+    assert goes_on == any(r["file_name"] == "behind.png" for r in results) == (tmp_path / "out/behind.png").exists()
+    assert "clip.mp4: stopped; what was seen until then is written" in (said := capsys.readouterr().err) and "error" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_pictures_are_kept_up_to_where_a_signal_ends_them(light, picture, tmp_path, monkeypatch, number):
     (tmp_path / "photos").mkdir()
@@ -1068,6 +1098,8 @@ def test_bad_input_is_refused(run, picture, tmp_path, monkeypatch):
         "is a checkpoint; name a picture, folder or video": (run.work_dir, *out),
         "--category dog: .*dog.json has no landmarks": (checkpoint, photo, "--boxes", tmp_path / "dog.json", "--category", "dog", *out),
         "--coco .*full: is a folder": (checkpoint, photo, "--coco", tmp_path / "full", *out),
+        "--data-root .*ones: .* is not in it; name a folder above all files, or": (checkpoint, photo, "--data-root", tmp_path / "ones", *out),
+        "^--batch-size 0: must be at least 1; --min-score 1.5: must be from 0 to 1$": (checkpoint, photo, "--batch-size", 0, "--min-score", 1.5),
         "was trained on faces": (checkpoint, photo, "--locator", checkpoint, *out),
         "give a video's face": (checkpoint, video, "--boxes", run.ann_root / "val.json", *out),
         "would be overwritten": (checkpoint, photo, "--out", tmp_path, "--force"),
@@ -1245,7 +1277,8 @@ def test_boxes_are_turned_with_the_pictures_that_exif_turns(tmp_path, landmarks,
     (one, two), _ = planned(*args)
     assert np.array_equal(one.boxes[0][1], [69, 10, 30, 40]) and np.array_equal(two.boxes[0][1], [109, 69, 40, 30])
     said = capsys.readouterr().err
-    assert "2 faces of pictures that EXIF turns, turned with them" in said and ("its overlay" in said) != landmarks
+    assert "2 faces of pictures that EXIF turns, turned with them" in said
+    assert landmarks or "was labelled upright; look at it as tools/visualize_dataset.py, or predict.py, draws it" in said
     if not landmarks:
         boxes_file(file, images, [(0, low), (1, stored)], landmarks)
         (one, two), _ = planned(*args)
@@ -1279,6 +1312,7 @@ def test_an_image_entry_for_every_face_is_one_picture(tmp_path, landmarks):
 @pytest.mark.parametrize("content,words", [
     ({"images": [], "annotations": 0.5}, "not a COCO file with images and bbox"),
     ({"images": [], "annotations": [{"id": "\n", "bbox": 1}]}, r"annotation \?: box 1 must be four numbers"),
+    ({"images": [], "annotations": [{"bbox": 1}]}, "annotation 0 of the list: box 1 must be four numbers"),
     ([{"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.9}], "is only a list, as detectors write their boxes; put it")])
 def test_what_is_no_file_of_boxes_is_refused(tmp_path, content, words):
     (tmp_path / "f.json").write_text(json.dumps(content))
@@ -1474,7 +1508,7 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
         Image.fromarray(picture[0]).save(tmp_path / name)
     with pytest.raises(UserError, match="overlay of two inputs; rename one of them"):
         predict(tmp_path / "a.gif", tmp_path / "a.gif.png", *out)
-    for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "exists; name another": (folder, "--coco", coco), "the file of --boxes": (
+    for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "--coco .*: exists; write over it with --force, or name another": (folder, "--coco", coco), "the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
             tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "or of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (

@@ -13,6 +13,7 @@ from conftest import workers_of
 from PIL import Image
 
 from tools import make_sample_dataset as tool
+from tools.lib import files
 from tools.lib.cli import UserError
 
 TRAIN, TEST = 30, 4
@@ -104,10 +105,12 @@ def test_faces_differ(sample):
     assert ears.std(0).min() > 0.1 and np.corrcoef(ears[:, 0, 1], ears[:, 1, 1])[0, 1] < 0.97
 
 
-@pytest.mark.parametrize("flags", [["--train", "0"], ["--test", "-1"], ["--workers", "0"], ["--seed", "x"]])
+@pytest.mark.parametrize("flags", [["--train 0: must be from 1 to 1000000", "--train", "0"], ["--test -1: must be from 0", "--test", "-1"],
+                                   ["--workers 0: must be from 1", "--workers", "0"], ["--seed", "--seed", "x"]])
 def test_bad_flags(monkeypatch, tmp_path, flags):
+    wanted, *flags = flags
     monkeypatch.setattr(sys, "argv", ["make_sample_dataset.py", "--out", str(tmp_path / "new"), *flags])
-    with pytest.raises(UserError, match=flags[0]):
+    with pytest.raises(UserError, match=wanted):
         tool.main()
     assert not (tmp_path / "new").exists()
 
@@ -127,6 +130,23 @@ def test_force_replaces_a_sample_and_nothing_else(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="more than a drawn sample"):
             tool.main()
         (out / mine).unlink()
+
+
+def test_there_are_no_more_threads_and_processes_than_cores_for_this_one(monkeypatch, tmp_path):
+    """A cluster, a container or taskset gives a process fewer than the machine has."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 99)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    pools, pool = [], files.ThreadPoolExecutor
+    monkeypatch.setattr(files, "ThreadPoolExecutor", lambda number: pools.append(number) or pool(number))
+    assert list(files.in_threads(str, 3, "numbers")) == ["0", "1", "2"] and pools == [1]
+    monkeypatch.setattr(tool.multiprocessing, "Pool", lambda *_: pytest.fail("more than one process"))
+    tool.make_sample(tmp_path / "two", 1, 1)
+    monkeypatch.setattr(sys, "argv", ["make_sample_dataset.py", "--out", str(tmp_path / "three"), "--train", "2", "--test", "1"])
+    tool.main()
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    assert files.cores() == 99
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert files.cores() == 1
 
 
 def test_interrupted_run_leaves_nothing(monkeypatch, tmp_path):

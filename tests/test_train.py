@@ -322,7 +322,7 @@ def test_processes_share_the_batch_exactly():
     assert [len(b) for b in few] == [2] * 8  # of fewer faces than a batch, micro-batches of one size all the same
     assert batches("--batch-size", 8, "--seed", 1) != whole
     for wrong in (("--batch-size", 8, "--accumulate", 3), ("--batch-size", 64, "--accumulate", 64)):
-        with pytest.raises(UserError, match="--batch-size .*--accumulate"):
+        with pytest.raises(UserError, match="--batch-size .*: must be a multiple of --accumulate x processes, (3|64), and that must"):
             batches(*wrong)
 
 

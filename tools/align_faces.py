@@ -21,7 +21,7 @@ from skimage.transform import SimilarityTransform
 from tqdm import tqdm
 
 import dataset as data
-from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script
+from tools.lib.cli import Parser, UserError, add_checkpoint, check_ranges, printable, run_script
 from tools.lib.coco import MAX_NUMBER
 from tools.lib.draw import encode_picture
 from tools.lib.files import TRANSFORMS, atomic_write, data_root, load_json, output_folder, picture_path
@@ -86,6 +86,8 @@ def align(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
 def read_predictions(path: Path, k: int) -> list:
     """[(file, face, points (K, 2), visible (K,))] of a predictions.json, in its order."""
     content, faces, number = load_json(path), [], Counter()
+    if isinstance(content, dict) and "images" in content:
+        raise UserError(f"{path}: is a data set, not predictions; give it by --ann")
     try:
         for entry in content:
             name = str(entry["file_name"])
@@ -107,7 +109,7 @@ def read_faces(args: argparse.Namespace) -> tuple[data.Scheme, list, dict]:
     """(scheme, [(file, face, points, visible)], {file: size}) from annotations, or predictions: no sizes."""
     if args.ann:
         faces = data.load_coco(args.ann, args.data_root, args.category)
-        for note in dict.fromkeys(faces.notes):
+        for note in faces.notes:
             print(note)
         rows = list(zip(faces.files, faces.ids.tolist(), faces.points, faces.visible > 0))
         return faces.scheme, rows, dict(zip(faces.files, faces.sizes))
@@ -162,8 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ann and args.checkpoint or args.predictions and args.category:
         raise UserError("--checkpoint goes with --predictions, and --category with --ann")
-    if not 16 <= args.size <= 4096 or not 0 <= args.margin <= 4:
-        raise UserError("--size must be from 16 to 4096, and --margin from 0 to 4")
+    check_ranges(args, size="[16, 4096]", margin="[0, 4]")
     args.data_root = data_root(args.data_root)
     if args.out and args.out.resolve() == args.data_root.resolve():
         raise UserError(f"--out {args.out}: is the folder of the pictures; name another")

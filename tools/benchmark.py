@@ -21,6 +21,7 @@ from dataset import DogFLWDataset, Faces, normalize
 from tools.lib import runtime
 from tools.lib.batches import batches_of, epoch_batches
 from tools.lib.cli import UserError, run_script
+from tools.lib.files import cores
 from tools.lib.windows import with_background
 
 PRICE = ("--batch-size 64 --lr {lr:g}; its price, measured for 64 instead of 16 at twice the rate from "
@@ -110,7 +111,7 @@ def step_seconds(bench: Bench, batch: dict, repeat: int | None = None) -> float:
     return (time.perf_counter() - start) / repeat / bench.config.accumulate
 
 
-def enqueue_seconds(bench: Bench, repeat: int = 5) -> float:
+def enqueue_seconds(bench: Bench) -> float:
     """Seconds per micro-batch that this process needs to enqueue a step's kernels on an idle device.
 
     With graphs, the step itself is timed. Else a step of two small faces: the same kernels with little to
@@ -120,7 +121,7 @@ def enqueue_seconds(bench: Bench, repeat: int = 5) -> float:
     batch = resident(bench, *(bench.micro_batch, bench.config.input_size) if graphs else (2, 64))
     found = []
     step_seconds(bench, batch, 2)
-    for step in range(repeat):
+    for step in range(5):
         start = time.perf_counter()
         trainer.train_step(bench.run, itertools.repeat(batch), step)
         found.append(time.perf_counter() - start)
@@ -210,11 +211,13 @@ def profile_parts(bench: Bench, batch: dict) -> dict[str, tuple[float, int]]:
 def measure_loop(bench: Bench, bare: float) -> tuple[float, float]:
     """Run two epochs of the real loop; of the second: seconds per micro-batch, share spent waiting for faces.
 
-    On the CPU, an epoch has only as many faces as take about ten seconds. bare: seconds of a bare step.
+    On the CPU, an epoch has only as many faces as take about ten seconds. bare: seconds of a micro-batch in a
+    bare step.
     """
     number, waits = len(bench.faces), []
     if bench.device.type == "cpu":
-        number = min(number, bench.run.plan.batch_size * max(2, int(10 / bare)))
+        steps = max(2, int(10 / (bare * bench.config.accumulate)))
+        number = min(number, bench.run.plan.batch_size * steps)
     bench.run.plan = plan = bench.plan(number)
     sampler = epoch_batches(plan, bench.run.progress["epoch"])
     batches = timed(batches_of(bench.dataset, sampler, bench.config.num_workers, bench.device), waits)
@@ -258,8 +261,8 @@ def print_memory(device: torch.device) -> None:
 def verdict(bare: float, loop: float, waited: float, enqueue: float | None, config: trainer.Config) -> str:
     """What limits a run, in words, and what to try.
 
-    bare, loop, enqueue: seconds of a bare step, of a step in the loop, and to enqueue one (None on the CPU).
-    waited: the share of the loop spent waiting for faces.
+    bare, loop, enqueue: seconds of a micro-batch in a bare step, in the loop, and to enqueue it (None on the
+    CPU). waited: the share of the loop spent waiting for faces.
     """
     extra = loop / bare - 1
     if extra > 0.05:
@@ -331,7 +334,7 @@ def measure(bench: Bench, search: bool) -> None:
     """Print the table, from the input to the verdict."""
     config, n, small = bench.config, bench.micro_batch, 1.0
     for workers in sorted({0, 1, 2, 4, config.num_workers}):
-        if workers <= (os.cpu_count() or 1):
+        if workers <= cores():
             print(f"input, {workers} workers          {as_rate(samples_per_second(bench, workers))}")
     batch = resident(bench, n, config.input_size)
     bare, enqueue = step_seconds(bench, batch), None

@@ -22,6 +22,7 @@ from tools.lib.cli import Parser, UserError, as_argument, is_text, run_script
 from tools.lib.coco import MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE, box_problem, hull_of, rebuilt_box, seen_size
 from tools.lib.files import ROOT, atomic_write, data_root, find_dogflw, load_json
 from tools.lib.pictures import read_picture
+from tools.lib.windows import inside
 
 DATASET, EXPECTED = "georgemartvel/dogflw", (3855, 480)
 OUT = ROOT / "data/dogflw/annotations"
@@ -111,11 +112,11 @@ def convert_face(points: np.ndarray, box: list | None, width: int,
     found = points[labelled]
     if (found < -size).any() or (found > 2 * size).any():
         raise ValueError(f"has landmarks far outside its {width} x {height} picture")
-    inside = ((found >= -0.5) & (found < size - 0.5)).all(axis=1)  # integer (x, y) is the centre of a pixel
-    if not inside.any():
+    shown = inside(found, size)
+    if not shown.any():
         raise ValueError("has no landmark in the picture")
     v = np.zeros(len(points), dtype=int)
-    v[labelled] = 1 + inside
+    v[labelled] = 1 + shown
     hull = hull_of(found)
     problem = box_problem(box, hull, spans=len(points) == 46 and len(found) > 23)
     return [round(float(n), 3) for n in (rebuilt_box(hull, size) if problem else box)], v, problem
@@ -204,14 +205,14 @@ def build(faces: list, k: int, root: Path, bad: list, repairs: dict[str, list]) 
         except ValueError as e:
             bad.append((label, str(e)))
             continue
-        number, stem = len(images) + 1, picture.stem
-        images.append({"id": number, "file_name": picture.relative_to(root).as_posix(), "width": width,
+        face_id, stem = len(images) + 1, picture.stem
+        images.append({"id": face_id, "file_name": picture.relative_to(root).as_posix(), "width": width,
                        "height": height})
         if "_" in stem and picture.parent.parent != root:
             images[-1]["breed"] = stem.split("_")[0]  # Stanford Dogs' n02085620_1073
         triples = [[*xy, seen] if seen else [0, 0, 0]
                    for xy, seen in zip(points.tolist(), v.tolist(), strict=True)]
-        face = {"id": number, "image_id": number, "category_id": 1, "bbox": bbox,
+        face = {"id": face_id, "image_id": face_id, "category_id": 1, "bbox": bbox,
                 "area": round(bbox[2] * bbox[3], 3), "iscrowd": 0, "keypoints": sum(triples, []),
                 "num_keypoints": int((v > 0).sum())}
         if problem:

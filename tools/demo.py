@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dataset import Scheme
-from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.cli import Parser, UserError, check_ranges, run_script
 from tools.lib.coco import seen_size
 from tools.lib.draw import draw_faces, encode_picture, region_colours, resized
 from tools.lib.files import ROOT
@@ -218,8 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860 on)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
-    if args.port is not None and not 1 <= args.port <= 65535:
-        raise UserError(f"--port {args.port}: must be from 1 to 65535")
+    check_ranges(args, port="[1, 65535]")
     models = {"pretrained": None}
     if args.checkpoint:
         args.checkpoint = checkpoint_file(args.checkpoint)

@@ -18,6 +18,7 @@ have another error (8.57 there was 8.04 in the picture). Here all errors are in 
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -32,10 +33,18 @@ import dataset as data
 from dataset import DogFLWDataset, Faces
 from tools.lib.boxes import box_around, overlaps
 from tools.lib.checkpoints import SEEN
-from tools.lib.cli import Parser, UserError, add_checkpoint, printable, run_script, take_checkpoint
+from tools.lib.cli import (
+    Parser,
+    UserError,
+    add_checkpoint,
+    check_ranges,
+    printable,
+    run_script,
+    take_checkpoint,
+)
 from tools.lib.coco import MAX_NUMBER, find_annotations, identity, open_coco
 from tools.lib.draw import caption, contact_sheet, draw_landmarks, encode_picture
-from tools.lib.files import as_json, atomic_write, check_free, data_root, file_lock, load_json
+from tools.lib.files import as_json, atomic_write, check_free, check_new, data_root, file_lock, load_json
 from tools.lib.find import checkpoint_file
 from tools.lib.kinds import ear_kinds, poses
 from tools.lib.pictures import GREY, read_image
@@ -84,19 +93,22 @@ def definitions(main: str, radius: float) -> dict[str, str]:
 # ---------------------------------------------------------------- the numbers
 
 def pck(points: np.ndarray, faces: Faces, length: np.ndarray, threshold: float) -> float:
-    """The share of labelled landmarks with error <= threshold * length (N,); NaN lengths do not count."""
+    """The share of labelled landmarks with error <= threshold * length; NaN lengths do not count.
+
+    points (N, K, 2), length (N,).
+    """
     error = np.linalg.norm(points - faces.points, axis=-1)  # (N, K)
     counts = (faces.visible > 0) & np.isfinite(length)[:, None]
     return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
 
 
 def failure_rate(errors: np.ndarray) -> float:
-    """The share of faces above LIMIT."""
+    """The share of the faces' errors (N,) that are above LIMIT; NaN do not count."""
     return nan_mean(np.where(np.isnan(errors), np.nan, np.asarray(errors) > LIMIT))
 
 
 def area_under_curve(errors: np.ndarray) -> float:
-    """The area under the cumulative distribution of the errors from 0 to LIMIT, divided by LIMIT."""
+    """The area under the cumulative distribution of the errors (N,) from 0 to LIMIT, divided by LIMIT."""
     return nan_mean(np.maximum(0, 1 - np.asarray(errors) / LIMIT))
 
 
@@ -145,7 +157,9 @@ def reliability(points: np.ndarray, scores: np.ndarray, faces: Faces, padding: f
 
 def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray | None = None,
           radius: float = RADIUS) -> tuple[dict, np.ndarray]:
-    """All numbers of a report, as plain types; and every face's error under the main normaliser."""
+    """All numbers of a report on points (N, K, 2) and scores (N, K), as plain types; and every face's error
+    (N,) under the main normaliser.
+    """
     if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc", "standard_error", "faces",
                                   "faces_by_main", "labelled", "along", "across", "id", "file"}:
         raise UserError(f"METRICS in train_simple.py: {taken.pop()} is a number of this report; rename it")
@@ -324,11 +338,10 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
 
 # ---------------------------------------------------------------- what is scored
 
-def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: float, number: int = 20,
-                size: int = 240) -> bytes:
-    """A sheet of the faces with the largest error: prediction, and white lines to the truth."""
-    tiles = []
-    for i in np.argsort(-np.nan_to_num(errors, nan=-1))[:min(number, int(np.isfinite(errors).sum()))]:
+def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: float) -> bytes:
+    """A sheet of the faces with the largest errors (N,): points (N, K, 2), and white lines to the truth."""
+    tiles, size = [], 240
+    for i in np.argsort(-errors)[:min(20, np.isfinite(errors).sum())]:  # NaN comes last
         there = os.path.isfile(path := faces.root / faces.files[i])  # results can be scored without pictures
         image = read_image(path) if there else np.full((1, 1, 3), GREY, np.uint8)
         crop, matrix = data.cut_crop(image, faces.boxes[i], size, padding)
@@ -380,13 +393,13 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
         if args.category or not own:
             raise
         faces = data.load_coco(ann, root)  # where the category has another name
-    for note in dict.fromkeys(faces.notes):
+    for note in faces.notes:
         print(note)
     if trained and not args.bundled and is_file_of(trained.config.ann_root, ann, 0):
         print(f"{ann}: {args.checkpoint} was trained on faces of this file; on others its errors are larger")
     if trained and (ours := faces.scheme.names) != (theirs := trained.scheme.names):
-        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-        first = " and ".join(names[i] if i < len(names) else "none" for names in (ours, theirs))
+        pairs = enumerate(itertools.zip_longest(ours, theirs))
+        i, first = next((i, " and ".join(n or "none" for n in pair)) for i, pair in pairs if len({*pair}) > 1)
         raise UserError(f"{ann}: its {len(ours)} landmarks are not the {len(theirs)} of {args.checkpoint}: "
                         f"number {i} is {printable(first)}; name a file with the same ones, in their order")
     if trained:  # the model's scheme, but the file's regions and interocular where it has them
@@ -491,26 +504,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--padding: comes from the checkpoint; leave it out")
     if args.results and not args.flip and not (args.checkpoint and args.match):
         raise UserError("--no-flip: is for a checkpoint; results are as they are")
-    if args.batch_size < 1 or not 0.5 <= (args.padding or data.PADDING) <= 4:
-        raise UserError("--batch-size must be at least 1, --padding from 0.5 to 4")
+    check_ranges(args, batch_size="[1, inf)", padding="[0.5, 4]")
     if args.checkpoint:
         args.checkpoint = checkpoint_file(args.checkpoint)
     beside = args.results or args.checkpoint
     args.out = args.out or (beside.parent if beside else Path()) / "evaluation"
     check_free("--out", args.out, force=True)  # other files may be in it
-    check_unwritten(args)
+    check_new("--out", args.force, *(args.out / name for name in WRITES))
     args.bundled = not beside
     if args.bundled:
         args.checkpoint = checkpoint_file(None)
     return args
-
-
-def check_unwritten(args: argparse.Namespace) -> None:
-    """Raises UserError if --out holds a report and --force is not given."""
-    there = [name for name in WRITES if (args.out / name).exists()]
-    if there and not args.force:
-        raise UserError(f"--out {args.out}: holds {there[0]} already; write over it with --force, or name "
-                        "another folder")
 
 
 def write_report(args: argparse.Namespace, report: dict, faces: Faces, points: np.ndarray,
@@ -544,7 +548,8 @@ def main(argv: list[str] | None = None) -> None:
                 stack.enter_context(file_lock(lock, busy))
                 if os.name != "nt":  # Windows does not delete an open file
                     stack.callback(lock.unlink, missing_ok=True)
-                check_unwritten(args)  # another run may just have written its report
+                # Another run may just have written its report.
+                check_new("--out", args.force, *(args.out / name for name in WRITES))
             padding, radius, finding = args.padding or data.PADDING, RADIUS, {}
             if trained:
                 padding, radius = trained.config.padding, trained.config.score_radius

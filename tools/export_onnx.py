@@ -42,7 +42,7 @@ from tools.lib.cli import (
     single_line,
     take_checkpoint,
 )
-from tools.lib.files import atomic_write, check_free
+from tools.lib.files import atomic_write, check_free, check_new
 from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained, predict_heatmaps
 
@@ -237,8 +237,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
 
 def write_light(checkpoint: Path, path: Path, force: bool) -> None:
     """A checkpoint of 16-bit weights that loads like any other."""
-    if path.exists() and not force:
-        raise UserError(f"--light {path}: exists; name another file, or overwrite it with --force")
+    check_new("--light", force, path)
     save_checkpoint(path, lightened(load_checkpoint(checkpoint)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -264,8 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.out or (checkpoint.with_suffix(".onnx") if args.checkpoint else Path("dog_face.onnx"))
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; name a file")
-    if path.exists() and not args.force:
-        raise UserError(f"--out {path}: exists; name another file, or overwrite it with --force")
+    check_new("--out", args.force, path)
     if args.safetensors:
         check_free("--safetensors", args.safetensors, args.force)
     trained = Trained(checkpoint)

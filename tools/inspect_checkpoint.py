@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.lib.checkpoints import load_checkpoint
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import all_regions, plot_curves
-from tools.lib.files import load_json
+from tools.lib.files import check_new, load_json
 from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained
 
@@ -110,8 +110,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.plot and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot}: must end in .png")
-    if args.plot and args.plot.exists() and not args.force:
-        raise UserError(f"--plot {args.plot}: exists; write over it with --force")
+    if args.plot:
+        check_new("--plot", args.force, args.plot)
     args.paths = [*args.checkpoint, *args.paths] or [checkpoint_file(None)]
     return args
 

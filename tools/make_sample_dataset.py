@@ -26,9 +26,9 @@ from scipy.interpolate import CubicHermiteSpline  # scikit-image brings scipy
 from scipy.spatial.transform import Rotation
 
 from tools.lib.boxes import overlaps
-from tools.lib.cli import Parser, UserError, run_script
+from tools.lib.cli import Parser, UserError, check_ranges, run_script
 from tools.lib.draw import encode_picture
-from tools.lib.files import ROOT, check_free
+from tools.lib.files import ROOT, check_free, cores
 
 Rng = np.random.Generator
 SS = 2  # supersampling: a picture is drawn at twice its size
@@ -68,12 +68,12 @@ def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return Rotation.from_euler("ZXY", (roll, -pitch, yaw)).as_matrix()
 
 
-def spline(points: np.ndarray | list, closed: bool = True, steps: int = 8) -> np.ndarray:
-    """A Catmull-Rom curve through the points (n, 2)."""
+def spline(points: np.ndarray | list, closed: bool = True) -> np.ndarray:
+    """A Catmull-Rom curve through the points (n, 2), in eight steps from each to the next."""
     p = np.asarray(points, float)
     p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
     curve = CubicHermiteSpline(range(len(p)), p, np.gradient(p, axis=0))
-    return curve(np.linspace(1, len(p) - 2, steps * (len(p) - 3) + 1))
+    return curve(np.linspace(1, len(p) - 2, 8 * (len(p) - 3) + 1))
 
 
 @functools.cache
@@ -96,11 +96,11 @@ def wrapped(tile: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ the model
 
-def surface(balls: np.ndarray, turn: np.ndarray, x: np.ndarray, y: np.ndarray,
-            k: float = 14.0) -> tuple[np.ndarray, np.ndarray]:
+def surface(balls: np.ndarray, turn: np.ndarray, x: np.ndarray,
+            y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Height z of a smooth union of ellipsoids (cx, cy, cz, rx, ry, rz) turned by `turn`, and about how far
     (x, y) lies inside its outline (negative outside)."""
-    height = inside = 0
+    k, height, inside = 14.0, 0, 0  # the larger k, the sharper the seams
     for ball in balls:
         cx, cy, cz = (turn @ ball[:3]).tolist()  # Python floats keep the arrays float32
         (xx, xy, xz), (_, yy, yz), (_, _, zz) = ((turn / ball[3:] ** 2) @ turn.T).tolist()
@@ -567,7 +567,7 @@ def make_sample(out: Path | str, train: int = 600, test: int = 100, seed: int = 
         for split in ("train", "test"):
             (part / split / "images").mkdir(parents=True)
             (part / split / "labels").mkdir()
-        workers = min(workers or os.cpu_count() or 1, len(jobs))
+        workers = min(workers or cores(), len(jobs))
         if workers > 1:
             with multiprocessing.Pool(workers, quiet) as pool:
                 pool.map(write_sample, jobs, chunksize=4)
@@ -588,13 +588,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=600, help="training faces (default: %(default)s)")
     parser.add_argument("--test", type=int, default=100, help="test faces (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another draws other dogs (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+    parser.add_argument("--workers", type=int, default=cores(),
                         help="processes; the result is always the same (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace what is in --out")
     args = parser.parse_args()
-    for name, least in (("train", 1), ("test", 0), ("seed", 0), ("workers", 1)):
-        if not least <= getattr(args, name) <= 1_000_000:
-            raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to 1000000")
+    check_ranges(args, train="[1, 1000000]", test="[0, 1000000]", seed="[0, 1000000]", workers="[1, 1000000]")
     check_free("--out", args.out, args.force, "replace what is in it with --force")
     drawn = re.compile(r"(train|test)(/(images|labels)(/s\d{8}_\d+\.(png|json))?)?")
     # What this tool did not draw: --out may be the real DogFLW.

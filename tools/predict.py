@@ -46,6 +46,7 @@ from tools.lib.cli import (
     add_checkpoint,
     as_argument,
     check_name,
+    check_ranges,
     printable,
     run_script,
 )
@@ -63,12 +64,20 @@ from tools.lib.coco import (
     turn_faces,
 )
 from tools.lib.draw import draw_faces, encode_picture, resized
-from tools.lib.files import PREDICTIONS, TRANSFORMS, atomic_write, data_root, output_folder, picture_path
+from tools.lib.files import (
+    PREDICTIONS,
+    TRANSFORMS,
+    atomic_write,
+    check_new,
+    data_root,
+    output_folder,
+    picture_path,
+)
 from tools.lib.find import BUNDLED, MIN_SCORE, Predictor, as_result
 from tools.lib.pictures import SUFFIXES, format_of, read_picture
 from tools.lib.runtime import enough_memory
 from tools.lib.video import HANG_UP, Tracker, Video, VideoWriter, name_of, until_stopped
-from tools.lib.windows import check_size, whole_box
+from tools.lib.windows import check_size, inside, whole_box
 from train_simple import load_predictor
 
 OUT, TABLE = "predictions", "predictions.csv"  # in --out, beside the overlays and PREDICTIONS
@@ -142,15 +151,17 @@ def read_listing(path: Path, root: Path | None = None, with_boxes: bool = True) 
         if root and len(ids) < len(images):
             raise UserError(f"{path}: two of its images have the same file_name; give every picture one "
                             "entry")
-        for annotation in content.get("annotations", []) if with_boxes else ():
-            where = f"{path}: annotation {printable(annotation.get('id'))}"
+        for number, annotation in enumerate(content.get("annotations", []) if with_boxes else ()):
+            named = annotation.get("id") is not None
+            which = printable(annotation["id"]) if named else f"{number} of the list"
+            where = f"{path}: annotation {which}"
             own_id = annotation.get("id") if annotation.get("keypoints") else None
             box = check_box(annotation.get("bbox"), where)
             name = names.get(annotation["image_id"]) or written.get(str(annotation["image_id"]))  # "1" for 1
             if name:
                 boxes.setdefault(name, []).append((own_id, box))
             else:
-                notes.add("orphans", f"annotation {annotation.get('id')}")
+                notes.add("orphans", f"annotation {which}")
         category = next((c for c in content.get("categories", []) if c.get("keypoints")), {})
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
@@ -328,7 +339,7 @@ def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
     for (source, box), size, turned in zip(rows, sizes.tolist(), boxes):
         source.size, box[:] = tuple(size), turned
     for note in notes.lines():
-        print(note.replace("it with tools/visualize_dataset.py", "its overlay"), file=sys.stderr)
+        print(note, file=sys.stderr)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
@@ -345,7 +356,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Source], Path, dict]:
         raise UserError("--data-root: is needed for files on several drives") from None
     root = Path(os.path.abspath(common))
     if outside := [p for p in paths if root not in p.parents]:
-        raise UserError(f"--data-root {root}: {outside[0]} is not in it")
+        raise UserError(f"--data-root {root}: {outside[0]} is not in it; name a folder above all files, or "
+                        "predict it in a run of its own")
     for source in sources:
         source.boxes, source.file = fixed, re.sub(r"\W+", "_", name_of(source.place)).strip("_")
         if isinstance(source.place, Path):
@@ -428,7 +440,7 @@ class Results:
         for number, row in enumerate(self.rows, 1):
             size = np.array(sizes[row["image_id"]])
             points = np.reshape(row["keypoints"], (-1, 3))[:, :2].round(2)
-            v = np.where(((points > -0.5) & (points < size - 0.5)).all(1), 2, 1)
+            v = np.where(inside(points, size), 2, 1)
             x, y, w, h = row["bbox"]
             left, top = np.clip([x, y], 0, size).round(2).tolist()
             right, bottom = np.clip([x + w, y + h], 0, size).round(2).tolist()
@@ -464,7 +476,8 @@ class PictureQueue:
         scale, boxes = np.divide(size, image.shape[1::-1]), None
         if source.boxes is not None:
             if not source.boxes:
-                raise UserError(f"{source.place}: no box for it in {self.args.boxes}")
+                raise UserError(f"{source.place}: no box for it in {self.args.boxes}; add one, or leave the "
+                                "picture out")
             if 0 not in source.size:
                 check_size(source.place, size, source.size)
             boxes = np.stack([box for _, box in source.boxes])
@@ -494,9 +507,11 @@ class PictureQueue:
     def finish(self) -> None:
         """Predict and write the pictures that wait."""
         waiting, self.waiting = self.waiting, []
-        images, boxes = [[w[i] for w in waiting] for i in (1, 3)]
+        if not waiting:
+            return
+        _, images, _, boxes = map(list, zip(*waiting))
         try:
-            found = self.predictor.many(images, boxes, self.args.min_score) if images else []
+            found = self.predictor.many(images, boxes, self.args.min_score)
         except UserError as e:
             names = ", ".join(source.file for source, *_ in waiting)[:200]
             raise UserError(f"not predicted: {printable(names)}: {e}") from None
@@ -509,8 +524,9 @@ class PictureQueue:
 def predict_video(predictor: Predictor, source: Source, results: Results, min_score: float) -> None:
     """Follow the faces through a video, or through what a camera sees, until its end or Ctrl-C.
 
-    After Ctrl-C the video written so far is complete. Raises UserError naming a video that cannot be read or
-    written; the faces found so far are kept.
+    After a signal the video written so far is complete, and KeyboardInterrupt ends the run; only Ctrl-C of a
+    live source lets it go on. Raises UserError naming a video that cannot be read or written; the faces found
+    so far are kept.
     """
     boxes, sound = source.boxes and [box for _, box in source.boxes], None
     with until_stopped() as stopped, contextlib.ExitStack() as stack:
@@ -539,12 +555,12 @@ def predict_video(predictor: Predictor, source: Source, results: Results, min_sc
             bar.update()
         if writer and (word := writer.finish(sound)):
             tqdm.write(f"{source.target}: written {word}", file=sys.stderr)
-    if video.cut:
-        raise UserError(f"{video.name}: {video.cut}")
     if stopped.is_set():
         tqdm.write(f"{video.name}: stopped; what was seen until then is written", file=sys.stderr)
-    if stopped.is_set() and not video.live:
-        raise KeyboardInterrupt(stopped.number)
+        if not video.live or stopped.number != signal.SIGINT:  # Ctrl-C is how a live stream ends
+            raise KeyboardInterrupt(stopped.number)
+    if video.cut:
+        raise UserError(f"{video.name}: {video.cut}")
 
 
 def predict_all(sources: list[Source], predictor: Predictor, results: Results,
@@ -605,15 +621,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.checkpoint = first
     if not args.input:
         raise UserError(f"{args.checkpoint}: is a checkpoint; name a picture, folder or video after it")
-    if args.batch_size < 1 or not 0 <= args.min_score <= 1:
-        raise UserError("--batch-size must be at least 1, and --min-score from 0 to 1")
+    check_ranges(args, batch_size="[1, inf)", min_score="[0, 1]")
     if args.data_root or any(map(is_listing, args.input)):
         args.data_root = data_root(args.data_root)
     if args.coco and args.coco.is_dir():
         raise UserError(f"--coco {args.coco}: is a folder; name a file")
-    if args.coco and args.coco.exists() and not args.force:
-        raise UserError(f"--coco {args.coco}: exists; name another file, or write over it with --force")
     if args.coco:
+        check_new("--coco", args.force, args.coco)
         args.coco.parent.mkdir(parents=True, exist_ok=True)  # so that it fails now, not after hours
     if args.category and not args.boxes:
         raise UserError("--category: selects faces in --boxes; give both, or leave it out")

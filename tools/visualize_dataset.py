@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment  # scikit-image brings scipy
 
 import dataset as data
 from dataset import MEAN, STD, Augmentation, DogFLWDataset
-from tools.lib.cli import Parser, UserError, printable, run_script
+from tools.lib.cli import Parser, check_ranges, printable, run_script
 from tools.lib.draw import (
     all_regions,
     caption,
@@ -31,7 +31,7 @@ from tools.lib.draw import (
     mean_face,
     region_colours,
 )
-from tools.lib.files import atomic_write, check_free, data_root, load_json
+from tools.lib.files import atomic_write, check_free, check_new, data_root, load_json
 from tools.lib.windows import read_described
 
 TILE, GREEN, RED, INK = 320, (60, 200, 60), (230, 40, 40), (30, 30, 30)
@@ -96,7 +96,7 @@ def label_slots(marks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int]]:
     """Which slot (M, 2) names which landmark (N, 2): [(landmark, slot), ...].
 
     Straight lines of the least total length never cross. A line that runs through another landmark counts as
-    as 200 pixels longer, so that a detour is preferred.
+    200 pixels longer, so that a detour is preferred.
     """
     cost = np.linalg.norm(marks[:, None] - slots, axis=-1)
     for i, mark in enumerate(marks):
@@ -165,12 +165,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="write over the pictures in --out")
     args = parser.parse_args(argv)
     check_free("--out", args.out, force=True)
-    problems = [text for wrong, text in (
-        (not 1 <= args.number <= 100, "--number must be from 1 to 100"), (args.seed < 0, "--seed at least 0"),
-        (not 32 <= args.input_size <= 1024, "--input-size from 32 to 1024"),
-        (not 0.5 <= args.padding <= 4, "--padding from 0.5 to 4")) if wrong]
-    if problems:
-        raise UserError("; ".join(problems))
+    check_ranges(args, number="[1, 100]", seed="[0, inf)", input_size="[32, 1024]", padding="[0.5, 4]")
     return args
 
 
@@ -186,12 +181,10 @@ def main(argv: list[str] | None = None) -> None:
               "repaired.jpg": lambda: raw_tiles(faces, repaired[:args.number], originals)}
     if not len(repaired):
         del sheets["repaired.jpg"]
-    there = [args.out / name for name in sheets if (args.out / name).exists()]
-    if there and not args.force:
-        raise UserError(f"{there[0]}: exists; write over it with --force, or name another --out")
+    check_new("--out", args.force, *(args.out / name for name in sheets))
     if args.force:
         (args.out / "repaired.jpg").unlink(missing_ok=True)  # of another data set
-    for note in dict.fromkeys(faces.notes):
+    for note in faces.notes:
         print(note)
     print(f"{len(faces)} faces in {len(set(faces.files))} pictures, {len(faces.scheme.names)} landmarks "
           f"({(faces.visible > 0).mean():.1%} labelled), {len({*faces.breeds} - {''})} breeds, "

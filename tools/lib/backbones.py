@@ -27,13 +27,13 @@ def feature_maps(backbone: str) -> nn.Module:
         if about and about.fixed_input_size:
             raise ValueError(f"its input is fixed to {about.input_size[-1]} pixels")
         model = timm.create_model(backbone, features_only=True, **hrnet).eval()
-        info = model.feature_info
+        channels, strides = model.feature_info.channels(), model.feature_info.reduction()
         with torch.no_grad():
             shapes = [x.shape[1:] for x in model(torch.zeros(1, 3, 128, 128))]
-        if shapes != [(c, 128 // s, 128 // s) for c, s in zip(info.channels(), info.reduction())]:
+        if shapes != [(c, 128 // s, 128 // s) for c, s in zip(channels, strides)]:
             raise ValueError("its levels are no maps of channels, height and width")
-        if len(set(info.reduction())) < len(shapes) or len(shapes) < 2 or not {2, 4} & set(info.reduction()):
-            raise ValueError(f"its levels have strides {info.reduction()}")
+        if len(set(strides)) < len(shapes) or len(shapes) < 2 or not {2, 4} & set(strides):
+            raise ValueError(f"its levels have strides {strides}")
     except Exception as e:  # timm's models refuse in many ways
         raise UserError(f"--backbone {backbone}: cannot serve ({single_line(e)}); try hrnet_w32, resnet50 or "
                         "tf_efficientnet_lite2") from None
@@ -112,7 +112,7 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
         raise UserError(f"--weights {path}: is of another backbone; add --backbone {printable(theirs)}")
     state = weights_in(stored)
     if not state:
-        raise UserError(f"--weights {path}: holds no weights")
+        raise UserError(f"--weights {path}: holds no weights; name a .pth or .safetensors file of a model")
     if "laterals.0.0.weight" not in state:  # not ours: a backbone, bare or beside another head
         inside = ("backbone.", "image_encoder.")  # of MMPose and many others; of SAM and MobileSAM
         inner = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(inside)}

@@ -1,12 +1,12 @@
 """Which faces make which batch, and the processes that cut their crops."""
 
-import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from tools.lib.cli import UserError
+from tools.lib.files import cores
 from tools.lib.runtime import quiet_worker
 
 
@@ -14,8 +14,8 @@ def faces_a_step(config, faces: int, world: int) -> int:
     """The number of faces per optimizer step, a multiple of processes x micro-batches. Raises UserError."""
     parts = config.accumulate * world
     if config.batch_size % parts or parts > faces:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts} "
-                        f"(--accumulate x processes), and at most the number of faces, {faces}")
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of --accumulate x processes, "
+                        f"{parts}, and that must be at most the number of faces, {faces}")
     return min(config.batch_size, faces - faces % parts)
 
 
@@ -52,9 +52,8 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
     For CUDA, batches lie in pinned memory, so that no step waits for the copy. The loader draws its workers'
     seeds from a generator of its own, because the global one is used by a backbone's dropout.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(Whole(dataset), batch_size=None, sampler=sampler,
-                                         num_workers=min(workers, cores), worker_init_fn=quiet_worker,
+                                         num_workers=min(workers, cores()), worker_init_fn=quiet_worker,
                                          pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
         yield from loader

@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 
-from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, single_line
+from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, problems_of, single_line
 from tools.lib.coco import checked_scheme, shared_pictures
 from tools.lib.files import atomic_write
 from tools.lib.pictures import MEAN, STD
@@ -201,7 +201,7 @@ def load_resumable(path: Path, config, faces, chooser) -> dict | None:
     if resumed.get("faces", len(faces)) != len(faces):
         raise UserError(f"--resume {path}: that run had {resumed['faces']} faces, --ann-root and "
                         f"--background now give {len(faces)}; name another --work-dir")
-    if resumed.get("labels", labels := digest_of((faces, chooser))) != labels:
+    if resumed.get("labels") not in (None, digest_of((faces, chooser))):
         raise UserError(f"--resume {path}: the labels in --ann-root have changed since best_model.pth; "
                         f"{from_best}")
     if resumed["best"] < math.inf and not best.exists():
@@ -276,8 +276,8 @@ class TrainedModel:
             self.room = [float(v) for v in checkpoint.get("room", [])]  # older: like DogFLW's
             if len(self.room) not in (0, 2, 4) or not np.isfinite(self.room).all():
                 raise ValueError("room")
-            if not 64 <= self.size <= 1024 or self.size % 32:
-                raise ValueError("size")
+            if problems := problems_of(replace(self.config, input_size=self.size)):
+                raise ValueError(problems[0])
             untrained = replace(self.config, pretrained=False, weights=None)
             with torch.random.fork_rng(devices=[]):  # drawing weights, replaced at once, costs no seed
                 try:

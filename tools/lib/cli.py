@@ -171,7 +171,7 @@ def setting(default, help: str, within: str | None = None, *, group: str | None 
 
     within: an interval such as "[0, 1)" that a number must lie in. multiple: it must be a multiple of this.
     group: the heading in --help from here on. free: a resumed run may have another value. A default of None
-    is worked out later.
+    is worked out later, or means none.
     """
     about = dict(help=help, within=within, group=group, choices=choices, multiple=multiple, free=free)
     return dataclasses.field(default=default, metadata=about)
@@ -191,6 +191,19 @@ def is_within(value: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
     return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def range_problems(name: str, value: float | None, interval: str) -> list[str]:
+    """One message if a flag's number lies outside an interval, else none; None passes."""
+    wrong = value is not None and not is_within(value, interval)
+    return [f"{flag_of(name)} {value}: must be {in_words(interval)}"] if wrong else []
+
+
+def check_ranges(args: argparse.Namespace, **intervals: str):
+    """Raises UserError naming each argument outside its interval, as size="[16, 4096]"; None passes."""
+    problems = [range_problems(name, getattr(args, name), interval) for name, interval in intervals.items()]
+    if any(problems):
+        raise UserError("; ".join(itertools.chain(*problems)))
 
 
 def kind_of(field: dataclasses.Field) -> type:
@@ -240,11 +253,10 @@ def problems_of(settings) -> list[str]:
         value, about = getattr(settings, field.name), field.metadata
         if value is None or kind_of(field) not in (int, float):
             continue
-        within, multiple, flag = about["within"], about["multiple"], flag_of(field.name)
-        if within and not is_within(value, within):
-            found.append(f"{flag} {value}: must be {in_words(within)}")
-        if multiple and value % multiple:
-            found.append(f"{flag} {value}: must be a multiple of {multiple}")
+        if about["within"]:
+            found += range_problems(field.name, value, about["within"])
+        if about["multiple"] and value % about["multiple"]:
+            found.append(f"{flag_of(field.name)} {value}: must be a multiple of {about['multiple']}")
     return found
 
 

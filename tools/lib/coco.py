@@ -26,7 +26,7 @@ from tools.lib.cli import UserError, is_text, printable
 from tools.lib.files import TABLES, load_json, picture_path
 from tools.lib.pictures import FORMATS, orientation, read_picture
 
-MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16
+MAX_LANDMARKS, MAX_NUMBER, MAX_SIDE = 1000, 1e6, 1 << 16  # of a category; a coordinate, a side in pixels
 # A box is taken for wrong if its IoU with the landmarks' hull is below 0.3. This holds for 145 of the 3,806
 # boxes in DogFLW's official train split: 112 stick out of their picture by more than a pixel (no other box
 # does); the other 33 were inspected and lie beside the face. The histogram of the IoU has its valley there:
@@ -137,7 +137,7 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     turn_faces(turns, sizes, boxes, points, visible)
     inside = in_pictures(points, visible, sizes)  # now each side is known
     for i in np.flatnonzero(~inside):  # a wrong size is reported as such when the picture is read
-        inside[i] = (seen_size(os.path.join(root, files[i])) or tuple(sizes[i])) != tuple(sizes[i])
+        inside[i] = seen_size(os.path.join(root, files[i])) not in (None, tuple(sizes[i]))
     ids, entries, image_ids, files, breeds, sizes, boxes, points, visible = those_inside(
         inside, path, notes, ids, entries, image_ids, files, breeds, sizes, boxes, points, visible)
     slack = sizes[:, None] / 20
@@ -345,8 +345,8 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
         category["flip_pairs"] = read_flip_pairs(pairs, names if pairs else plain, notes)
     category["keypoints"] = names
     if fitting_lines(category["skeleton"], k) is None:
-        notes.said.append(f"the skeleton does not fit {k} landmarks and is left out; it is drawn, and gives "
-                          "evaluate.py outlines")
+        notes.said.append(f"the skeleton does not fit {k} landmarks and is left out: no lines are drawn, and "
+                          "evaluate.py has no outlines")
     return checked_scheme(category, path)
 
 
@@ -411,8 +411,8 @@ def read_flip_pairs(given: object, names: list, notes: Notes):
         rest = [n for i, n in enumerate(names) if named and i not in sided]
         lone = [n for n in rest if is_sided(n, names) or has_other_letter(n, rest)]
         if lone:  # mirrored, it would teach the wrong side
-            notes.said.append(f"no flip_pairs, and no landmark is named as the other side of {lone[0]}; so "
-                              "it trains without mirroring: rename it, or give flip_pairs")
+            notes.said.append(f"no flip_pairs, and no landmark is named as the other side of {lone[0]}; "
+                              "rename it, or give flip_pairs")
             return []
         if named:
             own = f"; without a partner: {rest[0]} ({len(rest)} in all)" if rest else ""
@@ -716,7 +716,7 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.
 
 
 def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
-                 notes: Notes, upright: bool = False, read: Iterable = ()) -> dict[int, int]:
+                 notes: Notes, upright: bool, read: Iterable = ()) -> dict[int, int]:
     """{face: EXIF orientation, 2 to 8} of faces whose landmarks lie on the picture as stored, not as seen.
 
     The evidence is oblong pictures that EXIF turns by a quarter (5 to 8) and whose size in the file is the
@@ -756,7 +756,7 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
         undecided, meant = oblong if stored == seen else (), turns
     if undecided:
         notes.said.append(f"nothing tells whether {files[undecided[0]]}, which EXIF turns, was labelled "
-                          "upright; look at it with tools/visualize_dataset.py")
+                          "upright; look at it as tools/visualize_dataset.py, or predict.py, draws it")
     return meant
 
 
@@ -801,7 +801,7 @@ def notes_of(train, val, paths: tuple) -> list[str]:
         named = ", ".join(map(printable, never[:4])) + (", ..." if len(never) > 4 else "")
         notes.append(f"{paths[0]}: labelled in no face: {named} ({len(never)} in all); what a model says of "
                      "it means nothing")
-    if not train.scheme.flip_pairs and not any("trains without mirroring" in note for note in notes):
+    if not train.scheme.flip_pairs:
         notes.append(f"{paths[0]}: has no flip_pairs, so it trains without mirroring")
     if val:
         ours, theirs = ({**asdict(faces.scheme), "flip_pairs": {*map(frozenset, faces.scheme.flip_pairs)}}
@@ -845,7 +845,8 @@ def read_annotations(entries: list, images: dict, categories: dict, k: int, path
         picture = identity(entry.get("image_id"))
         where = f"{path}: annotation {printable(key)}"
         if key is None:
-            raise UserError(f"{where} has an id that is neither number nor text; give it one")
+            raise UserError(f"{path}: annotation {number} of the list has the id "
+                            f"{printable(entry['id'])[:60]}, neither number nor text; give it one")
         if ids.setdefault(key, entry) is not entry:
             notes.add("copies" if ids[key] == entry else "renumbered", f"annotation {key}")
             if ids[key] == entry:
@@ -938,7 +939,10 @@ def box_problem(box: list | np.ndarray | None, hull: np.ndarray, spans: bool = F
 
 
 def is_stretched(box: np.ndarray, hull: np.ndarray, size: np.ndarray) -> bool:
-    """Whether a box is the hull of the landmarks and 0, 0, where Supervisely puts landmarks not labelled."""
+    """Whether a box is the hull of the landmarks and 0, 0, where Supervisely puts landmarks not labelled.
+
+    box (4,), hull (4,), size (2,) in pixels.
+    """
     least = np.array([0, 0, *hull[:2] + hull[2:]])
     return hull[:2].max() > 1 and np.abs(box - least).max() <= 1 and (box[2:] < size - 1).any()
 
@@ -1031,6 +1035,21 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
 SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test",)
 
 
+def unpacked(folder: Path) -> Path:
+    """The folder, or the one in it (and so on inward) if it holds nothing else, as after unpacking."""
+    inner = [*folder.glob("[!.]*")]
+    alone = len(inner) == 1 and inner[0].is_dir() and inner[0].name.lower() not in chain(*SPLITS)
+    return unpacked(inner[0]) if alone else folder
+
+
+def with_word(files: list[Path], word: str) -> list[Path]:
+    """The files whose names contain a word; only the shortest if it begins the others (test, test_blur)."""
+    found = [p for p in files if re.search(rf"(?<![a-z]){word}(?![a-z])", p.stem.lower())]
+    short = min((p.stem for p in found), key=len, default="")
+    whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)
+    return [p for p in found if p.stem == short] if whole else found
+
+
 def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     """An export's files (train, val); val is None if it has none. Raises UserError saying what was sought.
 
@@ -1044,6 +1063,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     if not ann_root.exists():
         raise UserError(f"--ann-root {ann_root}: no such file or folder; name an unpacked export or its JSON "
                         "file, or convert DogFLW by tools/convert_dogflw_to_coco.py")
+    ann_root = unpacked(ann_root)
 
     def named(split, name):
         places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
@@ -1054,16 +1074,11 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         files = [p for folder in folders for p in sorted(folder.glob("[!.]*.json"))]
         return [p for p in files if "keypoint" in p.name] or files  # COCO also has instances and captions
     files = in_folder(ann_root, ann_root / "annotations")
-
-    def hits(word):
-        found = [p for p in files if re.search(rf"(?<![a-z]){word}(?![a-z])", p.stem.lower())]
-        short = min((p.stem for p in found), key=len, default="")
-        whole = all(re.match(re.escape(short) + "([_-]|$)", p.stem) for p in found)  # WFLW: test, test_blur
-        return [p for p in found if p.stem == short] if whole else found
-    # "training" counts only as a file's whole name: training_log.json is no annotation file,
-    trains, vals = (next(filter(None, map(hits, split)), []) for split in (for_train[:1], for_val))
-    # except beside a validation_x.json alone (HumanArt).
-    trains = trains or (hits("training") if len(files) == 2 and len(vals) == 1 else [])
+    # "training" counts only as a file's whole name: training_log.json is no annotation file.
+    trains, vals = (next(filter(None, (with_word(files, word) for word in split)), [])
+                    for split in (for_train[:1], for_val))
+    # But beside nothing else than a validation_x.json it is (HumanArt).
+    trains = trains or (with_word(files, "training") if len(files) == 2 and len(vals) == 1 else [])
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")
         beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
@@ -1089,9 +1104,6 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return found[0] if len(found) == 1 else None
     if not files and (train := only(for_train)):
         return train, only(for_val)
-    inner = [p for p in ann_root.glob("[!.]*")]
-    if not files and len(inner) == 1 and inner[0].is_dir():  # a packed file unpacks into a folder of its own
-        return find_annotations(inner[0])
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
     raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "

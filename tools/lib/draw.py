@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.lib.cli import UserError, as_text
 from tools.lib.files import as_csv, atomic_write, load_json
+from tools.lib.windows import apply_matrix
 
 REGION_COLOURS = ((66, 133, 244), (15, 157, 88), (244, 180, 0), (219, 68, 55), (171, 71, 188), (0, 172, 193),
                   (255, 112, 67))
@@ -73,7 +74,7 @@ def draw_landmarks(image: np.ndarray, points: np.ndarray, scheme, visible: np.nd
 
 
 def draw_faces(image: np.ndarray, faces: list[dict], scheme) -> np.ndarray:
-    """A copy of an RGB picture with every face's landmarks."""
+    """An RGB picture (H, W, 3) uint8 with every face's landmarks; itself if there are none."""
     for face in faces:
         image = draw_landmarks(image, face["points"], scheme, side=face["box"][2:].max())
     return image
@@ -155,8 +156,7 @@ def face_sheet(dataset, points: np.ndarray | None = None) -> np.ndarray:
     """A dataset's first faces: crops and targets, or predictions (N, K, 2) and white lines to the truth."""
     tiles, batch = [], {k: v.numpy() for k, v in dataset.batch(range(min(16, len(dataset)))).items()}
     for i, (crop, truth) in enumerate(zip(batch["image"], batch["keypoints"])):
-        matrix = batch["matrix"][i]
-        drawn = truth if points is None else points[i] @ matrix[:, :2].T + matrix[:, 2]
+        drawn = truth if points is None else apply_matrix(batch["matrix"][i], points[i])
         tiles.append(draw_landmarks(crop, drawn, dataset.faces.scheme, batch["visibility"][i] > 0,
                                     truth=None if points is None else truth, side=len(crop) / 1.5))
     return contact_sheet(tiles, 4)
@@ -168,7 +168,7 @@ class Log:
     rows: the epochs so far, {column: value}; the caller adds to them. metrics: the columns to print.
     """
 
-    def __init__(self, config, columns: tuple, metrics: Iterable[str], rows: list[dict], quiet: bool = False):
+    def __init__(self, config, columns: tuple, metrics: Iterable[str], rows: list[dict], quiet: bool):
         self.config, self.columns, self.metrics, self.rows = config, columns, list(metrics), rows
         self.quiet, self.board = quiet, None
         if config.tensorboard and not quiet:

@@ -45,7 +45,8 @@ def atomic_write(path: Path | str, parts: Iterable[bytes | memoryview], writer: 
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk: the first error names the path
+            temporary.unlink(missing_ok=True)
 
 
 def put_in_place(temporary: Path, path: Path):
@@ -104,6 +105,12 @@ def check_free(flag: str, folder: Path, force: bool, way: str = "write into it w
         raise UserError(f"{flag} {folder}: is a file; name a folder")
     if not force and not is_free(folder):
         raise UserError(f"{flag} {folder}: not empty; name another folder, or {way}")
+
+
+def check_new(flag: str, force: bool, *files: Path):
+    """Raises UserError naming the first of the files to write that exists, unless `force` is given."""
+    if there := [file for file in files if file.exists() and not force]:
+        raise UserError(f"{flag} {there[0]}: exists; write over it with --force, or name another")
 
 
 @contextlib.contextmanager
@@ -202,9 +209,14 @@ class RecordFile:
         return record
 
 
+def cores() -> int:
+    """How many cores this process may use: a cluster or `taskset` may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_threads(function: Callable, count: int, title: str) -> Iterator:
     """Yield function(0), function(1), ... in order, run by as many threads as cores, with a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, title) as progress:
+    with ThreadPoolExecutor(cores()) as pool, Progress(count, title) as progress:
         done = 0
         for start in range(0, count, 256):  # in chunks, so that finished ones do not pile up
             for result in pool.map(function, range(start, min(start + 256, count))):

@@ -240,18 +240,18 @@ def checked_boxes(image: np.ndarray, boxes: np.ndarray | list | None) -> np.ndar
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"a picture must be an array (H, W, 3) of uint8, RGB, not {what}")
     try:
-        sides = np.asarray([] if boxes is None else boxes, dtype=float)
-        sides = sides.reshape(-1, 4) if sides.ndim < 3 and sides.shape[-1] in (0, 4) else np.zeros((1, 4))
+        rows = np.asarray([] if boxes is None else boxes, dtype=float)
+        rows = rows.reshape(-1, 4) if rows.ndim < 3 and rows.shape[-1] in (0, 4) else np.zeros((1, 4))
     except (TypeError, ValueError, IndexError, RuntimeError):  # the last: a tensor that requires grad
-        sides = np.zeros((1, 4))
-    if not ((abs(sides) < MAX_NUMBER).all() and (sides[:, 2:] > 0).all()):  # false for NaN
+        rows = np.zeros((1, 4))
+    if not ((abs(rows) < MAX_NUMBER).all() and (rows[:, 2:] > 0).all()):  # false for NaN
         raise UserError("boxes must be numbers (N, 4): x, y, width, height with positive sides, not "
                         f"{single_line(str(boxes))}")
-    if not intersections(sides, whole_box(image.shape[1::-1])[None]).all():
+    if not intersections(rows, whole_box(image.shape[1::-1])[None]).all():
         width, height = image.shape[1::-1]
         raise UserError(f"a box lies outside the picture of {width} x {height} pixels: "
                         f"{single_line(str(boxes))}")
-    return sides
+    return rows
 
 
 def see(network, images: list, boxes: list, flip: bool = True) -> list[Look]:
@@ -279,9 +279,8 @@ def best_of(looks: list[Look], faint: float, again: bool = False) -> list[Look]:
     return found
 
 
-def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None = None,
-                 locator: Path | str | bool | None = None, device: str = "auto",
-                 batch_size: int = 32) -> Predictor:
+def predictor_of(open_checkpoint: Callable, checkpoint: Path | str | None, locator: Path | str | bool | None,
+                 device: str, batch_size: int = 32) -> Predictor:
     """A Predictor from a face checkpoint, or from the bundled one for None. Raises UserError.
 
     open_checkpoint(path, device, batch_size) opens a checkpoint.

@@ -14,7 +14,7 @@ from tools.lib.cli import UserError
 # AVIF comes with Pillow 11.3.
 AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif") else ()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + AVIF
-GREY = (124, 116, 104)  # seen through transparent pixels; the same lies outside a picture in crops
+GREY = (124, 116, 104)  # ImageNet's mean: seen through transparent pixels, and outside a picture in crops
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
 MOST_SCANS = 2000  # of a JPEG; programs make about ten, and each takes time
 LARGEST_JPEG = 500_000_000  # pixels: a progressive one takes three bytes each, however small it is read
@@ -103,7 +103,7 @@ def read_picture(path: Path | str, at_most: float = math.inf) -> tuple[np.ndarra
     try:
         return decode(path, at_most)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture; check --data-root") from None
+        raise UserError(f"{path}: no such picture, or a broken link; mend it, or check --data-root") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a picture") from None
     except PermissionError:

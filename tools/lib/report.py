@@ -72,7 +72,7 @@ def draw_bars(axes, values: np.ndarray, scheme, main: str):
     axes.set_yticks(range(len(values)), labels, fontsize=8)
     axes.set(xlabel=f"{main}, %", ylim=(len(values) - 0.4, -0.6))
     for name, index in scheme.regions.items():
-        colour = [colours[i] for i in index[:1]] or "grey"
+        colour = colours[index[0]] if index else "grey"
         axes.barh([0], [0], color=colour, label=" " + name[:40].replace("$", r"\$"))
     if scheme.regions:
         axes.legend(loc="best", fontsize=8)
@@ -145,8 +145,8 @@ def print_report(report: dict):
     print("  ".join(f"{k} {show(v)}" for k, v in metrics.items()), f" (the last four by {main}; "
           f"standard error of {main} {show(report['standard_error'])})")
     if report["faces_by_main"] < report["faces"]:
-        print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack an "
-              "interocular landmark, or have both in one place")
+        print(f"{main} counts {report['faces_by_main']} of {report['faces']} faces: the others lack the "
+              "labels that it needs, or have both interocular landmarks in one place")
     for group in ("region", "ear", "pose"):
         for name, row in report[group].items():
             outline = "" if row.get("along") is None else (

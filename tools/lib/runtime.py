@@ -117,7 +117,8 @@ def prepare(device: torch.device):
         # a third of a step on the CPU. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
+            libc.mallopt(-4, 0)
+            libc.mallopt(-1, 2**31 - 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -132,7 +133,7 @@ class Processes:
     Use as a context manager: the process group is closed at its end, unless an error ends it.
     """
 
-    def __init__(self, device_name: str = "auto", training: bool = True):
+    def __init__(self, device_name: str, training: bool = True):
         self.rank, self.world = place_in_job()
         self.device = choose_device(device_name, training)
         self.predict_batch = 16  # faces that are validated together
@@ -416,7 +417,7 @@ class FiniteWatch:
         self.first = torch.where(loss.isfinite() | (self.first >= 0), self.first, len(self.recent))
         self.recent.append(faces)
 
-    def check(self, scaler: torch.amp.GradScaler, model: nn.Module | None = None):
+    def check(self, scaler: torch.amp.GradScaler, model: nn.Module | None):
         """Look at the steps since the last check; waits for the device. With `model`, at its weights too.
 
         With float16, steps whose gradients overflow are skipped, but not for ever. UserError names the faces.

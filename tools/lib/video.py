@@ -30,7 +30,7 @@ MOST_DAMAGED = 30  # so many unreadable frames in a row are the end of the video
 # One-euro filter (Casiez, Roussel, Vogel, CHI 2012), with speeds in face sizes per second. A still face is
 # smoothed at MIN_CUTOFF Hz. BETA opens the filter as it moves, so the overlay lags by under 2 % of the face.
 MIN_CUTOFF, BETA, SPEED_CUTOFF = 1.0, 10.0, 1.0
-LONGEST_GAP = 600.0  # seconds between two frames; if there are more, the clock has jumped
+LONGEST_GAP = 600.0  # seconds; a longer gap between two frames means that the clock has jumped
 FASTEST = 60.0  # frames per second: the highest rate chosen for a video of variable rate
 PLAYED = ("aac", "mp3", "opus")  # sound in an mp4 that browsers play
 # ffmpeg runs in a session of its own: Ctrl-C reaches only us, and ffmpeg ends properly when its input does.
@@ -75,8 +75,8 @@ class Video:
             first = seconds if not count else first
             moment = seconds - first
             if count and not 0 < moment - before < LONGEST_GAP:  # no clock, or one that jumped
-                first -= before + 1 / self.rate - moment
                 moment = before + 1 / self.rate
+                first = seconds - moment
             count, before = count + 1, moment
             yield moment, self._with_square_pixels(frame[..., ::-1])
         if not count and not stopped.is_set():

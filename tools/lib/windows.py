@@ -19,7 +19,10 @@ DECODING = 2  # raise it when the kept pixels change, so that older caches are n
 
 
 def whole_box(size: tuple | np.ndarray) -> np.ndarray:
-    """The box x, y, w, h of a whole picture of `size` (width, height)."""
+    """The box x, y, w, h of a whole picture of `size` (width, height).
+
+    It reaches from the centre of the first pixel to that of the last.
+    """
     return np.array([0, 0, *np.maximum(1.0, np.asarray(size) - 1.0)])
 
 
@@ -43,8 +46,9 @@ def face_window(box: np.ndarray | tuple, picture_size: np.ndarray | tuple, size:
     """
     (x, y, w, h), side = box, max(box[2], box[3]) * padding
     half = side * reach / 2 + 1
-    low = np.clip(np.floor([x + w / 2 - half, y + h / 2 - half]), 0, np.array(picture_size) - 1).astype(int)
-    high = np.clip(np.ceil([x + w / 2 + half, y + h / 2 + half]), low, np.array(picture_size) - 1).astype(int)
+    middle, last = np.array([x + w / 2, y + h / 2]), np.array(picture_size) - 1
+    low = np.clip(np.floor(middle - half), 0, last).astype(int)
+    high = np.clip(np.ceil(middle + half), low, last).astype(int)
     extent = high - low + 1
     kept = np.maximum(1, np.round(extent * min(1.0, size / side))).astype(int)
     return (*low, *extent), (*kept,)
@@ -91,8 +95,8 @@ def crop_of(image: np.ndarray, box: np.ndarray | tuple, matrix: np.ndarray, size
     return warp(cut_window(image, window, kept), window_matrix(window, kept), matrix, size)
 
 
-def inside(points: np.ndarray, size: int) -> np.ndarray:
-    """Which points (..., 2) lie in a crop."""
+def inside(points: np.ndarray, size: int | np.ndarray) -> np.ndarray:
+    """Which points (..., 2) lie in a crop of side `size`, or in a picture of this width and height (2,)."""
     return (points > -0.5).all(-1) & (points < size - 0.5).all(-1)
 
 
@@ -128,9 +132,9 @@ def scene(crop: np.ndarray, i: int, place: Callable, windows: "Windows", empty: 
         margin = 0.2 * np.ptp(seen, axis=0)
         if margin.min() <= margin.max() / 4:  # one landmark, or some in a line: they span no area
             margin = np.full(2, max(2 * margin.max(), len(crop) / 16))
-        low, high = ((v + d).clip(0).astype(int) for v, d in ((seen.min(0), -margin), (seen.max(0), margin)))
-        part = slice(low[1], high[1]), slice(low[0], high[0])
-        crop[part] = behind[part]
+        left, top = (seen.min(0) - margin).clip(0).astype(int)
+        right, bottom = (seen.max(0) + margin).clip(0).astype(int)
+        crop[top:bottom, left:right] = behind[top:bottom, left:right]
     return matrix, points, -1.0 * (labelled | ~labelled.any()), colour
 
 
