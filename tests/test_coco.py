@@ -447,6 +447,8 @@ def test_boxes_as_corners_are_read_as_such(read):
     np.testing.assert_allclose(faces.boxes, before.boxes)
     assert faces.notes == ["read otherwise: 20 boxes as x1 y1 x2 y2 (annotation 1)"]
     data = corner_boxes(plain(20))
+    data["annotations"][3]["bbox"] = [100, 80, 50, 60]  # no corners
+    assert "20 boxes as x1" in read(data).notes[1] and "1 missing, flat or malformed" in read(data).notes[0]
     data["annotations"][3]["bbox"] = None
     assert "19 boxes as x1" in read(data).notes[1] and "1 missing" in read(data).notes[0]
 
@@ -874,6 +876,24 @@ def test_width_and_height_that_are_exchanged_are_the_pictures(read, tmp_path):
     faces = read(data)
     assert faces.sizes.tolist() == [[WIDTH, HEIGHT], [WIDTH, HEIGHT], [HEIGHT, WIDTH]]
     assert faces.notes[0] == "read otherwise: 1 sizes from the pictures themselves (pic_2.jpg)"
+    shares = read(data).points / [WIDTH, HEIGHT]  # as fractions of the sides
+    for a, share in zip(data["annotations"], shares):
+        a["keypoints"] = [v for xy in share.tolist() for v in (*xy, 2)]
+        a.pop("bbox")
+    faces = read(data)
+    np.testing.assert_allclose(faces.points[2], shares[2] * [HEIGHT, WIDTH])
+    assert faces.sizes.tolist() == [[WIDTH, HEIGHT], [HEIGHT, WIDTH], [HEIGHT, WIDTH]]
+
+
+def test_two_faces_of_a_picture_have_one_size(read, tmp_path):
+    data = plain(1, faces=2)
+    draw(tmp_path / "pic_0.jpg", (HEIGHT, WIDTH))
+    for a in data["annotations"]:  # inside both sizes
+        a["keypoints"][::3] = [0.7 * x for x in a["keypoints"][::3]]
+    assert read(data).sizes.tolist() == [[HEIGHT, WIDTH]] * 2
+    assert "read otherwise: 1 sizes from the pictures themselves (pic_0.jpg)" in read(data).notes
+    data["annotations"][1]["keypoints"][0] = HEIGHT + 15.0
+    assert read(data).sizes.tolist() == [[WIDTH, HEIGHT]] * 2
 
 
 def test_upright_landmarks_only_get_the_right_size(read, tmp_path):
@@ -1256,6 +1276,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(read, tmp_path, seed)
     (["mine_train_val.json"], "mine_train_val.json", None),
     (["training_humanart.json", "validation_humanart.json"], "training_humanart.json", "validation_humanart.json"),
     (["project-1/result.json", "project-1/images/x.jpg"], "project-1/result.json", None),
+    (["project-1/result.json", "__MACOSX/x.txt"], "project-1/result.json", None),
     (["export/annotations/person_keypoints_default.json"], "export/annotations/person_keypoints_default.json", None),
 ])
 def test_the_files_of_an_export_are_found(tmp_path, files, train, val):

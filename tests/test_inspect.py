@@ -60,7 +60,7 @@ def test_several_and_their_curves(run, other, tmp_path, capsys):
     note = next(line for line in lines if line[:1] == ["note"])
     assert note == ["note", "-", "line??[31mred", "-"]  # no control codes
     assert read_image(plot).shape[1] > 1000
-    with pytest.raises(UserError, match="--plot .*: exists; write over it with --force"):
+    with pytest.raises(UserError, match="exists; write over it with --force, or name another --plot"):
         tool.main([str(run.work_dir), "--plot", str(plot)])
     tool.main([str(run.work_dir), str(run.work_dir), "--plot", str(plot), "--force"])
     assert "are the same" in capsys.readouterr().out

@@ -1508,7 +1508,7 @@ def test_predict_correct_train(run, faces, picture, tmp_path, train, capsys):
         Image.fromarray(picture[0]).save(tmp_path / name)
     with pytest.raises(UserError, match="overlay of two inputs; rename one of them"):
         predict(tmp_path / "a.gif", tmp_path / "a.gif.png", *out)
-    for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "--coco .*: exists; write over it with --force, or name another": (folder, "--coco", coco), "the file of --boxes": (
+    for wanted, args in {"boxes, or of --out": (folder, "--coco", tmp_path / "out2"), "exists; write over it with --force, or name another --coco": (folder, "--coco", coco), "the file of --boxes": (
             folder, "--coco", coco, "--boxes", coco, "--force"), "clip.mp4 is a video; save its frames": (
             tmp_path / "clip.mp4", "--coco", tmp_path / "new.json"), "or of --out": (
             folder, "--coco", tmp_path / "out2/predictions.json"), "is a folder; name a file": (

@@ -133,7 +133,7 @@ def test_force_replaces_a_sample_and_nothing_else(monkeypatch, tmp_path):
 
 
 def test_there_are_no_more_threads_and_processes_than_cores_for_this_one(monkeypatch, tmp_path):
-    """A cluster, a container or taskset gives a process fewer than the machine has."""
+    """A cluster or taskset gives a process fewer than the machine has."""
     monkeypatch.setattr(os, "cpu_count", lambda: 99)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     pools, pool = [], files.ThreadPoolExecutor

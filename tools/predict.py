@@ -54,6 +54,7 @@ from tools.lib.coco import (
     Notes,
     box_of,
     choose_categories,
+    mend_exchanged,
     open_coco,
     place_pictures,
     plainly,
@@ -334,6 +335,7 @@ def turn_boxes(sources: list[Source], root: Path, upright: bool) -> None:
     files, sizes = [source.file for source, _ in rows], np.array([source.size for source, _ in rows])
     boxes, labelled = np.array([box for _, box in rows]), np.ones((len(rows), 2))
     corners = np.array([[box[:2], box[:2] + box[2:]] for box in boxes])
+    mend_exchanged(files, sizes, corners, labelled, root, notes)
     turns = stored_turns(files, sizes, corners, labelled, root, notes, upright)
     turn_faces(turns, sizes, boxes, corners, labelled)
     for (source, box), size, turned in zip(rows, sizes.tolist(), boxes):

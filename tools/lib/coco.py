@@ -120,6 +120,7 @@ def read_coco(path: Path | str, root: Path | str, category: str | int | None = N
     counts = Counter(name for name, _, _ in images.values())
     files = place_pictures(names, path, root, notes, {name for name in counts if counts[name] > 1})
     sizes, read = read_sizes(files, sizes, root, notes)
+    mend_exchanged(files, sizes, triples[..., :2], triples[..., 2], root, notes)
     if triples[..., :2].min() >= -0.5 and triples[..., :2].max() <= 1.5:  # no face is two pixels wide
         triples[..., :2] *= sizes[:, None]
         notes.add("fractions", files[0], len(files))
@@ -715,6 +716,24 @@ def read_sizes(files: list, sizes: tuple, root: Path, notes: Notes) -> tuple[np.
     return np.array([read.get(name, size) for name, size in zip(files, sizes, strict=True)]), {*read}
 
 
+def mend_exchanged(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
+                   notes: Notes):
+    """Exchange the sizes (N, 2), in place, of pictures whose file says their width and height the other way.
+
+    Pictures that EXIF turns are left to stored_turns. So are sizes that more of a picture's landmarks
+    contradict after the exchange than before; check_size reports them when the picture is read.
+    """
+    faces = defaultdict(list)
+    for i, name in enumerate(files):
+        faces[name].append(i)
+    for name, own in faces.items():
+        size, turn = header(os.path.join(root, name)) or ((), 0)
+        placed, said = points[own][visible[own] > 0], tuple(sizes[own[0]])
+        if not turn and said != size == said[::-1] and (placed > size).sum() <= (placed > said).sum():
+            notes.add("sizes", name)
+            sizes[own] = size
+
+
 def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np.ndarray, root: Path,
                  notes: Notes, upright: bool, read: Iterable = ()) -> dict[int, int]:
     """{face: EXIF orientation, 2 to 8} of faces whose landmarks lie on the picture as stored, not as seen.
@@ -732,11 +751,6 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
     if (gap := outside(unknown, 1) - outside(unknown, -1)) > 0:
         for i in unknown:
             sizes[i] = sizes[i][::-1]  # as stored
-    for i, name in enumerate(files):
-        exchanged = not headers[name][1] and tuple(sizes[i]) != headers[name][0] == tuple(sizes[i][::-1])
-        if exchanged and outside([i], -1) <= outside([i], 1):  # width and height, and no EXIF
-            notes.add("sizes", name)
-            sizes[i] = sizes[i][::-1]
     turns = {i: headers[name][1] for i, name in enumerate(files)
              if headers[name][1] and tuple(sizes[i]) == headers[name][0]}
     oblong = [i for i, turn in turns.items() if turn > 4 and sizes[i][0] != sizes[i][1]]
@@ -756,7 +770,7 @@ def stored_turns(files: list, sizes: np.ndarray, points: np.ndarray, visible: np
         undecided, meant = oblong if stored == seen else (), turns
     if undecided:
         notes.said.append(f"nothing tells whether {files[undecided[0]]}, which EXIF turns, was labelled "
-                          "upright; look at it as tools/visualize_dataset.py, or predict.py, draws it")
+                          "upright; draw it with tools/visualize_dataset.py or tools/predict.py, and look")
     return meant
 
 
@@ -1019,6 +1033,7 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
         notes.add("corners", f"annotation {ids[given[0]]}", len(given))
         for i in given:
             boxes[i] = box_of([*boxes[i][:2], *(boxes[i][2:] - boxes[i][:2])])
+        given = [i for i in given if boxes[i] is not None]
     scaled = given and are_scaled(np.stack([boxes[i] for i in given]), hulls[given], sizes[given])
     for i, box in enumerate(boxes):
         problem = "scaled" if scaled and box is not None else box_problem(box, hulls[i])
@@ -1037,7 +1052,7 @@ SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test",)
 
 def unpacked(folder: Path) -> Path:
     """The folder, or the one in it (and so on inward) if it holds nothing else, as after unpacking."""
-    inner = [*folder.glob("[!.]*")]
+    inner = [path for path in folder.glob("[!.]*") if path.name != "__MACOSX"]
     alone = len(inner) == 1 and inner[0].is_dir() and inner[0].name.lower() not in chain(*SPLITS)
     return unpacked(inner[0]) if alone else folder
 
@@ -1063,7 +1078,7 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     if not ann_root.exists():
         raise UserError(f"--ann-root {ann_root}: no such file or folder; name an unpacked export or its JSON "
                         "file, or convert DogFLW by tools/convert_dogflw_to_coco.py")
-    ann_root = unpacked(ann_root)
+    given, ann_root = ann_root, unpacked(ann_root)
 
     def named(split, name):
         places = [p for s in split for p in (ann_root / f"{s}.json", ann_root / s / name)]
@@ -1077,8 +1092,9 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     # "training" counts only as a file's whole name: training_log.json is no annotation file.
     trains, vals = (next(filter(None, (with_word(files, word) for word in split)), [])
                     for split in (for_train[:1], for_val))
-    # But beside nothing else than a validation_x.json it is (HumanArt).
-    trains = trains or (with_word(files, "training") if len(files) == 2 and len(vals) == 1 else [])
+    # But beside a file of "validation" alone it is (HumanArt).
+    alone = len(files) == 2 and with_word(files, "validation")
+    trains = trains or (with_word(files, "training") if alone else [])
     if train := named(for_train, "_annotations.coco.json"):
         val = named(for_val, "_annotations.coco.json")
         beside = [p for p in vals if re.search(rf"(?<![a-z])({'|'.join(for_val)})\d*$", p.stem.lower())
@@ -1105,6 +1121,6 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
     if not files and (train := only(for_train)):
         return train, only(for_val)
     found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
-    raise UserError(f"--ann-root {ann_root}: sought train.json, train/_annotations.coco.json, a name with "
+    raise UserError(f"--ann-root {given}: sought train.json, train/_annotations.coco.json, a name with "
                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
                     f"are {found}; name one file, or convert the data (data/README.md)")

@@ -110,7 +110,7 @@ def check_free(flag: str, folder: Path, force: bool, way: str = "write into it w
 def check_new(flag: str, force: bool, *files: Path):
     """Raises UserError naming the first of the files to write that exists, unless `force` is given."""
     if there := [file for file in files if file.exists() and not force]:
-        raise UserError(f"{flag} {there[0]}: exists; write over it with --force, or name another")
+        raise UserError(f"{there[0]}: exists; write over it with --force, or name another {flag}")
 
 
 @contextlib.contextmanager
