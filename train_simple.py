@@ -444,12 +444,12 @@ def load_sets(config: Config, processes):
     if not config.holdout:
         if not val:
             raise UserError(f"--ann-root {config.ann_root}: no val.json to choose on; take --holdout 0.1")
-        return train, val, None, paths[1].name
+        return train, val, None, paths[1].relative_to(config.ann_root).as_posix()
     rest, held = train.split(config.holdout)
     if not held or not rest:
         raise UserError(f"--holdout {config.holdout}: leaves one part without a face; try another fraction, "
                         "or add pictures (the faces of one picture stay together)")
-    return rest, held, val, "held out of train"
+    return rest, held, val, "faces held out of train"
 
 
 def test_once(run: Run, datasets: dict, chosen_on: str):

@@ -1,6 +1,7 @@
 """tools/export_onnx.py: the file as another program uses it, and the safetensors folder."""
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_safetensors_folder_loads_back(run, exported):
     card = yaml.safe_load(header)
     assert card["license"] == "cc-by-nc-4.0" and card["library_name"] and card["tags"]
     assert "nme" in [m["type"] for m in card["model-index"][0]["results"][0]["metrics"]]
-    assert "non-commercial use only" in body and card["datasets"] == ["georgemartvel/dogflw"]
+    assert "non-commercial use only" in body and "trained on DogFLW" not in body
 
 
 @pytest.mark.parametrize("changes, known, wanted, absent", [
@@ -108,7 +109,7 @@ def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, abs
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     trained.scheme, trained.config = replace(trained.scheme, **changes), replace(trained.config, **known)
     trained.whole = not changes
-    tool.write_safetensors(trained, tmp_path)
+    tool.write_safetensors(trained, tmp_path, {})
     assert ("longer side of the\nwhole picture." in (tmp_path / "README.md").read_text()) == (not changes)
     card = (tmp_path / "README.md").read_text()
     assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
@@ -117,8 +118,17 @@ def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, abs
 def test_errors_on_faces_that_trained_are_no_results(run, tmp_path):
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     trained.metrics = {**trained.metrics, "chosen_on": "val.json" + tool.SEEN}
-    tool.write_safetensors(trained, tmp_path)
+    tool.write_safetensors(trained, tmp_path, {})
     assert '"metrics": []' in (tmp_path / "README.md").read_text()
+
+
+def test_the_error_that_chose_nothing_is_the_cards(run, tmp_path):
+    folder = shutil.copytree(run.work_dir, tmp_path / "run")
+    (folder / "test.json").write_text(json.dumps({"faces": 12, "chosen_on": "x", "nme": 0.4321, "nme_iod": None}))
+    tool.main(["--checkpoint", str(folder), "--safetensors", str(tmp_path / "hub")])
+    card = (tmp_path / "hub/README.md").read_text()
+    assert '"metrics": [{"type": "nme", "name": "nme", "value": 0.4321}]' in card
+    assert card.index("on 12 faces that did not choose this epoch") < card.index("on the faces that chose this epoch")
 
 
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):

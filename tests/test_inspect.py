@@ -68,7 +68,7 @@ def test_several_and_their_curves(run, other, tmp_path, capsys):
 
 def test_errors_on_faces_that_chose_nothing_are_told_apart(run, other, tmp_path, capsys):
     shutil.copytree(run.work_dir, held := tmp_path / "held")
-    (held / "test.json").write_text(json.dumps({"faces": 12, "chosen_on": "held out of train", "nme": 0.0456, "nme_iod": None}))
+    (held / "test.json").write_text(json.dumps({"faces": 12, "chosen_on": "faces held out of train", "nme": 0.0456, "nme_iod": None}))
     tool.main([str(held)])
     assert re.search(r"^ *test nme +0.0456$", text := capsys.readouterr().out, re.M) and "test nme_iod" not in text
     tool.main([str(other), str(held), str(held / "last.pth")])

@@ -454,7 +454,7 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
         return trained, trainer.mean_metrics(points, faces, 1.5)
     for name, size in (("first", 128), ("uncut", 160)):
         trained, metrics = score(f"{name}/last.pth", faces)
-        assert trained.size == size and trained.config.input_size == 160 and trained.metrics["chosen_on"] == "held out of train"
+        assert trained.size == size and trained.config.input_size == 160 and trained.metrics["chosen_on"] == "faces held out of train"
         assert metrics == pytest.approx({k: trained.metrics[k] for k in metrics}, abs=1e-6)
     test = json.loads((tmp_path / "uncut/test.json").read_text())
     val = data.load_coco(ann / "val.json", sample.data_root)
@@ -464,7 +464,7 @@ def test_small_crops_come_first_and_val_is_scored_once(sample, flags, script, st
                        "--out", str(tmp_path / "report"), "--force"])
         report = json.loads((tmp_path / "report/report.json").read_text())
         assert {k: report["metrics"][k] for k in once} == pytest.approx(once, abs=1e-6)
-    assert test == {"chosen_on": "held out of train", "faces": 4, **{k: pytest.approx(v, abs=1e-6) for k, v in once.items()}}
+    assert test == {"chosen_on": "faces held out of train", "faces": 4, **{k: pytest.approx(v, abs=1e-6) for k, v in once.items()}}
     assert "on the faces that chose it" in said and "4 faces that did not choose it" in said
     assert_same_run(tmp_path / "cut", tmp_path / "uncut")
 
@@ -622,7 +622,7 @@ def test_the_plain_recipe_trains_and_chooses_without_a_val_json(sample, refused,
     said, losses = capsys.readouterr().out, [float(row["train_loss"]) for row in rows(tmp_path / "w")]
     assert losses[-1] < 0.95 * losses[0] and losses == sorted(losses, reverse=True), losses
     rest, held = data.load_coco(sample.ann_root / "train.json", sample.data_root).split(0.2)
-    assert f"{len(rest)} faces to train on, {len(held)} to choose on (held out of train)" in said
+    assert f"{len(rest)} faces to train on, {len(held)} to choose on (faces held out of train)" in said
     assert not (tmp_path / "w/test.json").exists()
     last = checkpoints.load_checkpoint(tmp_path / "w/last.pth")
     assert all(torch.equal(last["model"][k], last["raw"][k]) for k in last["raw"])

@@ -350,7 +350,7 @@ def measure(bench: Bench, search: bool) -> None:
     print_parts(bench, batch, bare)
     loop, waited = measure_loop(bench, bare)
     bare = (bare + step_seconds(bench, batch)) / 2  # before and after the loop: a machine's speed drifts
-    print(f"full loop                 {as_rate(n / loop)}  {loop / bare:8.2f} x the bare step")
+    print(f"full loop                 {as_rate(n / loop)}  {loop / bare:8.2f} times a bare step's time")
     validation = measure_validation(bench)
     epoch_seconds = loop * config.accumulate * trainer.Plan(config, len(bench.faces)).steps
     print_rate("validation", len(bench.val), validation,

@@ -314,7 +314,7 @@ def main() -> None:
     add = parser.add_argument
     add("--dogflw_root", "--dogflw-root", type=Path, metavar="DIR",
         help="folder that holds train and test, or images and labels (default: kagglehub's cache)")
-    add("--out_dir", "--out-dir", type=Path, metavar="DIR", default=OUT,
+    add("--out_dir", "--out-dir", "--out", type=Path, metavar="DIR", default=OUT,
         help="where train.json and val.json go, in place of older ones (default: data/dogflw/annotations)")
     add("--download", action="store_true", help="fetch DogFLW with kagglehub first, into its cache")
     add("--skip-bad", action="store_true", help="leave out what cannot be mended, instead of stopping")

@@ -427,7 +427,7 @@ def by_checkpoint(args: argparse.Namespace, trained: Trained, faces: Faces, ann:
     origin = "trained on a part of DogFLW's train split" if args.bundled else f"chosen on {chosen}"
     source = (f"{args.checkpoint}: epoch {printable(trained.epoch)}, {origin}; in the true boxes, "
               f"{'averaged with the mirrored picture' if twice else 'not mirrored'}")
-    if chosen.removesuffix(SEEN) == ann.name and is_file_of(trained.config.ann_root, ann, 1):
+    if chosen.removesuffix(SEEN).split("/")[-1] == ann.name and is_file_of(trained.config.ann_root, ann, 1):
         source += "; its epoch was chosen on these very faces, so the errors come out too small"
     return points, scores, source
 
@@ -454,16 +454,17 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
             raise UserError(f"{args.results}: labels none of the landmarks that {ann} labels on these faces")
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
-        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}) plus "
-                   f"{others} others, in these pictures and in {len(empty)} without a face; the errors are "
-                   "for the faces found")
+        source += (f", which found {len(faces)} of {total} faces ({finding['share']:.1%}), and {others} "
+                   f"others, in these pictures and in {len(empty)} without a face; the errors are those of "
+                   "the faces found")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
         ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))
         finding |= {"nme_true_boxes": nan_mean(boxed), "error_ratio": nan_mean(ours) / nan_mean(boxed),
                     "share_within_1.15": float((ours <= 1.15 * boxed).sum() / total)}
-        source += (f", {finding['error_ratio']:.3f} times the error in the true boxes; of all faces "
-                   f"{finding['share_within_1.15']:.1%} are found with at most 1.15 times their own")
+        source += (f", {finding['error_ratio']:.3f} times their errors in the labelled boxes; "
+                   f"{finding['share_within_1.15']:.1%} of all faces are found with an error of at most 1.15 "
+                   "times that in the labelled box")
     in_range = ((scores >= 0) & (scores <= 1)).all()  # else they are no probabilities
     return faces, points, scores if in_range else None, source, finding
 

@@ -32,7 +32,7 @@ from skimage.data import astronaut
 from torch import nn
 
 from dataset import cut_crop, decode_heatmaps, normalize
-from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint
+from tools.lib.checkpoints import SEEN, lightened, load_checkpoint, save_checkpoint, tested_once
 from tools.lib.cli import (
     Parser,
     UserError,
@@ -90,9 +90,10 @@ def licence(trained: Trained) -> tuple[str, str, str]:
             "The weights were trained on the trainer's own drawn sample, no photograph among it. They are "
             "MIT, as the code is, and not meant for real dogs.")
     if len(scheme.names) == 46 and scheme.interocular == [18, 19]:
-        return "DogFLW", "cc-by-nc-4.0", (
-            "**Non-commercial.** The weights were trained on DogFLW, which is CC-BY-NC-4.0: its authors "
-            "allow non-commercial use only, of the weights too.")
+        return "faces with DogFLW's landmarks", "cc-by-nc-4.0", (
+            "**Non-commercial.** The landmarks are those of DogFLW, which is CC-BY-NC-4.0: its authors allow "
+            "non-commercial use only, of weights trained on it too. If neither DogFLW nor what a model "
+            "trained on it predicted was among the training data, state here what applies instead.")
     return "own data", "unknown", (
         "The licence of the training data applies to the weights, and so does that of the weights they "
         "began with: those bundled with the trainer are CC-BY-NC-4.0. State here what applies before you "
@@ -201,8 +202,11 @@ or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by con
 """
 
 
-def write_safetensors(trained: Trained, folder: Path) -> None:
-    """model.safetensors + config.json + README.md, the form of a Hugging Face repository."""
+def write_safetensors(trained: Trained, folder: Path, tested: dict) -> None:
+    """model.safetensors + config.json + README.md, the form of a Hugging Face repository.
+
+    tested: the run's test.json, or {}; if there is one, its errors are the hub's results.
+    """
     from safetensors.torch import save  # timm brings it
     model, scheme, settings = trained.model, trained.scheme, trained.config
     metrics = {k: v for k, v in trained.metrics.items() if isinstance(v, float) and math.isfinite(v)}
@@ -213,21 +217,24 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
               "crop": settings.crop, "decode_power": settings.decode_power,
               "score_radius": settings.score_radius, **asdict(scheme), "mean": model.mean.tolist(),
               "std": model.std.tolist(), "license": terms}
-    # The hub reads results out of this block; JSON is YAML.
-    hub_name = "georgemartvel/dogflw" if data_name == "DogFLW" else data_name
-    errors = [{"type": k, "name": k, "value": round(v, 5)} for k, v in metrics.items()
-              if k in METRICS and not chosen.endswith(SEEN)]  # errors on faces it trained on are no results
+    # Errors on faces it trained on are no results. The hub reads them out of this block; JSON is YAML.
+    results = tested or ({} if chosen.endswith(SEEN) else metrics)
+    errors = [{"type": k, "name": k, "value": round(results[k], 5)} for k in METRICS if results.get(k)]
     index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
-        "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": hub_name},
+        "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": data_name},
         "metrics": errors}]}]
-    listed = f"datasets: [{hub_name}]\n" if data_name == "DogFLW" else ""
-    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if k != "train_loss")
+    tables = {f"on the faces that chose this epoch ({chosen})": metrics}
+    if tested:
+        tables = {f"on {tested['faces']} faces that did not choose this epoch": tested} | tables
+    listed = [f"| {title} | |\n|---|---|\n" + "\n".join(
+        f"| {k} | {v:.4f} |" for k, v in values.items() if isinstance(v, float) and k != "train_loss")
+        for title, values in tables.items()]
     card = CARD.format(
         backbone=settings.backbone, k=len(scheme.names), size=trained.size, padding=settings.padding,
         crop=settings.crop, power=settings.decode_power, radius=settings.score_radius,
         box="whole picture" if trained.whole else "face's box",
-        epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n{listed}", licence=identifier,
-        terms=terms, metrics=f"| on the faces that chose this epoch ({chosen}) | |\n|---|---|\n{rows}")
+        epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n", licence=identifier, terms=terms,
+        metrics="\n\n".join(listed))
     state = {k: v.contiguous() for k, v in model.state_dict().items()}  # the model is on the CPU
     for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
                           ("config.json", json.dumps(config, indent=1).encode())):
@@ -270,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     trained.model.requires_grad_(False)
     export_onnx(trained, args.flip, path)
     if args.safetensors:
-        write_safetensors(trained, args.safetensors)
+        write_safetensors(trained, args.safetensors, tested_once(checkpoint))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import csv
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.lib.checkpoints import load_checkpoint
+from tools.lib.checkpoints import load_checkpoint, tested_once
 from tools.lib.cli import Parser, UserError, printable, run_script
 from tools.lib.draw import all_regions, plot_curves
-from tools.lib.files import check_new, load_json
+from tools.lib.files import check_new
 from tools.lib.find import checkpoint_file
 from train_simple import METRICS, Trained
 
@@ -36,9 +36,7 @@ def read_run(path: Path) -> dict:
     versions = stored.get("versions")
     parameters = sum(p.numel() for p in trained.model.parameters())
     values = {k: show(metrics.get(k, "-")) for k in (*METRICS, "val_loss", "train_loss", "chosen_on")}
-    once = file.with_name("test.json")
-    if file.name == "best_model.pth" and once.is_file():  # errors on faces that did not choose the epoch
-        values |= {f"test {k}": show(v) for k, v in load_json(once).items() if k in METRICS and v is not None}
+    values |= {f"test {k}": show(v) for k, v in tested_once(file).items() if k in METRICS and v is not None}
     return {"path": file, "scheme": trained.scheme, "args": stored["args"],
             "versions": versions if isinstance(versions, dict) else {}, "summary": {
                 "epoch": f"{show(trained.epoch)} of {show(stored['args'].get('epochs'))}", **values,

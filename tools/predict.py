@@ -667,7 +667,8 @@ def run(args: argparse.Namespace) -> None:
     if args.coco and done:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: python "
                         f"train_simple.py --ann-root {as_argument(args.coco)} --data-root "
-                        f"{as_argument(root)} --holdout 0.1 (with few pictures as data/README.md says)"))
+                        f"{as_argument(root)} --holdout 0.1; with fewer than a few hundred pictures take "
+                        "the command under 'How many pictures do I need' in data/README.md"))
     if failed:
         raise UserError(f"{failed} of {len(sources)} files could not be predicted, or only in part; see the "
                         "errors above")

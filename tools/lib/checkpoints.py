@@ -13,7 +13,7 @@ import torch
 
 from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, problems_of, single_line
 from tools.lib.coco import checked_scheme, shared_pictures
-from tools.lib.files import atomic_write
+from tools.lib.files import atomic_write, load_json
 from tools.lib.pictures import MEAN, STD
 from tools.lib.runtime import choose_amp, is_out_of_memory, versions
 
@@ -129,6 +129,12 @@ def load_file_safely(path: Path | str):
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"
         raise UserError(f"{path}: not loaded: {reason}. Nothing in it was run; take another "
                         "checkpoint, or one of its state_dict alone") from None
+
+
+def tested_once(checkpoint: Path) -> dict:
+    """The test.json beside a best_model.pth: errors on faces that did not choose its epoch; else {}."""
+    path = checkpoint.with_name("test.json")
+    return load_json(path) if checkpoint.name == "best_model.pth" and path.is_file() else {}
 
 
 def load_checkpoint(path: Path | str) -> dict:
