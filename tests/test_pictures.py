@@ -186,7 +186,7 @@ def test_what_cannot_be_read_is_named_with_the_way_on(image, tmp_path, monkeypat
     whole = (tmp_path / "whole.jpg").read_bytes()
     for name, content, wanted in (
             ("IMG_0001.HEIC", ISO, "HEIC.*pip install pillow-heif, or convert it to JPEG"), ("a.psd", b"8BPS", "Photoshop.*export"),
-            ("a.dng", b"II*\0", "raw camera.*develop"), ("clip.jpg", b"\x1aE\xdf\xa3", "is a video"), ("empty.png", b"", "no picture"),
+            ("a.dng", b"II*\0", "raw camera.*develop"), ("clip.jpg", b"\x1aE\xdf\xa3", "is a video"), ("empty.png", b"", "it is empty"),
             ("cut.jpg", whole[:len(whole) // 2], "(?i:truncated)"), ("a.tif", b"II*\0\xff\xff\xff\x7f", "cannot be read as a picture"),
             ("broken.avif", ISO.replace(b"heic", b"avif"), "cannot be read as a picture|AVIF is not")):
         (tmp_path / name).write_bytes(content)
@@ -210,3 +210,22 @@ def test_heic_is_read_where_pillow_heif_is_installed(image, tmp_path, monkeypatc
     assert near(read_image(tmp_path / "IMG_0001.HEIC"), image)
     del Image.OPEN["HEIF"]
     Image.ID.remove("HEIF")
+
+
+def test_what_lies_in_a_pictures_place_is_called_by_its_name(tmp_path):
+    for content, why in ((b"", r"it is empty\); copy it"), (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+                         (b"\n<!DOCTYPE html><html>404", r"it is a web page\); download the picture itself")):
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(UserError, match=f"a.jpg: cannot be read as a picture .*{why}"):
+            read_image(tmp_path / "a.jpg")
+
+
+def test_scans_whose_zero_is_white_and_planes_of_16_bits(image, tmp_path):
+    tifffile = pytest.importorskip("tifffile")  # scikit-image brings it
+    grey = image[..., 0].astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "white.tif", 65535 - grey, photometric="miniswhite")
+    assert near(read_image(tmp_path / "white.tif"), np.dstack([image[..., 0]] * 3), 1)
+    tifffile.imwrite(tmp_path / "planes.tif", np.moveaxis(image, 2, 0).astype(np.uint16) * 257, photometric="rgb",
+                     planarconfig="separate")
+    with pytest.raises(UserError, match="planes.tif: cannot be read .*separate planes"):
+        read_image(tmp_path / "planes.tif")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -834,6 +834,28 @@ def test_a_stream_is_followed_until_ctrl_c(light, picture, start, tmp_path, monk
     assert "following it until Ctrl-C" in written and "secret" not in written
 
 
+def test_a_codec_that_opencv_lacks_is_named(tmp_path):
+    write_video(tmp_path / "clip.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3)
+    clip = video.Video(tmp_path / "clip.mp4")
+    clip.capture = SimpleNamespace(read=lambda: (False, None), release=lambda: None)
+    with pytest.raises(UserError, match="cannot be read as a video; copy it again, or convert it if OpenCV cannot decode .*: ffmpeg -i .*clip.mp4"):
+        next(clip.frames(threading.Event()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_does_not_wait_for_threads_that_it_lacks():
+    """As a web server's workers, with a model that was loaded before."""
+    code = ("import os, torch\nimport tools.lib.runtime\ntorch.set_num_threads(2)\ntorch.ones(10**6).sum()\nif not (child := os.fork()):\n"
+            "    torch.ones(10**6).sum()\n    os._exit(7)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))")
+    done = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+                            start_new_session=True)
+    try:
+        assert done.communicate(timeout=60)[0] == b"7\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGKILL)
+
+
 def test_a_stopped_video_is_kept_up_to_there(light, picture, tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", [picture[0][:64, :64]] * 12)
     real, calls = video.Tracker.__call__, []
@@ -1278,7 +1300,7 @@ def test_boxes_are_turned_with_the_pictures_that_exif_turns(tmp_path, landmarks,
     assert np.array_equal(one.boxes[0][1], [69, 10, 30, 40]) and np.array_equal(two.boxes[0][1], [109, 69, 40, 30])
     said = capsys.readouterr().err
     assert "2 faces of pictures that EXIF turns, turned with them" in said
-    assert landmarks or "was labelled upright; look at it as tools/visualize_dataset.py, or predict.py, draws it" in said
+    assert landmarks or "was labelled upright; draw it with tools/visualize_dataset.py or tools/predict.py, and look" in said
     if not landmarks:
         boxes_file(file, images, [(0, low), (1, stored)], landmarks)
         (one, two), _ = planned(*args)

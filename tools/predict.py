@@ -664,7 +664,7 @@ def run(args: argparse.Namespace) -> None:
         more = ", ..." if len(results.empty) > len(some) else ""
         print(printable(f"no face was found in {len(results.empty)} pictures ({', '.join(some)}{more}); a "
                         f"--min-score below {args.min_score} finds weaker ones"))
-    if args.coco and done:
+    if args.coco and results.rows:
         print(printable(f"{args.coco}: {len(results.images)} pictures to correct; then: python "
                         f"train_simple.py --ann-root {as_argument(args.coco)} --data-root "
                         f"{as_argument(root)} --holdout 0.1; with fewer than a few hundred pictures take "

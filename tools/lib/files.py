@@ -169,7 +169,8 @@ def picture_path(root: Path | str, name: str, where: str = "") -> Path:
                         "PYTHONUTF8=1") from None
     path = Path(root, name)
     # Other systems' absolute names count, too: a file must not mean one place here and another on Windows.
-    if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\|\w+://", name) or ".." in re.split(r"[/\\]", name):
+    absolute = Path(name).is_absolute() or re.match(r"[A-Za-z]:[/\\]|\\|\w+://", name)
+    if absolute or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{where}file_name {name!r} leaves the data root {root}; names must be relative "
                         "to it")
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):

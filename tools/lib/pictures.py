@@ -50,7 +50,7 @@ SUFFIXES = {suffix: kind for kind, suffixes in {
     "JPEG 2000": "jp2 j2k", "Photoshop": "psd psb", "SVG": "svg", "PDF": "pdf",
     "raw camera": "cr2 cr3 nef nrw arw dng orf rw2 raf pef srw",
     "video": "mp4 mov avi mkv webm m4v wmv asf flv mpg mpeg mts m2ts 3gp ogv vob mxf y4m h264 264 h265 265 "
-             "hevc mjpeg mjpg",
+             "hevc mjpeg mjpg dv m2v f4v divx",
 }.items() for suffix in suffixes.split()}
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
@@ -117,9 +117,23 @@ def read_picture(path: Path | str, at_most: float = math.inf) -> tuple[np.ndarra
             raise UserError(f"{path}: is a video, not a picture; tools/predict.py takes it") from None
         if kind in UNREAD and not can_read(kind):
             raise UserError(f"{path}: {kind} is not a format read here; {UNREAD[kind]}") from None
-        unknown = isinstance(e, Image.UnidentifiedImageError)
-        why = "no picture format known here, or damaged" if unknown else str(e)[:80] or type(e).__name__
-        raise UserError(f"{path}: cannot be read as a picture ({why}); restore it or convert again") from None
+        why, mend = str(e)[:80] or type(e).__name__, "restore it or convert again"
+        if isinstance(e, Image.UnidentifiedImageError):
+            why, mend = instead_of_picture(path) or ("no picture format known here, or damaged", mend)
+        raise UserError(f"{path}: cannot be read as a picture ({why}); {mend}") from None
+
+
+def instead_of_picture(path: Path | str) -> tuple[str, str] | None:
+    """What often lies in a picture's place: (what it is, what to do), or None."""
+    with open(path, "rb") as file:
+        begin = file.read(64).lower()
+    if not begin:
+        return "it is empty", "copy it again"
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS", "run git lfs pull"
+    if begin.lstrip().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page", "download the picture itself"
+    return None
 
 
 def can_read(kind: str) -> bool:
@@ -143,11 +157,17 @@ def decode(path: Path | str, at_most: float) -> tuple[np.ndarray, tuple[int, int
             own = image.size
             step = next((s for s in (2, 4) if math.prod(own) <= at_most * s * s), 8)
             image.draft(None, (own[0] // step, own[1] // step))
+        tags = dict(getattr(image, "tag_v2", {}))  # of a TIFF, which drops some while it loads
+        if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:  # Pillow takes the bytes for 8 bits each
+            raise ValueError("more than 8 bits a colour in separate planes")
         image.load()
         own = own or image.size
         turn = orientation(image)  # now: a TIFF turns itself while it loads, and drops the tag
         if image.mode[0] in "IF":
-            image = Image.fromarray(to_8_bits(np.asarray(image)))
+            values = np.asarray(image)
+            if tags.get(262) == 0 and values.dtype.kind == "u":  # 0 is white; Pillow minds it only in 8 bits
+                values = np.iinfo(values.dtype).max - values
+            image = Image.fromarray(to_8_bits(values))
         elif colours_of_16_bits:
             image = Image.fromarray(decode_deep(path))
         transparent = image.has_transparency_data

@@ -125,6 +125,10 @@ def prepare(device: torch.device):
     torch.set_float32_matmul_precision("high")  # TF32 for float32 matrix products
 
 
+if hasattr(os, "register_at_fork"):  # a fork has none of the threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 # ---------------------------------------------------------------- one process or many
 
 class Processes:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from tools.lib.boxes import TIGHT, box_around, intersections
-from tools.lib.cli import UserError, check_name
+from tools.lib.cli import UserError, as_argument, check_name
 from tools.lib.files import put_in_place
 from tools.lib.find import MIN_SCORE, OVERLAP, Predictor
 
@@ -57,6 +57,8 @@ class Video:
         self.length, self.cut = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))), None
         self.damaged = 0  # unreadable frames that were followed by readable ones
         self.stretch = pixel_aspect(self.capture)
+        codec = max(0, int(self.capture.get(cv2.CAP_PROP_FOURCC)))  # four letters, such as AV01
+        self.codec = codec.to_bytes(8, "little")[:4].decode("latin-1")
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else 25.0
         self.live = not isinstance(source, Path) and not self.length
@@ -82,6 +84,9 @@ class Video:
         if not count and not stopped.is_set():
             local = isinstance(self.source, Path)
             mend = "copy it again" if local else "if it is a picture, download it and name its file"
+            if local and self.length and self.codec.isprintable():
+                mend += (f", or convert it if OpenCV cannot decode {self.codec}: ffmpeg -i "
+                         f"{as_argument(self.source)} converted.mp4")
             raise UserError(f"{self.name}: cannot be read as a video; {mend}")
         seen, whole = before + 1 / self.rate, self.duration
         if seen < 0.9 * whole - 0.2 and not stopped.is_set():  # both are approximate
