@@ -36,6 +36,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # else some libraries report leaks at the end
+
+
 def as_script(name, argv, out, err):
     """In the forked process: what `python NAME ARGV >out 2>err` does."""
     for path, number in ((out, 1), (err, 2)):
