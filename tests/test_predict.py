@@ -736,7 +736,7 @@ def test_a_video_whose_sound_cannot_be_copied_is_written_without(tmp_path, monke
 
     def failing(command, **options):
         if command[0] == "ffprobe":
-            return SimpleNamespace(stdout="aac")
+            return SimpleNamespace(stdout="{}" if "json" in command else "aac")
         return real(["false"], **options)
     monkeypatch.setattr(video.subprocess, "run", failing)
     with video.VideoWriter(tmp_path / "out.mp4", 10.0, (64, 48)) as out:
@@ -832,6 +832,20 @@ def test_a_stream_is_followed_until_ctrl_c(light, picture, start, tmp_path, monk
     assert results[-1]["frame"] > 0 and results[-1]["time"] == pytest.approx(seconds, abs=0.1)
     written = process.err.read_text() + process.out.read_text() + (tmp_path / "out" / "predictions.csv").read_text()
     assert "following it until Ctrl-C" in written and "secret" not in written
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="makes the videos with ffmpeg")
+def test_sound_before_the_first_picture_is_left_out(tmp_path):
+    """A second of sound, then silence, with which the pictures begin."""
+    write_video(tmp_path / "clip.mp4", [np.zeros((64, 64, 3), np.uint8)] * 50)
+    subprocess.run(["ffmpeg", "-v", "error", "-itsoffset", "1", "-i", tmp_path / "clip.mp4", "-f", "lavfi", "-i",
+                    "aevalsrc=0.5*sin(3000*t)*lt(t\\,1):d=3", "-map", "0:v", "-map", "1:a", "-c:v", "copy", tmp_path / "late.mkv"], check=True)
+    late = video.Video(tmp_path / "late.mkv")
+    assert len(list(late.frames(threading.Event()))) == 50 and late.cut is None
+    assert video.add_sound(tmp_path / "clip.mp4", tmp_path / "late.mkv", 2) == ""
+    raw = subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "clip.mp4", "-f", "s16le", "-"], capture_output=True, check=True).stdout
+    sound = np.frombuffer(raw, np.int16).astype(float)
+    assert len(sound) > 44100 and np.abs(sound[len(sound) // 8:]).max() < 500
 
 
 def test_a_codec_that_opencv_lacks_is_named(tmp_path):

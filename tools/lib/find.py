@@ -42,7 +42,7 @@ def checkpoint_file(given: Path | str | None) -> Path:
 
     Raises UserError if a folder has no best_model.pth, or this copy no bundled model.
     """
-    path = BUNDLED if given is None else Path(given)
+    path = BUNDLED if given is None else Path(given).expanduser()
     if path == BUNDLED and not path.is_file():
         raise UserError(f"{BUNDLED}: no such file, so this copy has no bundled model; name a checkpoint with "
                         "--checkpoint, or install a clone by: pip install -e .")

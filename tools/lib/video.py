@@ -163,19 +163,23 @@ def pixel_aspect(capture: cv2.VideoCapture) -> float:
     return 1 / aspect if capture.get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90 else aspect
 
 
+def probe(source: Path, entries: str) -> tuple[dict, dict]:
+    """What ffprobe says of a file's first video stream, and of the file."""
+    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-of", "json", "-show_entries", entries,
+               str(source.absolute())]
+    said = json.loads(subprocess.run(command, capture_output=True).stdout or "{}")
+    return (said.get("streams") or [{}])[0], said.get("format", {})
+
+
 def duration(source: Path | int | str, otherwise: float) -> float:
     """A video's length in seconds by ffprobe, which knows cuts made without re-encoding; else `otherwise`."""
     if not isinstance(source, Path) or not shutil.which("ffprobe"):
         return otherwise
-    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-of", "json", "-show_entries",
-               "stream=duration:stream_tags=DURATION:format=duration,start_time", str(source.absolute())]
-    said = json.loads(subprocess.run(command, capture_output=True).stdout or "{}")
-    stream = (said.get("streams") or [{}])[0]
+    stream, file = probe(source, "stream=duration,start_time:stream_tags=DURATION:format=duration,start_time")
     written = stream.get("tags", {}).get("DURATION", "")  # of Matroska and WebM
     clock = re.fullmatch(r"(\d{1,6}):(\d\d?):(\d+(?:\.\d+)?)", written)
-    file = said.get("format", {})
     tag = clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3]) - float(
-        file.get("start_time") or 0)  # the tag counts from 0, however late the first frame is
+        stream.get("start_time") or file.get("start_time") or 0)  # the tag counts from 0, not the first frame
     return float(stream.get("duration") or tag or file.get("duration") or otherwise)
 
 
@@ -408,19 +412,21 @@ def add_sound(video: Path, source: Path, seconds: float) -> str:
 
     Returns a short remark on what went wrong, or "" if the file has the sound or the source has none.
     """
-    probe = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=codec_name",
-             "-of", "csv=p=0", f"file:{source}"]
-    try:
-        codec = subprocess.run(probe, capture_output=True, text=True, errors="replace").stdout.strip()
-    except OSError:
-        codec = "unknown"
+    ask = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=codec_name",
+           "-of", "csv=p=0", f"file:{source}"]
+    codec, late = "unknown", 0.0
+    with contextlib.suppress(OSError):  # ffmpeg without ffprobe
+        codec = subprocess.run(ask, capture_output=True, text=True, errors="replace").stdout.strip()
+        stream, file = probe(source, "stream=start_time:format=start_time")
+        starts = [float(part.get("start_time") or 0) for part in (stream, file)]
+        late = max(0.0, starts[0] - starts[1])  # seconds of sound before the first picture
     if not codec:
         return ""
     mixed = video.with_name(f"{video.stem}.sound.mp4")
     try:
         done = subprocess.run(
-            ["ffmpeg", "-v", "error", "-y", "-i", f"file:{video}", "-t", f"{seconds:.3f}",
-             "-i", f"file:{source}", "-map", "0:v", "-map", "1:a:0", "-c:v", "copy",
+            ["ffmpeg", "-v", "error", "-y", "-i", f"file:{video}", "-ss", f"{late:.3f}",
+             "-t", f"{seconds:.3f}", "-i", f"file:{source}", "-map", "0:v", "-map", "1:a:0", "-c:v", "copy",
              "-c:a", "copy" if codec in PLAYED else "aac",
              "-movflags", "+faststart", f"file:{mixed}"], capture_output=True, stdin=subprocess.DEVNULL,
             **ALONE)
