@@ -44,7 +44,6 @@ def as_script(name, argv, out, err):
     """In the forked process: what `python NAME ARGV >out 2>err` does."""
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's "&" had taken away
     multiprocessing.set_start_method(None, force=True)  # the platform's own for workers, as in a fresh process
     sys.argv = [name, *argv]
     runpy.run_path(str(ROOT / name), run_name="__main__")

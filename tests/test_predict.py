@@ -736,7 +736,7 @@ def test_a_video_whose_sound_cannot_be_copied_is_written_without(tmp_path, monke
 
     def failing(command, **options):
         if command[0] == "ffprobe":
-            return SimpleNamespace(stdout="{}" if "json" in command else "aac")
+            return SimpleNamespace(stdout='{"streams": [{"codec_name": "aac"}]}')
         return real(["false"], **options)
     monkeypatch.setattr(video.subprocess, "run", failing)
     with video.VideoWriter(tmp_path / "out.mp4", 10.0, (64, 48)) as out:

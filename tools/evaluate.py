@@ -157,8 +157,9 @@ def reliability(points: np.ndarray, scores: np.ndarray, faces: Faces, padding: f
 
 def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray | None = None,
           radius: float = RADIUS) -> tuple[dict, np.ndarray]:
-    """All numbers of a report on points (N, K, 2) and scores (N, K), as plain types; and every face's error
-    (N,) under the main normaliser.
+    """All numbers of a report, as plain types; and every face's error (N,) under the main normaliser.
+
+    points (N, K, 2) in the pictures, scores (N, K).
     """
     if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc", "standard_error", "faces",
                                   "faces_by_main", "labelled", "along", "across", "id", "file"}:

@@ -201,9 +201,9 @@ def range_problems(name: str, value: float | None, interval: str) -> list[str]:
 
 def check_ranges(args: argparse.Namespace, **intervals: str):
     """Raises UserError naming each argument outside its interval, as size="[16, 4096]"; None passes."""
-    problems = [range_problems(name, getattr(args, name), interval) for name, interval in intervals.items()]
-    if any(problems):
-        raise UserError("; ".join(itertools.chain(*problems)))
+    if problems := [problem for name, interval in intervals.items()
+                    for problem in range_problems(name, getattr(args, name), interval)]:
+        raise UserError("; ".join(problems))
 
 
 def kind_of(field: dataclasses.Field) -> type:

@@ -163,9 +163,9 @@ def pixel_aspect(capture: cv2.VideoCapture) -> float:
     return 1 / aspect if capture.get(cv2.CAP_PROP_ORIENTATION_META) % 180 == 90 else aspect
 
 
-def probe(source: Path, entries: str) -> tuple[dict, dict]:
-    """What ffprobe says of a file's first video stream, and of the file."""
-    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-of", "json", "-show_entries", entries,
+def probe(source: Path, entries: str, stream: str = "v:0") -> tuple[dict, dict]:
+    """What ffprobe says of a file's stream (the first video or, with a:0, sound), and of the file."""
+    command = ["ffprobe", "-v", "error", "-select_streams", stream, "-of", "json", "-show_entries", entries,
                str(source.absolute())]
     said = json.loads(subprocess.run(command, capture_output=True).stdout or "{}")
     return (said.get("streams") or [{}])[0], said.get("format", {})
@@ -412,11 +412,9 @@ def add_sound(video: Path, source: Path, seconds: float) -> str:
 
     Returns a short remark on what went wrong, or "" if the file has the sound or the source has none.
     """
-    ask = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=codec_name",
-           "-of", "csv=p=0", f"file:{source}"]
     codec, late = "unknown", 0.0
     with contextlib.suppress(OSError):  # ffmpeg without ffprobe
-        codec = subprocess.run(ask, capture_output=True, text=True, errors="replace").stdout.strip()
+        codec = probe(source, "stream=codec_name", "a:0")[0].get("codec_name", "")
         stream, file = probe(source, "stream=start_time:format=start_time")
         starts = [float(part.get("start_time") or 0) for part in (stream, file)]
         late = max(0.0, starts[0] - starts[1])  # seconds of sound before the first picture
