@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tools.lib.cli import UserError, setting
-from tools.lib.coco import originals, read_coco, rounded
+from tools.lib.coco import held_out, read_coco
 from tools.lib.pictures import MEAN, STD, read_image  # noqa: F401 - read_image is re-exported
 from tools.lib.windows import Windows, apply_matrix, crop_of, inside, scene, warp, whole_box
 
@@ -74,18 +75,9 @@ class Faces:
         return replace(self, boxes=np.stack([whole_box(size) for size in self.sizes]))
 
     def split(self, fraction: float, seed: int = 0):
-        """Hold out a random `fraction` of each breed's pictures (stratified). Returns (rest, held out).
-
-        All faces of a picture and of its augmented copies stay together; the first face decides the breed.
-        """
-        rng = np.random.default_rng([seed, 7919])
-        _, first, picture = np.unique(originals(self.files), return_index=True, return_inverse=True)
-        breeds, order = np.array(self.breeds)[first], np.argsort(first)  # order: of first appearance
-        groups = [rng.permutation(order[breeds[order] == b]) for b in sorted(set(breeds))]
-        counts = rounded(fraction * np.array([len(group) for group in groups]), rng)
-        held = np.concatenate([group[:count] for group, count in zip(groups, counts)])
-        is_held = np.isin(picture, held)
-        return self.take(~is_held), self.take(is_held)
+        """Hold out a random `fraction` of each breed's pictures (stratified). Returns (rest, held out)."""
+        held = held_out(self.files, self.breeds, fraction, seed)
+        return self.take(~held), self.take(held)
 
 
 def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
@@ -96,7 +88,7 @@ def load_coco(path: Path, root: Path, category: str | None = None) -> Faces:
 
 # ---------------------------------------------------------------- crops
 
-def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False):
+def crop_matrix(box, size: int, padding: float, rotation=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False):
     """The affine matrix (2, 3), float64, picture -> crop: a square, `padding` * the box's longer side wide.
 
     size: crop side in pixels; rotation: degrees clockwise; scale > 1 shows more; shift (x, y): in crop sides.
@@ -110,7 +102,7 @@ def crop_matrix(box, size, padding, rotation=0.0, scale=1.0, shift=(0.0, 0.0), m
     return np.column_stack([linear, (size - 1) / 2 - linear @ centre])
 
 
-def cut_crop(image, box, size, padding, rotation=0.0):
+def cut_crop(image: np.ndarray, box, size: int, padding: float, rotation=0.0):
     """Cut the validation crop of `box`, turned `rotation` degrees: (size, size, 3) uint8, matrix (2, 3)."""
     matrix = crop_matrix(box, size, padding, rotation)
     return crop_of(image, box, matrix, size, padding), matrix
@@ -177,7 +169,8 @@ class DogFLWDataset(torch.utils.data.Dataset):
     folder for decoded faces, or None. Raises UserError naming a picture that is missing or unreadable.
     """
 
-    def __init__(self, faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0, cache=None):
+    def __init__(self, faces: Faces, input_size=SIZE, padding=PADDING, sigma=None, augment=None, seed=0,
+                 cache=None):
         self.faces, self.size, self.padding, self.seed = faces, input_size, padding, seed
         self.sigma = sigma or default_sigma(input_size)
         self.augment = augment or Augmentation(*[0] * len(fields(Augmentation)))
@@ -231,7 +224,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- on the device, in batches
 
-def normalize(images, mean, std, colour=None):
+def normalize(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None) -> Tensor:
     """uint8 RGB (B, S, S, 3) -> float (B, 3, S, S), channels_last: (images / 255 - mean (3,)) / std (3,).
 
     colour (B, 3, 4): the colour augmentation, an affine map of RGB in 0..255 without clipping, applied first.
@@ -244,18 +237,18 @@ def normalize(images, mean, std, colour=None):
     return pixels.view_as(images).permute(0, 3, 1, 2)
 
 
-def cell_offsets(points, size):
+def cell_offsets(points: Tensor, size: int) -> Tensor:
     """Signed distances in cells from points (B, K, 2) in crop pixels to columns and rows: (B, K, 2, size)."""
     places = (points + 0.5) / STRIDE - 0.5  # in cells
     return torch.arange(size, device=points.device, dtype=points.dtype) - places.unsqueeze(-1)
 
 
-def gaussians(offsets, sigma):
+def gaussians(offsets: Tensor, sigma: float):
     """1-D Gaussians with peak 1 in x and y: offsets (B, K, 2, size), sigma in cells -> 2 x (B, K, size)."""
     return torch.exp(-0.5 * (offsets / sigma) ** 2).unbind(2)
 
 
-def encode_heatmaps(points, size, sigma):
+def encode_heatmaps(points: Tensor, size: int, sigma: float) -> Tensor:
     """Gaussians with peak 1 at real-valued points: (B, K, 2) in crop pixels -> (B, K, size, size).
 
     sigma is in cells. A Gaussian is the product of two 1-D ones. It is not truncated, nor its centre rounded.
@@ -264,7 +257,7 @@ def encode_heatmaps(points, size, sigma):
     return y.unsqueeze(3) * x.unsqueeze(2)
 
 
-def decode_heatmaps(heatmaps, power, radius):
+def decode_heatmaps(heatmaps: Tensor, power: float, radius: float):
     """Non-negative heatmaps (B, K, H, H) of any scale -> points (B, K, 2) in crop pixels, scores (B, K).
 
     The point is the centre of mass (Sun et al. 2018, "Integral human pose regression", eq. 2) of the map

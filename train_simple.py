@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import dataset as data
 from dataset import PADDING, SIZE, Augmentation, DogFLWDataset, Faces, Scheme
@@ -130,7 +130,7 @@ class LandmarkNet(nn.Module):
         for name, value in zip(("mean", "std"), normalization(backbone)):
             self.register_buffer(name, torch.tensor(value))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)[-len(self.laterals):]  # drops VGG's level of stride 1
         levels = [lateral(x) for lateral, x in zip(self.laterals, features)]
         half = [side // data.STRIDE for side in images.shape[-2:]]
@@ -157,7 +157,7 @@ def build_model(config: Config, scheme: Scheme, say=print) -> LandmarkNet:
 
 # ---------------------------------------------------------------- losses, errors, predictions
 
-def divergence(heatmaps, offsets, sigma):
+def divergence(heatmaps: Tensor, offsets: Tensor, sigma: float) -> Tensor:
     """KL(target || map) in nats: maps (B, K, H, H), offsets (B, K, 2, H) and sigma in cells -> (B, K).
 
     Kullback & Leibler 1951, "On information and sufficiency". The target is a Gaussian that sums to 1. Only a
@@ -176,7 +176,8 @@ def divergence(heatmaps, offsets, sigma):
     return cross_entropy + torch.xlogy(x, x).sum(2) + torch.xlogy(y, y).sum(2)
 
 
-def heatmap_losses(heatmaps, points, visibility, sigma: float, config: Config):
+def heatmap_losses(heatmaps: Tensor, points: Tensor, visibility: Tensor, sigma: float,
+                   config: Config) -> Tensor:
     """The loss of each heatmap (B, K): MSE + CRPS + KL divergence, with the weights in `config`.
 
     heatmaps (B, K, H, H), each summing to 1; points (B, K, 2) in crop pixels; sigma in cells; visibility
@@ -212,12 +213,12 @@ def crop_side(faces: Faces, padding: float):
     return faces.boxes[:, 2:].max(1) * padding
 
 
-def box_diagonal(faces, _):
+def box_diagonal(faces: Faces, _):
     """The diagonal of every face's box in picture pixels (N,)."""
     return np.linalg.norm(faces.boxes[:, 2:], axis=1)
 
 
-def eye_distance(faces, _):
+def eye_distance(faces: Faces, _):
     """The distance between the interocular landmarks in picture pixels (N,); NaN where 0 or unknown."""
     if not faces.scheme.interocular:
         return np.full(len(faces), np.nan)
@@ -226,7 +227,7 @@ def eye_distance(faces, _):
     return np.where(faces.visible[:, [i, j]].all(1) & (length > 0), length, np.nan)
 
 
-def nme(points, faces: Faces, padding: float, some=True, *, normalizer):
+def nme(points: np.ndarray, faces: Faces, padding: float, some=True, *, normalizer) -> np.ndarray:
     """Normalised mean error of every face: (N,) float64, NaN without labelled landmarks or a normalizer.
 
     points (N, K, 2) in picture pixels; normalizer(faces, padding) -> (N,) pixels. The mean is over a face's
@@ -244,19 +245,19 @@ METRICS = {name: partial(nme, normalizer=normalizer) for name, normalizer in NOR
 COLUMNS = ("epoch", "size", "seconds", "lr", "train_loss", "val_loss", *METRICS, "images_per_s")
 
 
-def nan_mean(values):
+def nan_mean(values: np.ndarray) -> float:
     """The mean of the values (N,) that are not NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan
 
 
-def mean_metrics(points, faces, padding):
+def mean_metrics(points: np.ndarray, faces: Faces, padding: float) -> dict:
     """Every metric's mean over the faces: {"nme": ..., ...}; NaN, not 0, if no face has a value."""
     return {name: nan_mean(metric(points, faces, padding)) for name, metric in METRICS.items()}
 
 
 @torch.inference_mode()
-def predict_heatmaps(model, images, flip_index=None, amp=None):
+def predict_heatmaps(model: LandmarkNet, images: Tensor, flip_index=None, amp=None) -> Tensor:
     """uint8 crops (B, S, S, 3) -> float32 heatmaps (B, K, S/2, S/2), flip-averaged if flip_index is given."""
     images = data.normalize(images, model.mean, model.std)
     with runtime.autocast(images.device, amp):
@@ -266,7 +267,7 @@ def predict_heatmaps(model, images, flip_index=None, amp=None):
     return (plain + mirrored.flip(3)[:, flip_index]) / 2
 
 
-def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
+def predict_crops(model: LandmarkNet, crops: Tensor, matrices, config: Config, flip_index=None, amp=None):
     """uint8 crops (B, S, S, 3), matrices (B, 2, 3) -> heatmaps, picture points (B, K, 2), scores (B, K)."""
     heatmaps = predict_heatmaps(model, crops.to(model.mean.device), flip_index, amp)
     points, scores = (found.cpu().double().numpy() for found in data.decode_heatmaps(
@@ -274,7 +275,8 @@ def predict_crops(model, crops, matrices, config, flip_index=None, amp=None):
     return heatmaps, apply_matrix(invert_matrix(matrices), points), scores
 
 
-def predict(model, dataset, config, processes, amp=None, batch_size=16, flip=True, sigma=None):
+def predict(model: LandmarkNet, dataset: DogFLWDataset, config: Config,
+            processes: runtime.Processes, amp=None, batch_size=16, flip=True, sigma=None):
     """Predict every face: points (N, K, 2) in picture pixels, scores (N, K), mean loss (NaN without `sigma`).
 
     Arrays are float64 numpy; sigma is in cells. Processes split the faces; each gets the full, exact result.
@@ -431,7 +433,7 @@ def validate(run: Run, dataset: DogFLWDataset):
 
 # ---------------------------------------------------------------- a run, top to bottom
 
-def load_sets(config: Config, processes):
+def load_sets(config: Config, processes: runtime.Processes):
     """Faces to train on, select on and test on (or None); the selection set's name. Raises UserError."""
     if config.sample:
         make_sample(config.data_root, config.ann_root)
@@ -443,7 +445,8 @@ def load_sets(config: Config, processes):
         train, val = train.whole_pictures(), val and val.whole_pictures()
     if not config.holdout:
         if not val:
-            raise UserError(f"--ann-root {config.ann_root}: no val.json to choose on; take --holdout 0.1")
+            raise UserError(f"--ann-root {config.ann_root}: gives no val.json to choose on; name a folder "
+                            "that has one, or take --holdout 0.1")
         return train, val, None, paths[1].relative_to(config.ann_root).as_posix()
     rest, held = train.split(config.holdout)
     if not held or not rest:
@@ -467,7 +470,7 @@ def test_once(run: Run, datasets: dict, chosen_on: str):
             atomic_write(path.with_name("test.json"), [result])
 
 
-def train(config: Config, processes):
+def train(config: Config, processes: runtime.Processes):
     """A whole run: load the data, train, validate, save checkpoints, test once."""
     torch.manual_seed(config.seed)
     faces, select, test, chosen_on = load_sets(config, processes)

@@ -792,6 +792,27 @@ def test_no_name_leaves_the_data_root(read, tmp_path, name):
         read(data, root=tmp_path / "root")
 
 
+def test_a_linked_folder_that_holds_the_pictures_is_named(read, tmp_path):
+    (tmp_path / "root").mkdir()
+    for i in range(6):
+        draw(tmp_path / f"elsewhere/pic_{i}.jpg")
+    (tmp_path / "root/train").symlink_to(tmp_path / "elsewhere")
+    refused(read, plain(), "train/pic_0.jpg", "is a link that leaves the data root", root=tmp_path / "root")
+    assert len(read(plain(), root=tmp_path / "root/train").files) == 6  # as the message says
+
+
+def test_zeros_behind_a_faces_landmarks_are_left_out(read):
+    """Some programs make all arrays as long as the longest of all categories."""
+    data, usual = plain(), read(plain())
+    for annotation in data["annotations"]:
+        annotation["keypoints"] += [0] * 36
+    faces = read(data)
+    assert np.array_equal(faces.points, usual.points) and np.array_equal(faces.visible, usual.visible)
+    assert any("6 faces with zeros behind their landmarks" in note for note in faces.notes)
+    data["annotations"][2]["keypoints"][-2] = 7
+    refused(read, data, "annotation 3", "15 numbers, not 51")
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "tif", "png"])
 @pytest.mark.parametrize("turn", [5, 6, 7, 8])
 def test_landmarks_of_a_picture_as_stored_turn_with_it(read, tmp_path, turn, suffix):
@@ -1374,6 +1395,8 @@ def test_the_way_from_deeplabcut(read, tmp_path, monkeypatch, capsys, animals, c
     assert faces.files[0] == "labeled-data/clip/img0.png" and faces.points[-1, :, 0].tolist() == [
         v + 50 * (len(who) - 1) for v in (40, 49, 58)]
     assert faces.visible[len(who)].tolist() == [2, 0, 2] and (faces.sizes == (WIDTH, HEIGHT)).all()
+    shutil.copy(folder / "CollectedData_me.csv", folder / "CollectedData_mewindows.csv")  # DeepLabCut's backup
+    assert len(read(snippet("DeepLabCut", [tmp_path], monkeypatch, capsys), "mine.json").files) == 3 * len(who)
     later = (folder / "CollectedData_me.csv").read_text().replace("right_ear", "tail").replace("clip", "later")
     (tmp_path / "labeled-data/later").mkdir()  # a video with a body part that the first has not
     (tmp_path / "labeled-data/later/CollectedData_me.csv").write_text(later)

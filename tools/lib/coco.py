@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import chain, compress, count, islice
+from itertools import chain, compress, count, islice, product
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -60,6 +60,7 @@ KINDS = {
     "stretched": ("boxes rebuilt from the landmarks", "that reach to 0, 0 for landmarks not labelled"),
     "corners": ("read otherwise", "boxes as x1 y1 x2 y2"),
     "nowhere": ("read otherwise", "landmarks without a place (NaN, -1, 0, far away) as not labelled"),
+    "padded": ("read otherwise", "faces with zeros behind their landmarks"),
     "pairs": ("read otherwise", "faces' landmarks as x and y alone"),
     "renumbered": ("read otherwise", "duplicate annotation ids, with a number appended"),
     "zeros": ("read as they are", "landmarks with a place, but v 0, as not labelled"),
@@ -588,6 +589,13 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
     return best
 
 
+def refuse_links(names: list, path: Path, root: Path):
+    """Raises UserError where a linked folder in the data root, which is not searched, holds a picture."""
+    for name, link in product(names, Path(root).iterdir()):
+        if link.is_symlink() and os.path.isfile(link / name):
+            picture_path(root, f"{link.name}/{name}", f"{path}: ")
+
+
 def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
     """The pictures' paths relative to the data root. Raises UserError where two fit or one leads out of it.
 
@@ -619,6 +627,7 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     for at, _, files in os.walk(root) if lost or outside else ():
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
+    refuse_links(lost[:1], path, root)
     claims = spelt_otherwise(lost, [*owners], folder, known)
     meant = {place: picture for picture, (place, *others) in claims.items()
              if owners.setdefault(picture, place) == place and not others}
@@ -804,6 +813,19 @@ def originals(files: list) -> list[str]:
     return [re.sub(r"\.rf\.[^/]*$", "", file) for file in files]
 
 
+def held_out(files: list, breeds: list, fraction: float, seed: int) -> np.ndarray:
+    """Which faces to hold out, (N,) bool: those of a random `fraction` of each breed's pictures.
+
+    All faces of a picture and of its augmented copies stay together; the first face decides the breed.
+    """
+    rng = np.random.default_rng([seed, 7919])
+    _, first, picture = np.unique(originals(files), return_index=True, return_inverse=True)
+    strata, order = np.array(breeds)[first], np.argsort(first)  # order: of first appearance
+    groups = [rng.permutation(order[strata[order] == stratum]) for stratum in sorted(set(strata))]
+    counts = rounded(fraction * np.array([len(group) for group in groups]), rng)
+    return np.isin(picture, np.concatenate([group[:count] for group, count in zip(groups, counts)]))
+
+
 def notes_of(train, val, paths: tuple) -> list[str]:
     """The notes on the Faces to train on and on the validation Faces (or None), each line once.
 
@@ -893,6 +915,9 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     """keypoints -> (K, 3) float64 x, y, v with v in 0, 1, 2; x and y are 0 where v is. Raises UserError."""
     try:
         triples = np.array(values, dtype=np.float64)
+        if triples.size > 3 * k and triples.ndim == 1 and not triples[3 * k:].any():
+            triples = triples[:3 * k]  # as long as those of another category
+            notes.add("padded", where.split(": ")[-1])
         whole = triples.size % 3 == 0 and np.isin(triples.ravel()[2::3], (-1, 0, 1, 2)).all()
         if triples.size == 2 * k and not whole:  # not triples of too few landmarks
             triples = np.insert(triples.reshape(k, 2), 2, 2, axis=1)
