@@ -74,9 +74,9 @@ def test_the_largest_batch_is_where_memory_ends():
         if size > 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return size / 100
-    assert benchmark.largest_batch(measure) == {16: 0.16, 32: 0.32, 64: 0.64}
+    assert dict(benchmark.growing_batches(measure)) == {16: 0.16, 32: 0.32, 64: 0.64}
     with pytest.raises(RuntimeError, match="shape"):
-        benchmark.largest_batch(lambda _: (_ for _ in ()).throw(RuntimeError("shape")))
+        dict(benchmark.growing_batches(lambda _: (_ for _ in ()).throw(RuntimeError("shape"))))
 
 
 @pytest.mark.parametrize("loop, waited, enqueue, flags, words", [

@@ -307,6 +307,12 @@ def test_a_gpu_that_the_build_has_no_kernels_for(machine):
         with pytest.raises(UserError, match=r"no kernel image is available.*Troubles.*--device cpu") as error:
             runtime.choose_device(name)
         assert "\n" not in str(error.value)
+    for reason in ("CUDA out of memory. Tried to allocate 2 MiB", "CUDA error: CUDA-capable device(s) is/are busy or unavailable"):
+        def busy(*_, device, reason=reason):
+            raise RuntimeError(reason)
+        machine.setattr(torch, "zeros", busy)
+        with pytest.raises(UserError, match="Other programs use it"):
+            runtime.choose_device("cuda")
     machine.setenv("LOCAL_RANK", "3")
     with pytest.raises(UserError, match="no GPU number 3, this machine has 1"):
         runtime.choose_device("cuda")
@@ -336,7 +342,10 @@ def test_whether_an_nvidia_gpu_is_here(monkeypatch, tmp_path):
     assert not runtime.nvidia_gpu_here()
     (tmp_path / "nvidia0").touch()
     assert runtime.nvidia_gpu_here()
-    for hidden in ("", "-1"):
+    for given in ("0", "1,2", "GPU-8932f937", "MIG-a1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert runtime.nvidia_gpu_here()
+    for hidden in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert not runtime.nvidia_gpu_here()
 
@@ -349,6 +358,13 @@ def test_precision_by_the_gpu(monkeypatch, name, capability, amp):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert runtime.choose_amp(CUDA) is amp and runtime.choose_amp(CUDA, wanted=False) is None
+
+
+def test_a_macs_gpu_takes_one_process(monkeypatch):
+    monkeypatch.setattr(runtime, "place_in_job", lambda: (0, 2))
+    monkeypatch.setattr(runtime, "choose_device", lambda *_: torch.device("mps"))
+    with pytest.raises(UserError, match="one process.*--device cpu"):
+        runtime.Processes("auto")
 
 
 # ---------------------------------------------------------------- CUDA graphs, processes, weights

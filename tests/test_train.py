@@ -1,4 +1,5 @@
 """train_simple.py: loss, metrics, plan, and whole runs as processes."""
+import errno
 import json
 import math
 import os
@@ -989,11 +990,20 @@ def test_out_of_memory_says_what_helps(refused, tmp_path, monkeypatch, message):
     def train(*_):
         raise RuntimeError(message)
     monkeypatch.setattr(trainer, "train", train)
-    assert "--accumulate" in refused("--work-dir", tmp_path / "w")
+    said = refused("--work-dir", tmp_path / "w")
+    assert "--accumulate" in said and ("cuDNN" in said) == ("engine" in message)
 
 
 def no_memory():
     torch.empty(2**50)
+
+
+def no_process():
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")  # of os.fork
+
+
+def no_files():
+    raise RuntimeError("received 0 items of ancdata")  # of a queue, in Python's words
 
 
 def alone():
@@ -1006,7 +1016,8 @@ def compiled():
     torch.compile(torch.nn.Linear(1, 1), backend=backend)(torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("what, says", [(no_memory, "out of memory"), (alone, "two faces in every part"), (compiled, "--compile")])
+@pytest.mark.parametrize("what, says", [
+    (no_memory, "out of memory"), (no_process, "lower --num-workers"), (no_files, "lower --num-workers"), (alone, "two faces in every part"), (compiled, "--compile")])
 def test_what_pytorch_has_no_type_for_is_one_line(refused, tmp_path, monkeypatch, what, says):
     monkeypatch.setattr(trainer, "train", lambda *_: what())
     assert says in refused("--work-dir", tmp_path / "w")

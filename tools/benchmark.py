@@ -119,28 +119,27 @@ def enqueue_seconds(bench: Bench) -> float:
     """
     graphs = isinstance(bench.run.wrapped, runtime.Graphed)
     batch = resident(bench, *(bench.micro_batch, bench.config.input_size) if graphs else (2, 64))
-    found = []
+    found, search = [], torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = graphs and search  # no long search for these small faces' kernels
     step_seconds(bench, batch, 2)
     for step in range(5):
         start = time.perf_counter()
         trainer.train_step(bench.run, itertools.repeat(batch), step)
         found.append(time.perf_counter() - start)
         synchronize(bench.device)
+    torch.backends.cudnn.benchmark = search
     return min(found) / bench.config.accumulate
 
 
-def largest_batch(measure: Callable[[int], float]) -> dict[int, float]:
-    """Double the batch until the memory is full: {size: seconds a step}; measure(size) -> seconds."""
-    found, size = {}, 16
-    while size <= 2048:
+def growing_batches(measure: Callable[[int], float]) -> Iterator[tuple[int, float]]:
+    """Double the batch until the memory is full: yields (size, seconds a step); measure(size) -> seconds."""
+    for size in (16 << i for i in range(8)):
         try:
-            found[size] = measure(size)
+            yield size, measure(size)
         except RuntimeError as e:
             if not runtime.is_out_of_memory(e) and "INT_MAX" not in str(e):  # some kernels count in 32 bits
                 raise
-            break
-        size *= 2
-    return found
+            return
 
 
 # ---------------------------------------------------------------- by part
@@ -324,7 +323,7 @@ def print_parts(bench: Bench, batch: dict, bare: float) -> None:
 def print_batches(bench: Bench) -> None:
     """Print the rate at every batch size that fits. Only the run's own size uses CUDA graphs."""
     size = bench.config.input_size
-    for batch, seconds in largest_batch(lambda n: step_seconds(bench, resident(bench, n, size), 3)).items():
+    for batch, seconds in growing_batches(lambda n: step_seconds(bench, resident(bench, n, size), 3)):
         print_rate(f"bare step, batch {batch}", batch, seconds,
                    ", without graphs" * (bench.config.graphs and batch != bench.micro_batch))
     bench.run.optimizer.zero_grad()  # what a pass that failed has left
@@ -356,12 +355,12 @@ def measure(bench: Bench, search: bool) -> None:
     print_rate("validation", len(bench.val), validation,
                f", {100 * validation / epoch_seconds:.0f} % of an epoch; one every {config.val_every} epochs")
     print_memory(bench.device)
-    if search:
-        print_batches(bench)
     hours = projected_hours(bench, loop, small, validation)
     duration = f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
     print(f"{config.epochs} epochs of {len(bench.faces)} faces: {duration}; "
           f"{verdict(bare, loop, waited, enqueue, config)}")
+    if search:
+        print_batches(bench)
 
 
 def main(argv: list[str] | None = None) -> None:

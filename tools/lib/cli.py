@@ -27,7 +27,8 @@ MENDABLE = {getattr(errno, name, None) for name in (
     "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
     "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "EINVAL",
     "EILSEQ")} - {None}
-ADVICE = {errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
+ADVICE = {errno.ENOSPC: "make room (data/cache may go: it is made anew), or name another folder; ",
+          errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
           errno.EACCES: "mend its permissions, or name another (--out, --work-dir, --cache); ",
           errno.EEXIST: "it is a file where a folder must be; name another; ",
           errno.ENOTDIR: "a part of it is a file; name another; ",
@@ -112,7 +113,7 @@ def run_script(main: Callable):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell's >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         code = main()
         sys.stdout.flush()  # a closed pipe shows here at the latest

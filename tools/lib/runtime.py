@@ -1,6 +1,7 @@
 """What a run needs of the machine: device, precision, processes, CUDA graphs, signals, averaged weights."""
 import contextlib
 import ctypes
+import errno
 import gc
 import multiprocessing.queues
 import os
@@ -23,10 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tools.lib.cli import UserError, flag_of, place_in_job, single_line
-from tools.lib.files import ROOT
+from tools.lib.files import ROOT, cores
 
 # ---------------------------------------------------------------- device and precision
 
+NO_WORKER = ("a data worker was killed, or could not start or pass on its batch (if memory or open files ran "
+             "out, lower --num-workers; in a container, raise --shm-size)")
+NO_ENGINE = "unable to find an engine"  # cuDNN
 WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
 
 
@@ -59,7 +63,9 @@ def choose_device(name: str, training: bool = False) -> torch.device:
                     raise UserError(f"--device {name}: no GPU number {index}, this machine has {count}")
             torch.zeros(1, device=device).add_(1).item()  # a kernel: this build may have none for an old GPU
         except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {name}: does not work here ({single_line(e)}). {WAYS_OUT}") from None
+            taken = is_out_of_memory(e) or "busy or unavailable" in str(e)
+            way = "Other programs use it; wait, or take another, as by --device cuda:1" if taken else WAYS_OUT
+            raise UserError(f"--device {name}: does not work here ({single_line(e)}). {way}") from None
     return device
 
 
@@ -68,7 +74,7 @@ def nvidia_gpu_here() -> bool:
 
     /proc/driver/nvidia would not do: in a container that was given no GPU it shows the host's.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "x") in ("", "-1"):
+    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):  # "", -1, NoDevFiles
         return False
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
@@ -112,6 +118,8 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.Abstra
 def prepare(device: torch.device):
     """Set up this process so that steps on the device are fast."""
     cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
+    if torch.get_num_threads() > cores():  # in a container with a quota they would wait for each other
+        torch.set_num_threads(cores())
     if device.type == "cpu" and sys.platform == "linux":
         # glibc returns a large tensor's memory to the system when it is freed; getting the pages again costs
         # a third of a step on the CPU. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
@@ -141,6 +149,8 @@ class Processes:
         self.rank, self.world = place_in_job()
         self.device = choose_device(device_name, training)
         self.predict_batch = 16  # faces that are validated together
+        if self.world > 1 and self.device.type == "mps":
+            raise UserError("a Mac's GPU takes one process; start without torchrun, or with --device cpu")
         prepare(self.device)
         if self.world > 1:
             cuda = self.device.type == "cuda"
@@ -327,6 +337,10 @@ def explained_ends(last: Path) -> Iterator[None]:
         return
     except KeyboardInterrupt as e:
         reason, code = "stopped", 128 + (e.args[0] if e.args else signal.SIGINT)
+    except OSError as e:
+        if e.errno not in (errno.ENOMEM, errno.EAGAIN) or e.filename:
+            raise
+        reason, code = NO_WORKER, 2  # no room for one more process
     except (RuntimeError, ValueError, MemoryError) as e:
         reason, code = reason_of(e), 2
         if not reason:
@@ -347,11 +361,12 @@ def reason_of(error: Exception) -> str | None:
         return ("this backbone needs two faces in every part of a batch; raise --batch-size, or lower "
                 "--accumulate")
     # Not an error inside a worker, which keeps its traceback.
-    if "DataLoader worker (pid" in text or "Pin memory thread" in text:
-        return ("a data worker was killed, or could not pass on its batch (if memory or open files ran out, "
-                "lower --num-workers; in a container, raise --shm-size)")
+    if any(part in text for part in ("DataLoader worker (pid", "Pin memory thread", "Too many open files. C",
+                                     "items of ancdata")):
+        return NO_WORKER
     if is_out_of_memory(error):
-        return "out of memory on the device; raise --accumulate, without --graphs"
+        other = ", or cuDNN's libraries do not fit this PyTorch" if NO_ENGINE in text else ""
+        return f"out of memory on the device; raise --accumulate, without --graphs{other}"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection")):
         return f"another process of this job ended, or cannot be reached ({single_line(text, 160)})"
     return None
@@ -360,8 +375,7 @@ def reason_of(error: Exception) -> str | None:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means out of memory; cuDNN without room for any algorithm says it finds no engine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in str(error) for text in ("out of memory", "unable to find an engine", "ALLOC_FAILED",
-                                        "DefaultCPUAllocator"))
+        text in str(error) for text in ("out of memory", NO_ENGINE, "ALLOC_FAILED", "DefaultCPUAllocator"))
 
 
 @contextlib.contextmanager
