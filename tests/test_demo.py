@@ -52,6 +52,22 @@ def serve(folder, trained, pipe):
     pipe.recv()
 
 
+@pytest.mark.parametrize("public", ["https://a.gradio.live", None])
+def test_a_public_address_only_where_asked_for(capsys, public):
+    asked = []
+
+    class Page:
+        def queue(self, **_):
+            return self
+
+        def launch(self, share, **_):
+            asked.append(share)
+            return None, "http://127.0.0.1:7860/", public if share else None
+    assert tool.serve(Page()) == "http://127.0.0.1:7860/" and capsys.readouterr().out == ""
+    assert tool.serve(Page(), share=True) == (public or "http://127.0.0.1:7860/") and asked == [False, True]
+    assert ("cannot be reached" in capsys.readouterr().out) == (public is None)
+
+
 def answer_of(url, photo, model, threshold):
     """Upload a photo and ask for its landmarks, in gradio's HTTP interface."""
     def post(path, body, kind):

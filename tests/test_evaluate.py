@@ -473,6 +473,19 @@ def test_names_that_could_be_ids_are_said(tmp_path, capsys):
         assert ("read as ids of the COCO file" in capsys.readouterr().out) == said
 
 
+def test_numbers_that_are_names_of_pictures(tmp_path):
+    """Ultralytics turns 0001.jpg into 1, which may be the id of another picture."""
+    content = coco(np.random.default_rng(4), [1, 1, 1])
+    for i, image in enumerate(content["images"]):
+        content["annotations"][i]["image_id"] = image["id"] = i
+        image["file_name"] = f"{i + 1:04d}.png"
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    path.write_text(json.dumps([{"image_id": i + 1, "score": 1, "keypoints": [10 + i] * 21} for i in range(3)]))
+    found, _ = tool.read_results(path, faces)
+    assert [found[i][0, 0] for i in range(3)] == [10, 11, 12]
+
+
 def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     content = coco(np.random.default_rng(4), [1, 1])
     content["categories"] = [{"id": 1, "name": "dog", "keypoints": ["nose"]}]

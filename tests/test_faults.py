@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -17,9 +18,10 @@ import pytest
 import torch
 from conftest import LIGHT, ROOT, assert_same_run, ended, wait_for, workers_of
 
-from tools.lib import files
+from dataset import DogFLWDataset, load_coco
+from tools.lib import files, runtime
 from tools.lib.batches import batches_of
-from tools.lib.checkpoints import load_checkpoint
+from tools.lib.checkpoints import load_checkpoint, load_file_safely
 from tools.lib.cli import UserError, place_in_job
 from tools.lib.files import RecordFile, file_lock
 from tools.lib.pictures import read_image
@@ -217,7 +219,7 @@ def test_a_disk_that_is_full_or_read_only_keeps_the_checkpoint(start, flags, dis
 def test_a_full_disk_for_the_face_cache(start, flags, disk, tmp_path):
     fill(disk)
     line = ended(start("train_simple.py", *flags, "--cache", disk, "--input-size", 512, "--work-dir", tmp_path / "w"))
-    assert str(disk) in line and "No space left" in line and not list(disk.glob("*.bin*"))
+    assert str(disk) in line and "No space left" in line and "data/cache may go" in line and not list(disk.glob("*.bin*"))
 
 
 @pytest.mark.parametrize("what", ["run", "cache"])
@@ -243,13 +245,67 @@ def test_a_folder_that_turns_read_only_ends_the_run_with_a_word(start, flags, di
     assert load_checkpoint(work_dir / "last.pth")["epoch"] == process.out.read_text().count("train loss")
 
 
-@pytest.mark.parametrize("number,passes", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
+@pytest.mark.parametrize("number,passes", [(errno.ENOLCK, True), (errno.ENOSYS, True), (524, True), (errno.EIO, False)])
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, number, passes):
     def lockf(*_):
         raise OSError(number, "no")
     monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", lockf)
     with nullcontext() if passes else pytest.raises(OSError), file_lock(tmp_path / "a" / ".lock", busy="held"):
         assert (tmp_path / "a" / ".lock").exists()
+
+
+def test_logs_and_what_file_browsers_leave_do_not_fill_a_folder(tmp_path):
+    for name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", "train.log", "nohup.out"):
+        (tmp_path / name).touch()
+    assert files.is_free(tmp_path)
+    (tmp_path / "last.pth").touch()
+    assert not files.is_free(tmp_path)
+
+
+@pytest.mark.parametrize("given,count", [({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, 8), ({}, 8), ({"cpu.max": "1000 100000"}, 1),
+                                         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+                                         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8)])
+def test_a_containers_share_of_the_cores(tmp_path, monkeypatch, given, count):
+    (tmp_path / "cpu").mkdir()
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(files, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    runtime.prepare(torch.device("cpu"))
+    assert files.cores() == count and threads == [count] * (count < 8)
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
+    for name, read in (("train.json", files.load_json), ("best_model.pth", load_file_safely), ("model.safetensors", load_file_safely)):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(UserError, match=f"{name}: .*git lfs pull"):
+            read(tmp_path / name)
+
+
+def test_all_pictures_that_cannot_be_used_are_named_at_once(sample, tmp_path):
+    for name in ("train", "val"):
+        shutil.copy(sample.ann_root / f"{name}.json", tmp_path)
+    faces = load_coco(tmp_path / "train.json", sample.data_root)
+    root = tmp_path / "root"
+    for file in faces.files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sample.data_root / file, root / file)
+    bad = sorted(faces.files)[3:6]
+    for file in bad:
+        os.truncate(root / file, 900)
+    with pytest.raises(UserError) as error:
+        DogFLWDataset(replace(faces, root=root), cache=tmp_path / "cache")
+    line = str(error.value)
+    assert line.startswith(str(root / bad[0])) and all(str(root / file) in line for file in bad) and "\n" not in line
+    assert not [*(tmp_path / "cache").glob("*.bin*")]
+    for file in faces.files:
+        os.truncate(root / file, 900)
+    with pytest.raises(UserError) as error:
+        DogFLWDataset(replace(faces, root=root), cache=tmp_path / "cache")
+    assert str(error.value).count(str(root)) <= 21  # the first twice, not thousands
 
 
 def test_links_of_someones_archive_lead_nothing_elsewhere(tmp_path):

@@ -214,10 +214,14 @@ def test_heic_is_read_where_pillow_heif_is_installed(image, tmp_path, monkeypatc
 
 def test_what_lies_in_a_pictures_place_is_called_by_its_name(tmp_path):
     for content, why in ((b"", r"it is empty\); copy it"), (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-                         (b"\n<!DOCTYPE html><html>404", r"it is a web page\); download the picture itself")):
+                         (b"\n<!DOCTYPE html><html>404", r"it is a web page\); download the picture itself"),
+                         (b"PK\3\4", r"it is a packed file\); unpack it")):
         (tmp_path / "a.jpg").write_bytes(content)
         with pytest.raises(UserError, match=f"a.jpg: cannot be read as a picture .*{why}"):
             read_image(tmp_path / "a.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(UserError, match="it is a text file.*name the pictures"):
+        read_image(tmp_path / "list.txt")
 
 
 def test_scans_whose_zero_is_white_and_planes_of_16_bits(image, tmp_path):

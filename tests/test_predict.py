@@ -968,6 +968,7 @@ def test_the_newest_frame_of_a_camera_comes_next(monkeypatch):
         time.sleep(0.05)
     numbers = [n for _, n in seen]
     assert source.live and numbers == sorted(set(numbers)) and 3 <= len(numbers) < 30 and seen[-1][0] > 0.2
+    assert "ended by itself after " in source.cut
 
 
 def test_a_face_keeps_its_number_in_a_video(run, tmp_path, monkeypatch):

@@ -195,18 +195,24 @@ def lay_out(gr: ModuleType, models: list[str], find: Callable, welcome: str) -> 
                      show_progress="hidden")
 
 
-def serve(page: object, host: str | None = None, port: int | None = None) -> str:
-    """Start the page's server in its own threads, and return its address. Raises UserError if it cannot."""
+def serve(page: object, host: str | None = None, port: int | None = None, share: bool = False) -> str:
+    """Start the page's server in its own threads, and return its address. Raises UserError if it cannot.
+
+    share: make an address that the whole internet reaches, through gradio's servers.
+    """
     gr = import_gradio()
     try:  # checked here, because gradio would try a hundred ports, whatever the error
         socket.create_server((host or "127.0.0.1", port or 0)).close()
     except (OSError, OverflowError) as e:
         raise UserError(f"--host {host or '127.0.0.1'} --port {port or 'any'}: cannot listen ({e})") from None
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
-    return page.queue(max_size=32).launch(
-        server_name=host, server_port=port, max_file_size=MAX_BYTES, share=False, ssr_mode=False, css=CSS,
+    _, local, public = page.queue(max_size=32).launch(
+        server_name=host, server_port=port, max_file_size=MAX_BYTES, share=share, ssr_mode=False, css=CSS,
         theme=gr.themes.Default(primary_hue="blue", **fonts), footer_links=[], quiet=True,
-        prevent_thread_lock=True)[1]
+        prevent_thread_lock=True)
+    if share and not public:
+        print("--share: gradio's servers cannot be reached; only this machine can see the page")
+    return public or local
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--locator", type=Path, metavar="FILE", help="as in predict.py (default: one that fits each model)")
     add("--host", metavar="NAME", help="address to listen on, 0.0.0.0 for all of them (default: 127.0.0.1)")
     add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860 on)")
+    add("--share", action="store_true", help="make a public address for 72 hours or so, by gradio's servers")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     check_ranges(args, port="[1, 65535]")
@@ -231,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.suppress(ValueError):  # only the main thread can set handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that photos are deleted
     page = build(models, args.device, args.locator)
-    print(f"{serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
+    print(f"{serve(page, args.host, args.port, args.share)} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
 

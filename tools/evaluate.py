@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -296,12 +297,13 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
     k, files = len(faces.scheme.names), [PurePosixPath(file) for file in faces.files]
     by_file = [file.name for file in files], [file.stem for file in files]
-    ways = [*map(str, faces.image_ids)], faces.files, *by_file
+    numbers = [str(int(stem)) if re.fullmatch(r"\d{1,18}", stem) else stem for stem in by_file[1]]
+    ways = [*map(str, faces.image_ids)], faces.files, *by_file, numbers  # 0007.jpg is 7 to Ultralytics
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
-    by_name = next((way for way in ways if wanted & {*way}), ways[0])
+    by_name = max(ways, key=lambda way: len(wanted & {*way}))
     known = ways[0] if wanted & {*empty} else by_name
     unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
-    if known is ways[0] and ways[0] != by_file[1] and wanted <= {*by_file[1]} and unnamed and not other:
+    if known is ways[0] and ways[0] != numbers and wanted <= {*numbers} and unnamed and not other:
         print(f"{path}: its image_ids are read as ids of the COCO file; if they are file names, write "
               "them with their suffixes")
     by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +21,9 @@ import numpy as np
 
 from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
+LFS = b"version https://git-lfs"  # how a pointer to a file begins that was not fetched
 TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"  # suffixes of files that are hardly JSON
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
 # Files by which the output folders of predict.py and align_faces.py are recognised.
 PREDICTIONS, TRANSFORMS = "predictions.json", "transforms.json"
@@ -61,8 +64,10 @@ def put_in_place(temporary: Path, path: Path):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is missing, or empty except for a lock."""
-    return not folder.exists() or folder.is_dir() and all(p.name == ".lock" for p in folder.iterdir())
+    """Whether a folder is missing, or empty except for a lock, a log, and what file browsers leave."""
+    return not folder.exists() or folder.is_dir() and all(
+        p.name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini") or p.suffix in (".log", ".out")
+        for p in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -128,8 +133,8 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError as e:
-            # Some network file systems have none either.
-            if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            # Some network file systems have none either; 524 is Linux's own ENOTSUPP.
+            if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, 524):
                 raise
         yield
 
@@ -143,6 +148,8 @@ def load_json(path: Path | str):
                             "has ways to COCO")
         if content.startswith((b"PK\3\4", b"\x1f\x8b")):
             raise UserError(f"{path}: a packed file; unpack it, and name the folder or the JSON file in it")
+        if content.startswith(LFS):
+            raise UserError(f"{path}: a pointer of Git LFS; run git lfs pull")
         return json.loads(content)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -211,8 +218,14 @@ class RecordFile:
 
 
 def cores() -> int:
-    """How many cores this process may use: a cluster or `taskset` may give it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: a cluster, `taskset` or a container may give it fewer than all."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # no container; "max" and -1: no quota
+            quota, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
+            if quota > 0:
+                count = min(count, math.ceil(quota / period))
+    return count
 
 
 def in_threads(function: Callable, count: int, title: str) -> Iterator:

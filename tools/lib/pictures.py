@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, features
 
 from tools.lib.cli import UserError
+from tools.lib.files import LFS, TABLES
 
 # Listed because Pillow goes by content and also opens formats that are programs (EPS runs Ghostscript).
 # AVIF comes with Pillow 11.3.
@@ -129,10 +130,14 @@ def instead_of_picture(path: Path | str) -> tuple[str, str] | None:
         begin = file.read(64).lower()
     if not begin:
         return "it is empty", "copy it again"
-    if begin.startswith(b"version https://git-lfs"):
+    if begin.startswith(LFS):
         return "it is a pointer of Git LFS", "run git lfs pull"
     if begin.lstrip().startswith((b"<!doctype html", b"<html")):
         return "it is a web page", "download the picture itself"
+    if begin.startswith((b"pk\3\4", b"\x1f\x8b")):
+        return "it is a packed file", "unpack it"
+    if Path(path).suffix.lower() in TABLES:
+        return "it is a text file", "name the pictures themselves"
     return None
 
 

@@ -93,6 +93,8 @@ class Video:
             self.cut = f"{seen:.1f} of about {whole:.1f} s could be read; the rest is missing or damaged"
         elif self.damaged:
             self.cut = f"frames that are damaged, and left out: {self.damaged}"
+        elif self.live and not stopped.is_set():
+            self.cut = f"ended by itself after {seen:.1f} s; start again to go on"
 
     def _with_square_pixels(self, frame: np.ndarray) -> np.ndarray:
         (height, width), wide = frame.shape[:2], self.stretch

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,7 +202,26 @@ class Windows:
                      for s in [path.stat()]]
             key = hashlib.sha256(repr((DECODING, stats, self.geometry)).encode()).hexdigest()[:16]
             self.records = RecordFile(Path(folder) / f"{key}.bin", [3 * w * h for _, (w, h) in self.geometry],
-                                      lambda: in_threads(self._decode, len(self.paths), "decoding"))
+                                      self._all)
+
+    def _all(self) -> Iterator[np.ndarray]:
+        """Every face's pixels, in order. Raises UserError naming up to 20 pictures that cannot be used."""
+        problems = {}  # path: why
+
+        def decode(i: int) -> np.ndarray:
+            try:
+                return self._decode(i)
+            except UserError as e:
+                problems[self.paths[i]] = e
+                return np.empty(0, np.uint8)
+        for pixels in in_threads(decode, len(self.paths), "decoding"):
+            yield pixels
+            if len(problems) >= 20:
+                break
+        if problems:
+            first, *others = sorted(problems)[:20]
+            more = f". Cannot be used either: {', '.join(map(str, others))}" if others else ""
+            raise UserError(f"{problems[first]}{more}")
 
     def _decode(self, i: int) -> np.ndarray:
         return cut_window(read_described(self.paths[i], self.sizes[i]), *self.geometry[i])
