@@ -22,7 +22,7 @@ from tools.lib.cli import UserError
 from tools.lib.files import ROOT, as_json
 from tools.lib.kinds import ear_kinds, ears_of, face_frame, poses
 from tools.lib.pictures import read_image
-from tools.lib.report import as_html, as_table, draw_bars
+from tools.lib.report import STYLE, as_html, as_table, draw_bars, html_table
 
 
 def coco(rng, faces_of_pictures, k=7, interocular=(2, 4)):
@@ -433,6 +433,27 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
         tool.main([*command, "--force"])
 
 
+def test_lengths_kinds_and_poses_are_the_truths_whatever_a_second_annotator_left_out(tmp_path):
+    """An eye that only the other one did not label still gives the distance that divides the errors."""
+    names = ["left_eye", "right_eye", "nose", "left_ear_base", "right_ear_base", "left_ear_tip", "right_ear_tip"]
+    category = {"id": 1, "name": "dog", "keypoints": names, "flip_pairs": [[0, 1], [3, 4], [5, 6]], "interocular": [0, 1],
+                "regions": {"eye": [0, 1], "nose": [2], "ear": [3, 4, 5, 6]}, "skeleton": [[1, 3], [3, 2]]}
+    truth = np.array([[60, 80, 2], [120, 80, 2], [90, 120, 2], [50, 60, 2], [130, 60, 2], [45, 30, 2], [135, 30, 2.]])
+    theirs = truth + [3, 0, 0]
+    theirs[0] = 0
+    for name, keypoints in (("ours", truth), ("theirs", theirs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}], "categories": [category],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [40, 20, 100, 120],
+                             "keypoints": keypoints.ravel().tolist()}]}))
+    tool.main(["--results", str(tmp_path / "theirs.json"), "--ann", str(tmp_path / "ours.json"), "--data-root", str(tmp_path)])
+    report = json.loads((tmp_path / "evaluation/report.json").read_text())
+    assert report["main"] == "nme_iod" and report["metrics"]["nme_iod"] == pytest.approx(3 / 60)
+    assert report["metrics"]["pck_0.10"] == 1 and report["face"][0]["labelled"] == 6
+    assert report["region"]["eye"]["labelled"] == 1 and report["region"]["nose"]["along"] == pytest.approx(3 / 60)
+    assert [*report["ear"]] == ["erect"] and [*report["pose"]] == ["frontal"]
+
+
 def test_a_full_disk_loses_no_numbers(run, tmp_path, monkeypatch, capsys):
     def full(path, parts):
         raise OSError(28, "No space left on device", str(path))
@@ -501,6 +522,35 @@ def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     path.write_text(json.dumps([{"image_id": faces.image_ids[1], "score": 1, "keypoints": [*(faces.points[1, 0] + aside[1]), 1]}]))
     with pytest.raises(UserError, match="none of its 1 results is of a face"):
         tool.read_results(path, faces, match=True)
+
+
+@pytest.mark.parametrize("labelled", [[2], [0, 1], [0, 1, 2]])
+def test_landmarks_without_an_area_are_matched_in_their_faces_box(tmp_path, labelled):
+    """A nose, or both eyes, or all three of them, of a file in which other faces have more labels."""
+    points, box = np.array([[60, 80], [120, 80], [90, 120], [45, 30], [135, 30.]]), [40, 20, 100, 120]
+    seen = np.zeros(5, int)
+    seen[labelled] = 2
+    faces = [np.column_stack([points, v]) * (v > 0)[:, None] for v in (np.full(5, 2), np.full(5, 2), seen)]
+    (tmp_path / "ann.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in range(3)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": box, "keypoints": face.ravel().tolist()}
+                        for i, face in enumerate(faces)],
+        "categories": [{"id": 1, "name": "dog", "keypoints": ["left_eye", "right_eye", "nose", "left_ear", "right_ear"]}]}))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    for aside, found in ((4, [0, 1, 2]), (70, [])):
+        shifted = np.column_stack([points + aside, np.ones(5)]).ravel().tolist()
+        path.write_text(json.dumps([{"image_id": i, "score": 1, "keypoints": shifted} for i in range(3)]))
+        if found:
+            assert sorted(tool.read_results(path, faces, match=True)[0]) == found
+        else:
+            with pytest.raises(UserError, match="none of its 3 results is of a face"):
+                tool.read_results(path, faces, match=True)
+
+
+def test_numbers_are_right_aligned_and_names_left():
+    page = html_table("Worst", [{"id": 7, "file": "a.png", "nme": 0.5}, {"id": 8, "file": "b.png", "nme": None}])
+    assert '<td>7</td><td class="text">a.png</td><td>0.5000</td>' in page and '<th class="text">file</th>' in page
+    assert ".text {text-align: left}" in STYLE and "first-child" not in STYLE
 
 
 def test_page_escapes_what_comes_from_outside(tmp_path):
@@ -623,7 +673,9 @@ def test_own_results_score_the_same(run, report, tmp_path, capsys):
     (tmp_path / "theirs.json").write_text(json.dumps(results_of(content, points)[2:]))
     best = str(run.work_dir / "best_model.pth")
     tool.main(["--checkpoint", best, "--results", str(tmp_path / "theirs.json"), "--match", "--force"])
-    finding = json.loads((tmp_path / "evaluation/report.json").read_text())["finding"]
+    matched = json.loads((tmp_path / "evaluation/report.json").read_text())
+    finding = matched["finding"]
+    assert "times their nme in the labelled boxes" in matched["source"] and "found" in matched["definitions"]
     assert (finding["faces"], finding["found"]) == (12, 10)
     assert finding["error_ratio"] == pytest.approx(errors[2:].mean() / boxed[2:].mean(), rel=1e-3)
     assert finding["nme_true_boxes"] == pytest.approx(boxed[2:].mean(), rel=1e-3)

@@ -32,7 +32,7 @@ import numpy as np
 
 import dataset as data
 from dataset import DogFLWDataset, Faces
-from tools.lib.boxes import box_around, overlaps
+from tools.lib.boxes import TINY, box_around, overlaps
 from tools.lib.checkpoints import SEEN
 from tools.lib.cli import (
     Parser,
@@ -58,13 +58,19 @@ RADIUS = Config.score_radius  # for other programs' scores, as a fraction of the
 BINS = 10  # of scores from 0 to 1
 WRITES = ("report.html", "report.json", "report.csv", "worst.jpg", "error_curve.png", "landmarks.png",
           "mean_face.png")
-SAME_FACE = 0.5  # a result is of a face if the boxes around their landmarks have at least this IoU
+# A result is of a face if the boxes around their landmarks have at least this IoU. Landmarks on a line, or a
+# single one, have a box of no size; then the face's own box stands around their middles.
+SAME_FACE = 0.5
 DEFINITIONS = {
     "nme": "mean over faces of the mean error of a face's labelled landmarks / the side of the crop",
     "nme_iod": "the same / the distance between the two interocular landmarks, where both are labelled",
     "nme_box": "the same / the diagonal of the face's box",
     "beware": "all errors are in the picture's pixels; some public figures are measured in a crop that was "
               "stretched to a square, where the same predictions have another error (8.57 there was 8.04)",
+    "found": "with --match, the share of the faces that have a result whose landmarks' bounding box overlaps "
+             "that of the true ones with an IoU of 0.5 or more; others: the results that belong to no face; "
+             "error_ratio: the mean nme of the faces found / that of the same faces in their labelled boxes, "
+             "by the checkpoint. With nme_iod it is another number",
     "faces": "of a group, those with a labelled landmark in it; faces_by_main: those behind MAIN",
     "pck": "share of the labelled landmarks, in faces that have MAIN, whose error is at most 0.05 (0.10) of "
            "MAIN's length",
@@ -76,7 +82,9 @@ DEFINITIONS = {
     "auc": "area under the curve 'share of the faces that have MAIN in which it is at most e', e from 0 to "
            "0.10, divided by 0.10",
     "ear": "kinds by the true landmarks, each ear for itself: the tip of an erect ear stands up, no part of "
-           "a hanging ear rises far above its base, a folded ear rises and bends or stands out to the side",
+           "a hanging ear rises far above its base, a folded ear rises and bends or stands out to "
+           "the side; as in every group, errors are means over faces: a face with two such ears counts once, "
+           "with one of them as much, so the kinds do not average to the region's error",
     "pose": "turned: along the line through the eyes, the nose is at least a quarter of their distance away "
             "from their middle",
     "reliability": "landmarks by their score: the mean score, and the share that is within RADIUS of the "
@@ -99,7 +107,7 @@ def pck(points: np.ndarray, faces: Faces, length: np.ndarray, threshold: float) 
     points (N, K, 2), length (N,).
     """
     error = np.linalg.norm(points - faces.points, axis=-1)  # (N, K)
-    counts = (faces.visible > 0) & np.isfinite(length)[:, None]
+    counts = (faces.visible > 0) & np.isfinite(error) & np.isfinite(length)[:, None]
     return nan_mean((error <= threshold * length[:, None])[counts].astype(float))
 
 
@@ -128,6 +136,7 @@ def along_and_across(points: np.ndarray, faces: Faces, length: np.ndarray) -> np
             a, b = ends
             span = np.linalg.norm(faces.points[:, b] - faces.points[:, a], axis=1)
             use = (faces.visible[:, [i, a, b]] > 0).all(1) & np.isfinite(length) & (span > 0)
+            use &= np.isfinite(points[:, i, 0])
             direction = (faces.points[use, b] - faces.points[use, a]) / span[use, None]
             error = (points[use, i] - faces.points[use, i]) / length[use, None]
             across = error[:, 0] * direction[:, 1] - error[:, 1] * direction[:, 0]
@@ -160,20 +169,21 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
           radius: float = RADIUS) -> tuple[dict, np.ndarray]:
     """All numbers of a report, as plain types; and every face's error (N,) under the main normaliser.
 
-    points (N, K, 2) in the pictures, scores (N, K).
+    points (N, K, 2) in the pictures, NaN where another annotator labelled none; scores (N, K).
     """
     if taken := METRICS.keys() & {"pck_0.05", "pck_0.10", "failure_rate", "auc", "standard_error", "faces",
                                   "faces_by_main", "labelled", "along", "across", "id", "file"}:
         raise UserError(f"METRICS in train_simple.py: {taken.pop()} is a number of this report; rename it")
-    errors = {name: metric(points, faces, padding) for name, metric in METRICS.items()}
+    scored = np.isfinite(points[..., 0])
+    errors = {name: metric(points, faces, padding, scored) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
     main = next(name for name in ("nme_iod", "nme_box", "nme") if name in errors)
     length = NORMALIZERS[main](faces, padding)
 
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
-        labelled = ((faces.visible > 0) & some)[rows]
-        values = {name: (e if some is True else METRICS[name](points, faces, padding, some))[rows]
+        labelled = ((faces.visible > 0) & scored & some)[rows]
+        values = {name: (e if some is True else METRICS[name](points, faces, padding, scored & some))[rows]
                   for name, e in errors.items()}
         return {"faces": int(labelled.any(1).sum()), "faces_by_main": int(np.isfinite(values[main]).sum()),
                 "labelled": int(labelled.sum()), **{name: nan_mean(e) for name, e in values.items()}}
@@ -200,7 +210,7 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
         "landmark": {f"{i} {name}": landmarks([i]) for i, name in enumerate(names)},
         "breed": {name: part(rows=breeds == name) for name in sorted({*faces.breeds} - {""})},
         "face": [{"id": faces.ids[i], "file": faces.files[i],
-                  "labelled": int((faces.visible[i] > 0).sum()),
+                  "labelled": int(((faces.visible[i] > 0) & scored[i]).sum()),
                   **{name: float(e[i]) for name, e in errors.items()}} for i in range(len(faces))],
         "reliability": {} if scores is None else reliability(points, scores, faces, padding, radius),
     }
@@ -238,9 +248,12 @@ def faces_of_result(where: str, triples: np.ndarray, certainty: float, picture: 
                             "the COCO file; predict with that file, as INPUT or with --boxes")
     def overlap(i):
         both = (faces.visible[i] > 0) & np.isfinite(triples[:, 0])
-        boxes = (box_around(p[both], faces.boxes[i], 0, faces.room)[None]
-                 for p in (triples[:, :2], faces.points[i]))
-        return overlaps(*boxes).item() if both.any() else 0
+        if not both.any():
+            return 0
+        ours, truth, box = triples[both, :2], faces.points[i, both], faces.boxes[i]
+        flat = box_around(truth, box, 0, faces.room)[2:].min() < TINY * box[2:].max()  # a point, a line
+        room = [0.5, 0.5] if flat else faces.room
+        return overlaps(*(box_around(p, box, 0, room)[None] for p in (ours, truth))).item()
     if match:
         return [(fit, i) for i in candidates if (fit := overlap(i)) >= SAME_FACE]
     if len(candidates) > 1:
@@ -349,7 +362,8 @@ def worst_faces(points: np.ndarray, faces: Faces, errors: np.ndarray, padding: f
         image = read_image(path) if there else np.full((1, 1, 3), GREY, np.uint8)
         crop, matrix = data.cut_crop(image, faces.boxes[i], size, padding)
         ours, truth = (data.apply_matrix(matrix, p[i]) for p in (points, faces.points))
-        crop = draw_landmarks(crop, ours, faces.scheme, faces.visible[i] > 0, truth, size / padding)
+        seen = (faces.visible[i] > 0) & np.isfinite(ours[:, 0])
+        crop = draw_landmarks(crop, np.nan_to_num(ours), faces.scheme, seen, truth, size / padding)
         tiles.append(caption(crop, f"{100 * errors[i]:.1f} %  {Path(faces.files[i]).name}"))
     return encode_picture(contact_sheet(tiles, min(len(tiles), 5)), ".jpg")
 
@@ -451,9 +465,8 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
     points, scores, source = triples[..., :2], triples[..., 2], f"results of {args.results}"
     if other:
         labelled = np.isfinite(scores)
-        faces, points = replace(faces, visible=faces.visible * labelled), np.nan_to_num(points)
         source, scores = f"labels of {args.results}, where both have one", np.full_like(scores, math.nan)
-        if not faces.visible.any():
+        if not (labelled & (faces.visible > 0)).any():
             raise UserError(f"{args.results}: labels none of the landmarks that {ann} labels on these faces")
     if args.match:
         finding = {"faces": total, "found": len(faces), "share": len(faces) / total, "others": others}
@@ -462,10 +475,11 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
                    "the faces found")
     if args.match and trained:
         in_boxes, _ = predict_faces(args, trained, faces, processes)
-        ours, boxed = (METRICS["nme"](p, faces, trained.config.padding) for p in (points, in_boxes))
+        scored = np.isfinite(points[..., 0])
+        ours, boxed = (METRICS["nme"](p, faces, trained.config.padding, scored) for p in (points, in_boxes))
         finding |= {"nme_true_boxes": nan_mean(boxed), "error_ratio": nan_mean(ours) / nan_mean(boxed),
                     "share_within_1.15": float((ours <= 1.15 * boxed).sum() / total)}
-        source += (f", {finding['error_ratio']:.3f} times their errors in the labelled boxes; "
+        source += (f", {finding['error_ratio']:.3f} times their nme in the labelled boxes; "
                    f"{finding['share_within_1.15']:.1%} of all faces are found with an error of at most 1.15 "
                    "times that in the labelled box")
     in_range = ((scores >= 0) & (scores <= 1)).all()  # else they are no probabilities

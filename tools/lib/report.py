@@ -13,7 +13,7 @@ STYLE = """
 body {font: 15px/1.45 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222}
 table {border-collapse: collapse; margin: .5em 0}
 th, td {padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd}
-th:first-child, td:first-child {text-align: left}
+.text {text-align: left}
 dt {font-weight: 600}
 figure {display: inline-block; margin: .5em; vertical-align: top; max-width: 46%}
 figure.wide {max-width: 100%}
@@ -109,8 +109,9 @@ def as_table(report: dict) -> bytes:
 
 def html_table(title: str, rows: list[dict]) -> str:
     """A table of [{column: value}, ...] with its heading."""
-    head = "".join(f"<th>{escape(str(c))}</th>" for c in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(show(v))}</td>" for v in row.values()) + "</tr>"
+    text = {c: ' class="text"' if any(isinstance(row[c], str) for row in rows) else "" for c in rows[0]}
+    head = "".join(f"<th{text[c]}>{escape(str(c))}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td{text[c]}>{escape(show(v))}</td>" for c, v in row.items()) + "</tr>"
                    for row in rows)
     return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
 
