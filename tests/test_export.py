@@ -97,6 +97,7 @@ def test_safetensors_folder_loads_back(run, exported):
     _, header, body = card.split("---\n", 2)
     card = yaml.safe_load(header)
     assert card["license"] == "cc-by-nc-4.0" and card["library_name"] and card["tags"]
+    assert "`left_` in a name means the left of the picture" in body  # the hub's readers have no other README
     assert "nme" in [m["type"] for m in card["model-index"][0]["results"][0]["metrics"]]
     assert "non-commercial use only" in body and "trained on DogFLW" not in body
 
@@ -113,13 +114,14 @@ def test_only_dogflw_is_called_dogflw(run, tmp_path, changes, known, wanted, abs
     assert ("longer side of the\nwhole picture." in (tmp_path / "README.md").read_text()) == (not changes)
     card = (tmp_path / "README.md").read_text()
     assert wanted in card and absent.lower() not in card.lower() and "ommercial" not in card
+    assert ("`left_`" in card) == ("license: mit" in card)  # own names say what they mean themselves
 
 
 def test_errors_on_faces_that_trained_are_no_results(run, tmp_path):
     trained = trainer.Trained(run.work_dir / "best_model.pth")
     trained.metrics = {**trained.metrics, "chosen_on": "val.json" + tool.SEEN}
     tool.write_safetensors(trained, tmp_path, {})
-    assert '"metrics": []' in (tmp_path / "README.md").read_text()
+    assert "model-index" not in (tmp_path / "README.md").read_text()  # not one without a metric
 
 
 def test_the_error_that_chose_nothing_is_the_cards(run, tmp_path):

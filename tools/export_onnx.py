@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ def trace(trained: Trained, flip_index: torch.Tensor | None) -> bytes:
     file, names = io.BytesIO(), ("image", "landmarks", "scores")
     example = (torch.from_numpy(photographs(trained.size, 2)),)
     # The tracing exporter needs no further package. It warns about values that become constants here.
-    with warnings.catch_warnings():
+    # On a failure PyTorch would log the whole graph, thousands of lines, whatever `verbose` says.
+    with warnings.catch_warnings(), mock.patch.object(torch._C, "_jit_onnx_log", mock.Mock(), create=True):
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(Exported(trained, flip_index).eval(), example, file, opset_version=OPSET,
@@ -186,12 +188,12 @@ tags: [animal, face, landmarks, keypoint-detection, timm]
 ## Use
 
 `model.safetensors` holds the tensors, `config.json` the landmarks' names, partners, the crop and decoding.
-In the repository of the trainer, start from these weights with
+{sides}In the repository of the trainer, start from these weights with
 
     python train_simple.py --backbone {backbone} --input-size {size} --padding {padding} \\
         --crop {crop} --weights model.safetensors
 
-or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by config.json's mean and std:
+or load them as they are, for RGB crops (B, 3, {size}, {size}) in 0..1, less config.json's mean, over its std:
 
     from safetensors.torch import load_file
     from dataset import decode_heatmaps
@@ -199,6 +201,9 @@ or load them as they are, for RGB crops (B, 3, {size}, {size}) normalised by con
     model = LandmarkNet("{backbone}", {k})
     model.load_state_dict(load_file("model.safetensors"))
     points, scores = decode_heatmaps(model.eval()(crops), {power}, {radius})    # points in crop pixels
+"""
+
+SIDES = """`left_` in a name means the left of the picture: the right side of a dog that looks at you.
 """
 
 
@@ -222,7 +227,7 @@ def write_safetensors(trained: Trained, folder: Path, tested: dict) -> None:
     errors = [{"type": k, "name": k, "value": round(results[k], 5)} for k in METRICS if results.get(k)]
     index = [{"name": f"face-landmarks-{settings.backbone}", "results": [{
         "task": {"type": "keypoint-detection"}, "dataset": {"name": data_name, "type": data_name},
-        "metrics": errors}]}]
+        "metrics": errors}]}] if errors else []
     tables = {f"on the faces that chose this epoch ({chosen})": metrics}
     if tested:
         tables = {f"on {tested['faces']} faces that did not choose this epoch": tested} | tables
@@ -233,8 +238,9 @@ def write_safetensors(trained: Trained, folder: Path, tested: dict) -> None:
         backbone=settings.backbone, k=len(scheme.names), size=trained.size, padding=settings.padding,
         crop=settings.crop, power=settings.decode_power, radius=settings.score_radius,
         box="whole picture" if trained.whole else "face's box",
-        epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n", licence=identifier, terms=terms,
-        metrics="\n\n".join(listed))
+        sides="" if identifier == "unknown" else SIDES,
+        epoch=trained.epoch, index=f"model-index: {json.dumps(index)}\n" if index else "",
+        licence=identifier, terms=terms, metrics="\n\n".join(listed))
     state = {k: v.contiguous() for k, v in model.state_dict().items()}  # the model is on the CPU
     for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("README.md", card.encode()),
                           ("config.json", json.dumps(config, indent=1).encode())):
