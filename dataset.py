@@ -63,7 +63,7 @@ class Faces:
 
     def take(self, index):
         """The faces selected by `index`, in its order: integers (M,), or a boolean mask (N,)."""
-        index = np.arange(len(self))[[*index]]
+        index = np.arange(len(self))[[*index]]  # takes lists and ranges, too
         return replace(self, files=[self.files[i] for i in index], breeds=[self.breeds[i] for i in index],
                        **{name: getattr(self, name)[index]
                           for name in ("sizes", "boxes", "points", "visible", "ids", "image_ids")})
@@ -175,7 +175,7 @@ class DogFLWDataset(torch.utils.data.Dataset):
         self.sigma = sigma or default_sigma(input_size)
         self.augment = augment or Augmentation(*[0] * len(fields(Augmentation)))
         self.flip_index = faces.scheme.flip_index
-        finest = 1 + self.augment.scale * (self.augment.empty > 0)  # how far a locator's crops may zoom in
+        finest = 1 + self.augment.scale * (self.augment.empty > 0)  # only a locator's crops zoom in so far
         self.windows = Windows(faces, input_size * finest, padding, self.augment.reach, cache)
 
     def __len__(self):

@@ -191,20 +191,20 @@ def heatmap_losses(heatmaps: Tensor, points: Tensor, visibility: Tensor, sigma: 
     size, mass = heatmaps.shape[-1], 2 * math.pi * sigma**2  # sum of a full target; a map sums to 1
     offsets = data.cell_offsets(points, size)  # (B, K, 2, H)
     x, y = data.gaussians(offsets, sigma)  # the target is their outer product, which is never built
-    # |mass * map - target|^2 = mass^2 |map|^2 - 2 mass <map, target> + |target|^2: fewer passes over maps.
+    # |mass map - target|^2 = mass^2 |map|^2 - 2 mass <map, target> + |target|^2: fewer passes.
     # One product sums each column twice: weighted by y, for <map, target>, and plain, for the CRPS.
     weighted, columns = (torch.stack([y, torch.ones_like(y)], 2) @ heatmaps).unbind(2)  # (B, K, H)
     inner = (weighted * x).sum(2)
-    square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()
+    square = torch.linalg.vector_norm(heatmaps, dim=(2, 3)).square()  # |map|^2
     mse = mass**2 * square - 2 * mass * inner + x.square().sum(2) * y.square().sum(2)
-    losses = config.mse_weight * mse / (math.pi * sigma**2)
+    losses = config.mse_weight * mse / (math.pi * sigma**2)  # |full target|^2
     if config.crps_weight:
         below = torch.stack([columns, heatmaps.sum(3)], 2).cumsum(3)
         truth = (offsets + 1).clamp(0, 1)  # CDF of a point split linearly between the two nearest cells
         losses += config.crps_weight * (below - truth).square().sum((2, 3)) / size
     if config.kl_weight:
         losses += config.kl_weight * divergence(heatmaps, offsets, sigma)
-    from_flat = config.kl_weight * (square * size**2).log()  # Rényi divergence of order 2 from a flat map
+    from_flat = config.kl_weight * (square * size**2).log()  # 0 if flat: Rényi's divergence, order 2
     return torch.where(visibility < 0, from_flat, losses * visibility)
 
 
@@ -279,7 +279,8 @@ def predict(model: LandmarkNet, dataset: DogFLWDataset, config: Config,
             processes: runtime.Processes, amp=None, batch_size=16, flip=True, sigma=None):
     """Predict every face: points (N, K, 2) in picture pixels, scores (N, K), mean loss (NaN without `sigma`).
 
-    Arrays are float64 numpy; sigma is in cells. Processes split the faces; each gets the full, exact result.
+    Arrays are float64 numpy; sigma is in cells. `processes`, say runtime.Processes("cpu"), split the faces;
+    each gets the full, exact result.
     """
     model.train().eval()  # train() clears the biases that TinyViT's attention caches in eval mode
     device, scheme, n = processes.device, dataset.faces.scheme, len(dataset)
@@ -299,7 +300,10 @@ def predict(model: LandmarkNet, dataset: DogFLWDataset, config: Config,
 
 
 class Trained(TrainedModel):
-    """A checkpoint for inference: Trained(path, device).look([(image, box), ...]) -> points, scores."""
+    """A checkpoint for inference: Trained(path, device).look([(image, box), ...]) -> points, scores.
+
+    Its methods are in tools/lib/checkpoints.py.
+    """
     Config, Scheme, build_model = Config, Scheme, staticmethod(build_model)
     crop, predict_crops = staticmethod(data.cut_crop), staticmethod(predict_crops)
 

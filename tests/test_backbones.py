@@ -291,3 +291,18 @@ def test_a_checkpoint_that_does_not_fit_together_is_refused_in_one_line(tmp_path
     with pytest.raises(UserError) as e:
         trainer.Trained(tmp_path / "c.pth")
     assert "\n" not in str(e.value)
+
+
+def test_a_checkpoint_of_an_edited_head_is_taken_whole(tmp_path):
+    """A head of one's own may have no laterals, by which a backbone's bare file is told from ours."""
+    def edited():
+        model = LandmarkNet("hrnet_w18_small", 3)
+        model.head, model.laterals = torch.nn.Conv2d(64, 3, 1, bias=False), torch.nn.ModuleList()
+        return model
+
+    old, new, said, path = edited(), edited(), [], tmp_path / "best_model.pth"
+    torch.save({"model": old.state_dict(), "scheme": {"names": list("abc")}, "args": {"backbone": "hrnet_w18_small"}}, path)
+    take_weights(new, path, "hrnet_w18_small", list("abc"), said.append)
+    assert torch.equal(new.head.weight, old.head.weight) and not said
+    take_weights(new := edited(), path, "hrnet_w18_small", list("xyz"), said.append)
+    assert not torch.equal(new.head.weight, old.head.weight) and "the last layer starts fresh" in said[0]

@@ -1006,6 +1006,10 @@ def no_files():
     raise RuntimeError("received 0 items of ancdata")  # of a queue, in Python's words
 
 
+def no_thread():
+    raise RuntimeError("can't start new thread")  # where a container limits processes
+
+
 def alone():
     torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
 
@@ -1017,7 +1021,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("what, says", [
-    (no_memory, "out of memory"), (no_process, "lower --num-workers"), (no_files, "lower --num-workers"), (alone, "two faces in every part"), (compiled, "--compile")])
+    (no_memory, "out of memory"), (no_process, "lower --num-workers"), (no_files, "lower --num-workers"), (no_thread, "lower --num-workers"), (alone, "two faces in every part"), (compiled, "--compile")])
 def test_what_pytorch_has_no_type_for_is_one_line(refused, tmp_path, monkeypatch, what, says):
     monkeypatch.setattr(trainer, "train", lambda *_: what())
     assert says in refused("--work-dir", tmp_path / "w")
@@ -1116,3 +1120,10 @@ def test_the_logs_script_teaches(run, flags, script, tmp_path):
         script(tmp_path / "taught.py", *teachers, "--", *flags, *LIGHT, "--epochs", 1, "--work-dir", tmp_path / name, check=True)
     own, taught = (float(rows(tmp_path / name)[0]["train_loss"]) for name in ("own", "taught"))
     assert own + 0.3 < taught < math.inf  # its average teaches with a weight that grows from 0; checkpoints with 1
+
+
+def test_a_resumed_run_keeps_the_metric_that_chooses(run, refused, flags, tmp_path, monkeypatch):
+    """best_model.pth and later epochs would otherwise be compared by numbers of different meaning."""
+    shutil.copytree(run.work_dir, tmp_path / "w")
+    monkeypatch.setattr(trainer, "METRICS", dict(reversed(trainer.METRICS.items())))
+    assert "first of METRICS, has chosen" in refused(*flags, "--work-dir", tmp_path / "w", "--resume")

@@ -647,8 +647,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{name_of(videos[0])}: a locator (trained with --crop image) cannot follow faces; "
                         "give a face model")
     if not (predictor.locator or predictor.face.whole) and any(s.boxes is None for s in sources):
-        print("no locator fits these landmarks, so the face model searches alone, and finds less; for "
-              f"dogs add --locator {as_argument(BUNDLED.with_name('locator.pth'))}", file=sys.stderr)
+        print("no locator fits this model, so it searches alone, and finds less; for dogs, this one may do: "
+              f"--locator {as_argument(BUNDLED.with_name('locator.pth'))}", file=sys.stderr)
     results, failed = Results(sources, predictor.scheme, category), len(sources)
     try:
         with enough_memory():

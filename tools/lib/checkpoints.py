@@ -70,6 +70,10 @@ class Saver:
         self.versions = versions(run.processes.device, run.amp)
         self.labels, self.seen = digest_of(faces), SEEN if shared_pictures(*faces) else ""
         self.room = faces[0].room
+        values = [row.get(metrics[0], math.nan) for row in run.progress["rows"]]
+        if min((v for v in values if math.isfinite(v)), default=math.inf) != run.progress["best"] < math.inf:
+            raise UserError(f"--resume: another metric than {metrics[0]}, now the first of METRICS, has "
+                            "chosen best_model.pth; put that one first again, or name another --work-dir")
 
     def contents(self, run, metrics: dict, whole: bool = False) -> dict:
         """What inference needs of a run, and what made it; with `whole`, all that resuming needs, too."""

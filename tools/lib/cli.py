@@ -27,7 +27,8 @@ MENDABLE = {getattr(errno, name, None) for name in (
     "ENOSPC", "EROFS", "EACCES", "EPERM", "ENOENT", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG",
     "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", "ENOTCONN", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "EINVAL",
     "EILSEQ")} - {None}
-ADVICE = {errno.ENOSPC: "make room (data/cache may go: it is made anew), or name another folder; ",
+ROOM = "make room (data/cache may go, if no run uses it), or name another folder; "
+ADVICE = {errno.ENOSPC: ROOM, getattr(errno, "EDQUOT", None): ROOM,
           errno.EROFS: "name another folder (--out, --work-dir, --cache); ",
           errno.EACCES: "mend its permissions, or name another (--out, --work-dir, --cache); ",
           errno.EEXIST: "it is a file where a folder must be; name another; ",
@@ -113,7 +114,7 @@ def run_script(main: Callable):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell's >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError, OSError):  # what its encoding lacks is escaped, as on stderr
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()  # a closed pipe shows here at the latest
@@ -172,7 +173,8 @@ def setting(default, help: str, within: str | None = None, *, group: str | None 
 
     within: an interval such as "[0, 1)" that a number must lie in. multiple: it must be a multiple of this.
     group: the heading in --help from here on. free: a resumed run may have another value. A default of None
-    is worked out later, or means none.
+    is worked out later, or means none. With a checkpoint that is older than the setting it stays None, so a
+    model must know what that means.
     """
     about = dict(help=help, within=within, group=group, choices=choices, multiple=multiple, free=free)
     return dataclasses.field(default=default, metadata=about)
