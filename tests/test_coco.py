@@ -1,5 +1,6 @@
 """tools/lib/coco.py: COCO files as labelling tools and data sets of the field write them, each kind read as it is meant."""
 import json
+import os
 import random
 import re
 import shutil
@@ -801,6 +802,30 @@ def test_a_linked_folder_that_holds_the_pictures_is_named(read, tmp_path):
     assert len(read(plain(), root=tmp_path / "root/train").files) == 6  # as the message says
 
 
+def test_links_are_sought_only_where_a_picture_stays_lost(read, tmp_path, monkeypatch):
+    (tmp_path / "root").mkdir()
+    for i in range(6):
+        draw(tmp_path / f"root/pic_{i}.jpg")
+        draw(tmp_path / f"elsewhere/pic_{i}.jpg")
+    (tmp_path / "root/deeper").mkdir()
+    (tmp_path / "root/deeper/old").symlink_to(tmp_path / "elsewhere")
+    with monkeypatch.context() as patch:  # a data root may be huge, slow, or closed to listing
+        patch.setattr(Path, "iterdir", lambda _: pytest.fail("the data root is listed"))
+        patch.setattr(os, "walk", lambda _: pytest.fail("the data root is searched"))
+        assert read(plain(), root=tmp_path / "root").files[0] == "pic_0.jpg"
+    (tmp_path / "root/pic_0.jpg").rename(tmp_path / "root/PIC_0.JPG")
+    assert read(plain(), root=tmp_path / "root").files[0].lower() == "pic_0.jpg"  # not the copy behind the link
+    (tmp_path / "root/PIC_0.JPG").unlink()
+    (tmp_path / "root/pic_3.jpg").unlink()
+    (tmp_path / "elsewhere/pic_0.jpg").unlink()  # lost everywhere; pic_3.jpg is behind the link
+    refused(read, plain(), "deeper/old/pic_3.jpg", "is a link that leaves the data root", root=tmp_path / "root")
+
+
+def test_a_data_root_that_is_missing_is_no_crash(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(plain()))
+    assert len(load_coco(tmp_path / "mine.json", tmp_path / "nowhere").files) == 6
+
+
 def test_zeros_behind_a_faces_landmarks_are_left_out(read):
     """Some programs make all arrays as long as the longest of all categories."""
     data, usual = plain(), read(plain())
@@ -811,6 +836,16 @@ def test_zeros_behind_a_faces_landmarks_are_left_out(read):
     assert any("6 faces with zeros behind their landmarks" in note for note in faces.notes)
     data["annotations"][2]["keypoints"][-2] = 7
     refused(read, data, "annotation 3", "15 numbers, not 51")
+
+
+@pytest.mark.parametrize("scale", [1, 500])
+def test_zeros_behind_x_and_y_alone_are_a_landmark(read, scale):
+    """Five landmarks without names or v, the last not labelled: 10 numbers, which are not three triples and a 0."""
+    data = plain()
+    del data["categories"][0]["keypoints"]
+    for annotation in data["annotations"]:
+        annotation["keypoints"] = [v / scale for v in (20, 30, 40, 30, 30, 40, 25, 50)] + [0, 0]
+    refused(read, data, "9 numbers, not 10", "x and y alone")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif", "png"])

@@ -311,8 +311,9 @@ def test_a_gpu_that_the_build_has_no_kernels_for(machine):
         def busy(*_, device, reason=reason):
             raise RuntimeError(reason)
         machine.setattr(torch, "zeros", busy)
-        with pytest.raises(UserError, match="Other programs use it"):
-            runtime.choose_device("cuda")
+        for name in ("cuda", "cuda:0"):  # not --device cuda:1, which is not there, or does nothing under torchrun
+            with pytest.raises(UserError, match="Other programs use it.*CUDA_VISIBLE_DEVICES to another"):
+                runtime.choose_device(name)
     machine.setenv("LOCAL_RANK", "3")
     with pytest.raises(UserError, match="no GPU number 3, this machine has 1"):
         runtime.choose_device("cuda")
@@ -342,10 +343,10 @@ def test_whether_an_nvidia_gpu_is_here(monkeypatch, tmp_path):
     assert not runtime.nvidia_gpu_here()
     (tmp_path / "nvidia0").touch()
     assert runtime.nvidia_gpu_here()
-    for given in ("0", "1,2", "GPU-8932f937", "MIG-a1"):
+    for given in ("0", "1,2", "GPU-8932f937", "MIG-a1", "cuda:0", "gpu0"):  # the last two would train on the CPU for days
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         assert runtime.nvidia_gpu_here()
-    for hidden in ("", "-1", "NoDevFiles"):
+    for hidden in ("", "-1", "-1,0", "NoDevFiles", "none"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert not runtime.nvidia_gpu_here()
 

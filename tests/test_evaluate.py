@@ -507,6 +507,26 @@ def test_numbers_that_are_names_of_pictures(tmp_path):
     assert [found[i][0, 0] for i in range(3)] == [10, 11, 12]
 
 
+@pytest.mark.parametrize("missed, match", [(1, True), (3, True), (3, False)])
+def test_ids_stay_ids_beside_results_of_other_pictures(tmp_path, missed, match):
+    """A part of an export, 0002.png with id 1 and so on, and results on all its pictures but one."""
+    content = coco(np.random.default_rng(4), [1, 1])
+    for number, image, annotation in zip((1, 3), content["images"], content["annotations"]):
+        annotation["image_id"] = image["id"] = number
+        image["file_name"] = f"{number + 1:04d}.png"
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    places = {1: content["annotations"][0]["keypoints"], 3: content["annotations"][1]["keypoints"]}
+    path.write_text(json.dumps([{"image_id": i, "score": 1, "keypoints": places.get(i, [5] * 21)} for i in range(6) if i != missed]))
+    if not match:
+        with pytest.raises(UserError, match="no result for 1 of 2 faces"):
+            tool.read_results(path, faces)
+        return
+    found, _ = tool.read_results(path, faces, match)
+    there = 0 if missed == 3 else 1
+    assert found.keys() == {there} and np.array_equal(found[there][:, :2], faces.points[there])
+
+
 def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     content = coco(np.random.default_rng(4), [1, 1])
     content["categories"] = [{"id": 1, "name": "dog", "keypoints": ["nose"]}]

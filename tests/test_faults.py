@@ -255,9 +255,12 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, numbe
 
 
 def test_logs_and_what_file_browsers_leave_do_not_fill_a_folder(tmp_path):
-    for name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", "train.log", "nohup.out"):
+    for name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", "train.log", "nohup.out", "slurm-7.err"):
         (tmp_path / name).touch()
     assert files.is_free(tmp_path)
+    (tmp_path / "first.out").mkdir()  # an output folder
+    assert not files.is_free(tmp_path)
+    (tmp_path / "first.out").rmdir()
     (tmp_path / "last.pth").touch()
     assert not files.is_free(tmp_path)
 
@@ -276,6 +279,15 @@ def test_a_containers_share_of_the_cores(tmp_path, monkeypatch, given, count):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     runtime.prepare(torch.device("cpu"))
     assert files.cores() == count and threads == [count] * (count < 8)
+
+
+def test_a_bound_main_thread_leaves_the_others_their_cores(tmp_path, monkeypatch):
+    """With OMP_PROC_BIND or KMP_AFFINITY, OpenMP binds every thread to a core of its own."""
+    monkeypatch.setattr(files, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail(f"{n} threads"))
+    runtime.prepare(torch.device("cpu"))
 
 
 def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
@@ -299,13 +311,15 @@ def test_all_pictures_that_cannot_be_used_are_named_at_once(sample, tmp_path):
     with pytest.raises(UserError) as error:
         DogFLWDataset(replace(faces, root=root), cache=tmp_path / "cache")
     line = str(error.value)
+    assert "perhaps more" not in line
     assert line.startswith(str(root / bad[0])) and all(str(root / file) in line for file in bad) and "\n" not in line
     assert not [*(tmp_path / "cache").glob("*.bin*")]
     for file in faces.files:
         os.truncate(root / file, 900)
     with pytest.raises(UserError) as error:
         DogFLWDataset(replace(faces, root=root), cache=tmp_path / "cache")
-    assert str(error.value).count(str(root)) <= 21  # the first twice, not thousands
+    assert 20 <= str(error.value).count(str(root)) <= 21  # the first twice, not thousands
+    assert str(error.value).endswith(", and perhaps more")
 
 
 def test_links_of_someones_archive_lead_nothing_elsewhere(tmp_path):
@@ -394,6 +408,15 @@ def test_output_that_nobody_reads_any_more(run, script, tmp_path, eager):
     result = script(tmp_path / "closed.py", run.work_dir)
     assert result.returncode == 2
     assert result.stderr == "error: standard output was closed; what was written to files is whole\n"
+
+
+def test_nobody_reads_the_output_but_the_files_are_written(sample, script, tmp_path):
+    """As in `... | head -1`: few lines reach the pipe before the end, where the work is done."""
+    code = CLOSED.replace("sys.stdout.reconfigure(line_buffering=True)", 'sys.stdout = open(1, "w", closefd=False)')
+    (tmp_path / "closed.py").write_text(code.replace("inspect_checkpoint", "convert_dogflw_to_coco"))
+    result = script(tmp_path / "closed.py", "--dogflw_root", sample.data_root, "--out_dir", tmp_path / "ann")
+    assert result.returncode == 2 and "what was written to files is whole" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "ann").glob("*.json")) == ["train.json", "val.json"]
 
 
 def test_a_video_on_a_full_disk(light, script, disk, tmp_path):

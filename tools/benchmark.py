@@ -7,6 +7,7 @@ Takes the flags of train_simple.py (its --help lists them), and keeps nothing of
 without --batch-size, it also looks for the largest batch that fits. All of it uses the trainer's own step and
 loop.
 """
+import contextlib
 import itertools
 import os
 import sys
@@ -369,6 +370,8 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__)
         return
     config = trainer.parse_args(argv)
+    with contextlib.suppress(AttributeError):  # a notebook's output shows each line anyway
+        sys.stdout.reconfigure(line_buffering=True)  # in a log, too, each as soon as it is known
     with runtime.Processes(config.device) as processes, runtime.enough_memory():
         bench = set_up(config, processes)
         measure(bench, bench.device.type == "cuda" and not any(flag.startswith("--batch") for flag in argv))

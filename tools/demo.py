@@ -4,7 +4,7 @@
     uv run tools/demo.py --checkpoint work_dirs/mine/best_model.pth --host 0.0.0.0 --port 8000
 
 It needs gradio, which uv run installs (with pip: pip install gradio). The page works offline, and answers
-only this machine unless --host says otherwise. It offers the bundled model, --checkpoint and
+only this machine unless --host or --share says otherwise. It offers the bundled model, --checkpoint and
 work_dirs/*/best_model.pth; visitors cannot name any other file. Moving the threshold does not run the network
 again. A photo and the files made from it are deleted after an hour, and when the server stops.
 tools/README.md explains how to make it a Hugging Face Space.
@@ -211,7 +211,7 @@ def serve(page: object, host: str | None = None, port: int | None = None, share:
         theme=gr.themes.Default(primary_hue="blue", **fonts), footer_links=[], quiet=True,
         prevent_thread_lock=True)
     if share and not public:
-        print("--share: gradio's servers cannot be reached; only this machine can see the page")
+        print("--share: gradio made no public address, for the reason above; the page has only its own:")
     return public or local
 
 
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--locator", type=Path, metavar="FILE", help="as in predict.py (default: one that fits each model)")
     add("--host", metavar="NAME", help="address to listen on, 0.0.0.0 for all of them (default: 127.0.0.1)")
     add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860 on)")
-    add("--share", action="store_true", help="make a public address for 72 hours or so, by gradio's servers")
+    add("--share", action="store_true", help="make a public address, good for days, through gradio's servers")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     check_ranges(args, port="[1, 65535]")

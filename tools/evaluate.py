@@ -290,6 +290,24 @@ def other_annotation(path: Path, faces: Faces, category: str | None = None) -> F
     return replace(theirs, points=theirs.points[:, order], visible=theirs.visible[:, order])
 
 
+def pictures_called(path: Path, rows: list, faces: Faces, empty: Collection, other: Faces | None) -> list:
+    """What the results call each face's picture: its id, its file, or that without folder, suffix, zeros."""
+    files = [PurePosixPath(file) for file in faces.files]
+    by_file = [file.name for file in files], [file.stem for file in files]
+    numbers = [str(int(stem)) if re.fullmatch(r"\d{1,18}", stem) else stem for stem in by_file[1]]
+    ways = [*map(str, faces.image_ids)], faces.files, *by_file, numbers  # 0007.jpg is 7 to Ultralytics
+    wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
+    # Not the way that knows most: beside results of other pictures, numbers in names meet ids by chance.
+    by_name = next((way for meets in (wanted.issubset, wanted.intersection) for way in ways if meets(way)),
+                   ways[0])
+    known = ways[0] if wanted & {*empty} else by_name
+    unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
+    if known is ways[0] and ways[0] != numbers and wanted <= {*numbers} and unnamed and not other:
+        print(f"{path}: its image_ids are read as ids of the COCO file; if they are file names, write "
+              "them with their suffixes")
+    return known
+
+
 def read_results(path: Path, faces: Faces, match: bool = False, empty: Collection = (),
                  other: Faces | None = None) -> tuple[dict[int, np.ndarray], int]:
     """Read COCO keypoint results: {index of a face: x, y, score (K, 3)}, and how many results in the faces'
@@ -308,19 +326,8 @@ def read_results(path: Path, faces: Faces, match: bool = False, empty: Collectio
         rows = rows.get("annotations") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f"{path}: not COCO keypoint results (a list of {{image_id, keypoints, score}})")
-    k, files = len(faces.scheme.names), [PurePosixPath(file) for file in faces.files]
-    by_file = [file.name for file in files], [file.stem for file in files]
-    numbers = [str(int(stem)) if re.fullmatch(r"\d{1,18}", stem) else stem for stem in by_file[1]]
-    ways = [*map(str, faces.image_ids)], faces.files, *by_file, numbers  # 0007.jpg is 7 to Ultralytics
-    wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
-    by_name = max(ways, key=lambda way: len(wanted & {*way}))
-    known = ways[0] if wanted & {*empty} else by_name
-    unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
-    if known is ways[0] and ways[0] != numbers and wanted <= {*numbers} and unnamed and not other:
-        print(f"{path}: its image_ids are read as ids of the COCO file; if they are file names, write "
-              "them with their suffixes")
-    by_id, by_image = {str(a): [i] for i, a in enumerate(faces.ids)}, {}
-    for i, image in enumerate(known):
+    k, by_id, by_image = len(faces.scheme.names), {str(a): [i] for i, a in enumerate(faces.ids)}, {}
+    for i, image in enumerate(pictures_called(path, rows, faces, empty, other)):
         by_image.setdefault(image, []).append(i)
     found, elsewhere = [], 0  # (how well it fits, -number of the result, face, keypoints)
     for number, row in enumerate(rows):

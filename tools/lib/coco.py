@@ -589,11 +589,11 @@ def holding_folder(names: list, path: Path, root: Path, repeated: set, notes: No
     return best
 
 
-def refuse_links(names: list, path: Path, root: Path):
-    """Raises UserError where a linked folder in the data root, which is not searched, holds a picture."""
-    for name, link in product(names, Path(root).iterdir()):
-        if link.is_symlink() and os.path.isfile(link / name):
-            picture_path(root, f"{link.name}/{name}", f"{path}: ")
+def refuse_links(links: list, lost: list, path: Path, root: Path):
+    """Raises UserError where a linked folder in the data root, which is not searched, has a lost picture."""
+    for link, name in product(links, lost[:20]):
+        if os.path.isfile(os.path.join(link, name)):
+            picture_path(root, Path(os.path.relpath(link, root), name).as_posix(), f"{path}: ")
 
 
 def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated: Iterable = ()) -> list[str]:
@@ -624,13 +624,15 @@ def place_pictures(names: tuple, path: Path, root: Path, notes: Notes, repeated:
     placed = {name: posixpath.join(folder, place) for name, place in placed.items()}
     owners = {place: place for place in placed.values()}  # {picture: whose it is}
     lost = [place for place in owners if not os.path.isfile(os.path.join(root, place))]
-    for at, _, files in os.walk(root) if lost or outside else ():
+    links = []
+    for at, folders, files in os.walk(root) if lost or outside else ():
+        links += [link for link in (os.path.join(at, folder) for folder in folders) if os.path.islink(link)]
         for file in files:
             known[plainly(file)].append(Path(at, file).relative_to(root).as_posix())
-    refuse_links(lost[:1], path, root)
     claims = spelt_otherwise(lost, [*owners], folder, known)
     meant = {place: picture for picture, (place, *others) in claims.items()
              if owners.setdefault(picture, place) == place and not others}
+    refuse_links(links, [place for place in lost if place not in meant], path, root)
     for name, place in placed.items():
         if place in meant:
             notes.add("spelt", name)
@@ -915,7 +917,7 @@ def read_triples(values: object, k: int, where: str, notes: Notes) -> np.ndarray
     """keypoints -> (K, 3) float64 x, y, v with v in 0, 1, 2; x and y are 0 where v is. Raises UserError."""
     try:
         triples = np.array(values, dtype=np.float64)
-        if triples.size > 3 * k and triples.ndim == 1 and not triples[3 * k:].any():
+        if triples.size > 3 * k and triples.size % 3 == 0 and triples.ndim == 1 and not triples[3 * k:].any():
             triples = triples[:3 * k]  # as long as those of another category
             notes.add("padded", where.split(": ")[-1])
         whole = triples.size % 3 == 0 and np.isin(triples.ravel()[2::3], (-1, 0, 1, 2)).all()

@@ -64,10 +64,10 @@ def put_in_place(temporary: Path, path: Path):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is missing, or empty except for a lock, a log, and what file browsers leave."""
+    """Whether a folder is missing, or empty except for a lock, logs, and what file browsers leave."""
     return not folder.exists() or folder.is_dir() and all(
-        p.name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini") or p.suffix in (".log", ".out")
-        for p in folder.iterdir())
+        p.is_file() and (p.name in (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
+                         or p.suffix in (".log", ".out", ".err")) for p in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -217,15 +217,20 @@ class RecordFile:
         return record
 
 
+def quota() -> float:
+    """How many cores' time a container leaves this process, rounded up; infinity without a limit."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # no container; "max" and -1: no quota
+            share, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
+            if share > 0:
+                return math.ceil(share / period)
+    return math.inf
+
+
 def cores() -> int:
     """How many cores this process may use: a cluster, `taskset` or a container may give it fewer than all."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
-        with contextlib.suppress(OSError, ValueError):  # no container; "max" and -1: no quota
-            quota, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
-            if quota > 0:
-                count = min(count, math.ceil(quota / period))
-    return count
+    return min(count, quota())
 
 
 def in_threads(function: Callable, count: int, title: str) -> Iterator:

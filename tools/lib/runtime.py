@@ -24,12 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tools.lib.cli import UserError, flag_of, place_in_job, single_line
-from tools.lib.files import ROOT, cores
+from tools.lib.files import ROOT, quota
 
 # ---------------------------------------------------------------- device and precision
 
-NO_WORKER = ("a data worker was killed, or could not start or pass on its batch (if memory or open files ran "
-             "out, lower --num-workers; in a container, raise --shm-size)")
 NO_ENGINE = "unable to find an engine"  # cuDNN
 WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
 
@@ -64,7 +62,7 @@ def choose_device(name: str, training: bool = False) -> torch.device:
             torch.zeros(1, device=device).add_(1).item()  # a kernel: this build may have none for an old GPU
         except (RuntimeError, AssertionError) as e:
             taken = is_out_of_memory(e) or "busy or unavailable" in str(e)
-            way = "Other programs use it; wait, or take another, as by --device cuda:1" if taken else WAYS_OUT
+            way = "Other programs use it; wait, or set CUDA_VISIBLE_DEVICES to another" if taken else WAYS_OUT
             raise UserError(f"--device {name}: does not work here ({single_line(e)}). {way}") from None
     return device
 
@@ -74,8 +72,8 @@ def nvidia_gpu_here() -> bool:
 
     /proc/driver/nvidia would not do: in a container that was given no GPU it shows the host's.
     """
-    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):  # "", -1, NoDevFiles
-        return False
+    if re.fullmatch("|-.*|NoDevFiles|none", os.environ.get("CUDA_VISIBLE_DEVICES", "0"), re.IGNORECASE):
+        return False  # hidden on purpose, NoDevFiles by Slurm; cuda:0 and the like are mistakes
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     try:  # Windows, and Linux on it, have no device file
@@ -118,8 +116,10 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.Abstra
 def prepare(device: torch.device):
     """Set up this process so that steps on the device are fast."""
     cv2.setNumThreads(0)  # data workers are the parallelism; OpenCV's own threads would fight them
-    if torch.get_num_threads() > cores():  # in a container with a quota they would wait for each other
-        torch.set_num_threads(cores())
+    # Beyond a container's quota, threads would wait for each other. PyTorch minds only the cores themselves;
+    # do not ask for these here, as OMP_PROC_BIND has bound this thread, but not the others, to one.
+    if torch.get_num_threads() > quota():
+        torch.set_num_threads(quota())
     if device.type == "cpu" and sys.platform == "linux":
         # glibc returns a large tensor's memory to the system when it is freed; getting the pages again costs
         # a third of a step on the CPU. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD keep them (mallopt(3)).
@@ -321,6 +321,10 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
 
 # ---------------------------------------------------------------- how a run ends
 
+NO_WORKER = ("a data worker was killed, or could not start or pass on its batch (if memory or open files ran "
+             "out, lower --num-workers; in a container, raise --shm-size)")
+
+
 def stop(signum: int, _):
     raise KeyboardInterrupt(signum)
 
@@ -362,7 +366,7 @@ def reason_of(error: Exception) -> str | None:
                 "--accumulate")
     # Not an error inside a worker, which keeps its traceback.
     if any(part in text for part in ("DataLoader worker (pid", "Pin memory thread", "Too many open files. C",
-                                     "items of ancdata")):
+                                     "items of ancdata", "can't start new thread")):
         return NO_WORKER
     if is_out_of_memory(error):
         other = ", or cuDNN's libraries do not fit this PyTorch" if NO_ENGINE in text else ""

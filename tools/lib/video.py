@@ -94,7 +94,7 @@ class Video:
         elif self.damaged:
             self.cut = f"frames that are damaged, and left out: {self.damaged}"
         elif self.live and not stopped.is_set():
-            self.cut = f"ended by itself after {seen:.1f} s; start again to go on"
+            self.cut = f"ended by itself after {seen:.1f} s; start again to go on, unless it is a recording"
 
     def _with_square_pixels(self, frame: np.ndarray) -> np.ndarray:
         (height, width), wide = frame.shape[:2], self.stretch

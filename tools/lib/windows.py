@@ -182,7 +182,7 @@ class Windows:
     """Each face's part of its picture, decoded once into a file in `folder`, or at each access if it is None.
 
     The file's name holds a hash of all it depends on (names, sizes and times of the pictures, geometry), so a
-    stale one is never read. Raises UserError naming the first picture that is missing or cannot be read.
+    stale one is never read. Raises UserError naming pictures that are missing or cannot be read.
     """
 
     def __init__(self, faces, size: float, padding: float, reach: float, folder: Path | str | None = None):
@@ -220,7 +220,8 @@ class Windows:
                 break
         if problems:
             first, *others = sorted(problems)[:20]
-            more = f". Cannot be used either: {', '.join(map(str, others))}" if others else ""
+            rest = ", and perhaps more" if len(problems) >= 20 else ""
+            more = f". Cannot be used either: {', '.join(map(str, others))}{rest}" if others else ""
             raise UserError(f"{problems[first]}{more}")
 
     def _decode(self, i: int) -> np.ndarray:
