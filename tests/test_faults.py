@@ -123,7 +123,11 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_run(capfd):
     batches = batches_of(Unsendable(), [[0]], 1, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="DataLoader worker .pid"):
         next(batches)
-    assert "a data worker: cannot pickle" in capfd.readouterr().err
+    said, deadline = "", time.monotonic() + 20  # the parent may notice the end before the line has arrived
+    while "a data worker: cannot pickle" not in said and time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.05)
+    assert "a data worker: cannot pickle" in said
 
 
 def test_a_run_in_a_thread_has_no_signals(tmp_path):
