@@ -3,6 +3,7 @@ import argparse
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -303,6 +304,9 @@ def test_a_checkpoint_of_an_edited_head_is_taken_whole(tmp_path):
     old, new, said, path = edited(), edited(), [], tmp_path / "best_model.pth"
     torch.save({"model": old.state_dict(), "scheme": {"names": list("abc")}, "args": {"backbone": "hrnet_w18_small"}}, path)
     take_weights(new, path, "hrnet_w18_small", list("abc"), said.append)
+    assert torch.equal(new.head.weight, old.head.weight) and not said
+    safetensors.torch.save_file(old.state_dict(), tmp_path / "model.safetensors")  # as of export_onnx.py --safetensors
+    take_weights(new := edited(), tmp_path / "model.safetensors", "hrnet_w18_small", list("abc"), said.append)
     assert torch.equal(new.head.weight, old.head.weight) and not said
     take_weights(new := edited(), path, "hrnet_w18_small", list("xyz"), said.append)
     assert not torch.equal(new.head.weight, old.head.weight) and "the last layer starts fresh" in said[0]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import dataset as data
+import train_simple as trainer
 from dataset import Scheme
 from tools import evaluate as tool
 from tools.lib.checkpoints import lightened, load_checkpoint, save_checkpoint
@@ -433,7 +435,7 @@ def test_a_second_annotators_data_set_is_scored_where_both_have_labels(tmp_path,
         tool.main([*command, "--force"])
 
 
-def test_lengths_kinds_and_poses_are_the_truths_whatever_a_second_annotator_left_out(tmp_path):
+def test_lengths_kinds_and_poses_are_the_truths_whatever_a_second_annotator_left_out(tmp_path, monkeypatch):
     """An eye that only the other one did not label still gives the distance that divides the errors."""
     names = ["left_eye", "right_eye", "nose", "left_ear_base", "right_ear_base", "left_ear_tip", "right_ear_tip"]
     category = {"id": 1, "name": "dog", "keypoints": names, "flip_pairs": [[0, 1], [3, 4], [5, 6]], "interocular": [0, 1],
@@ -446,9 +448,14 @@ def test_lengths_kinds_and_poses_are_the_truths_whatever_a_second_annotator_left
             "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}], "categories": [category],
             "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [40, 20, 100, 120],
                              "keypoints": keypoints.ravel().tolist()}]}))
+    def worst(points, faces, padding, some=True):  # a metric of one's own, masked by a product
+        errors = np.linalg.norm(points - faces.points, axis=2) / trainer.crop_side(faces, padding)[:, None]
+        return (errors * ((faces.visible > 0) & some)).max(1)
+    monkeypatch.setitem(tool.METRICS, "worst", worst)
     tool.main(["--results", str(tmp_path / "theirs.json"), "--ann", str(tmp_path / "ours.json"), "--data-root", str(tmp_path)])
     report = json.loads((tmp_path / "evaluation/report.json").read_text())
     assert report["main"] == "nme_iod" and report["metrics"]["nme_iod"] == pytest.approx(3 / 60)
+    assert report["metrics"]["worst"] == pytest.approx(3 / (120 * 1.25))
     assert report["metrics"]["pck_0.10"] == 1 and report["face"][0]["labelled"] == 6
     assert report["region"]["eye"]["labelled"] == 1 and report["region"]["nose"]["along"] == pytest.approx(3 / 60)
     assert [*report["ear"]] == ["erect"] and [*report["pose"]] == ["frontal"]
@@ -527,6 +534,24 @@ def test_ids_stay_ids_beside_results_of_other_pictures(tmp_path, missed, match):
     assert found.keys() == {there} and np.array_equal(found[there][:, :2], faces.points[there])
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_names_stay_names_beside_results_of_other_pictures(tmp_path, named):
+    """As of Ultralytics, whose image_id is the number in a name: on a folder of which the COCO file has a part."""
+    content, stems = coco(np.random.default_rng(4), [1] * 6), [2, 31, 40, 57, 63, 88]
+    for number, image, annotation in zip(range(1, 7), content["images"], content["annotations"]):
+        annotation["image_id"] = image["id"] = number
+        image["file_name"] = f"{stems[number - 1]:04d}.png"
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    faces, path = data.load_coco(tmp_path / "ann.json", tmp_path), tmp_path / "theirs.json"
+    places = {stem: a["keypoints"] for stem, a in zip(stems, content["annotations"])}
+    path.write_text(json.dumps([
+        {"image_id": i, "score": 1, "keypoints": places.get(i, [5] * 21)} | ({"file_name": f"{i:04d}.png"} if named else {})
+        for i in (2, 3, 31, 40, 41, 57, 63, 70, 88)]))
+    for match in (False, True):
+        found, others = tool.read_results(path, faces, match)
+        assert others == 0 and all(np.array_equal(found[i][:, :2], faces.points[i]) for i in range(6))
+
+
 def test_one_landmark_is_matched_in_its_faces_box(tmp_path):
     content = coco(np.random.default_rng(4), [1, 1])
     content["categories"] = [{"id": 1, "name": "dog", "keypoints": ["nose"]}]
@@ -565,6 +590,27 @@ def test_landmarks_without_an_area_are_matched_in_their_faces_box(tmp_path, labe
         else:
             with pytest.raises(UserError, match="none of its 3 results is of a face"):
                 tool.read_results(path, faces, match=True)
+
+
+def test_with_a_locator_faces_are_still_matched_by_themselves(tmp_path, monkeypatch):
+    """A face that is small in its picture is not flat; the box that a locator sees is the whole picture."""
+    shape = np.array([[100, 100], [160, 100], [130, 140], [90, 80], [170, 80.]])
+    (tmp_path / "ann.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 1200, "height": 900} for i in range(2)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [80, 75, 100, 70],
+                         "keypoints": np.column_stack([shape, np.full(5, 2)]).ravel().tolist()} for i in range(2)],
+        "categories": [{"id": 1, "name": "dog", "keypoints": list("abcde")}]}))
+    (tmp_path / "theirs.json").write_text(json.dumps([
+        {"image_id": i, "score": 1, "keypoints": np.column_stack([shape + aside, np.ones(5)]).ravel().tolist()}
+        for i, aside in enumerate(([3, 0], [250, 0]))]))
+    args = tool.parse_args(["--results", str(tmp_path / "theirs.json"), "--ann", str(tmp_path / "ann.json"), "--match",
+                            "--data-root", str(tmp_path)])
+    config = SimpleNamespace(padding=1, category=None, data_root=tmp_path, ann_root=tmp_path / "none")
+    locator = SimpleNamespace(whole=True, config=config, scheme=data.load_coco(args.ann, tmp_path).scheme)
+    monkeypatch.setattr(tool, "predict_faces", lambda _, __, seen, ___: (seen.points + 1, None))
+    found, *_, finding = tool.by_results(args, locator, *tool.read_faces(args, locator), None)
+    assert found.files == ["0.png"] and finding["others"] == 1
+    assert found.boxes[0, 2:].max() == 1199  # what its errors are divided by
 
 
 def test_numbers_are_right_aligned_and_names_left():

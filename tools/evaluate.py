@@ -175,7 +175,8 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
                                   "faces_by_main", "labelled", "along", "across", "id", "file"}:
         raise UserError(f"METRICS in train_simple.py: {taken.pop()} is a number of this report; rename it")
     scored = np.isfinite(points[..., 0])
-    errors = {name: metric(points, faces, padding, scored) for name, metric in METRICS.items()}
+    numbers = np.nan_to_num(points)  # for metrics: NaN times a mask of 0 is NaN
+    errors = {name: metric(numbers, faces, padding, scored) for name, metric in METRICS.items()}
     errors = {name: e for name, e in errors.items() if np.isfinite(e).any()}
     main = next(name for name in ("nme_iod", "nme_box", "nme") if name in errors)
     length = NORMALIZERS[main](faces, padding)
@@ -183,7 +184,7 @@ def score(points: np.ndarray, faces: Faces, padding: float, scores: np.ndarray |
     def part(some: np.ndarray | bool = True, rows: np.ndarray | slice = slice(None)) -> dict:
         """The scores of some landmarks (N, K) of some faces."""
         labelled = ((faces.visible > 0) & scored & some)[rows]
-        values = {name: (e if some is True else METRICS[name](points, faces, padding, scored & some))[rows]
+        values = {name: (e if some is True else METRICS[name](numbers, faces, padding, scored & some))[rows]
                   for name, e in errors.items()}
         return {"faces": int(labelled.any(1).sum()), "faces_by_main": int(np.isfinite(values[main]).sum()),
                 "labelled": int(labelled.sum()), **{name: nan_mean(e) for name, e in values.items()}}
@@ -297,12 +298,13 @@ def pictures_called(path: Path, rows: list, faces: Faces, empty: Collection, oth
     numbers = [str(int(stem)) if re.fullmatch(r"\d{1,18}", stem) else stem for stem in by_file[1]]
     ways = [*map(str, faces.image_ids)], faces.files, *by_file, numbers  # 0007.jpg is 7 to Ultralytics
     wanted = {str(identity(row.get("image_id"))) for row in rows if isinstance(row, dict)}
-    # Not the way that knows most: beside results of other pictures, numbers in names meet ids by chance.
-    by_name = next((way for meets in (wanted.issubset, wanted.intersection) for way in ways if meets(way)),
-                   ways[0])
+    knows = [len(wanted & {*way}) for way in ways]
+    # Beside results of other pictures, numbers in names meet ids by chance, and ids meet such numbers.
+    most = ways[0] if 2 * knows[0] >= max(knows) else ways[knows.index(max(knows))]
+    by_name = next(filter(wanted.issubset, ways), most)
     known = ways[0] if wanted & {*empty} else by_name
     unnamed = not any(isinstance(row, dict) and row.get("file_name") for row in rows)
-    if known is ways[0] and ways[0] != numbers and wanted <= {*numbers} and unnamed and not other:
+    if known is ways[0] and ways[0] != numbers and 0 < knows[0] <= knows[-1] and unnamed and not other:
         print(f"{path}: its image_ids are read as ids of the COCO file; if they are file names, write "
               "them with their suffixes")
     return known
@@ -405,7 +407,7 @@ def is_file_of(folder: Path, ann: Path, place: int) -> bool:
 
 
 def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces, Path]:
-    """The faces to score on, as the model is to see them, and their file. Raises UserError."""
+    """The faces to score on, in their own boxes, and their file. Raises UserError."""
     ann, stored = annotations_of(args, trained), trained and not args.bundled and trained.config.data_root
     if not ann.is_file():
         raise UserError(f"--ann {ann}: is no file; name the COCO file to score on")
@@ -431,7 +433,12 @@ def read_faces(args: argparse.Namespace, trained: Trained | None) -> tuple[Faces
         if differ := [n for n in said if said[n] != getattr(trained.scheme, n)]:
             print(f"{ann}: its {' and '.join(differ)} are used; those of {args.checkpoint} differ")
         faces = replace(faces, scheme=replace(trained.scheme, **said))
-    return faces.whole_pictures() if trained and trained.whole else faces, ann
+    return faces, ann
+
+
+def as_seen(trained: Trained | None, faces: Faces) -> Faces:
+    """The faces in the boxes that the model is to see them in. Raises UserError."""
+    return faces.whole_pictures() if trained and trained.whole else faces
 
 
 def predict_faces(args: argparse.Namespace, trained: Trained, faces: Faces,
@@ -460,6 +467,7 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
                processes: Processes) -> tuple[Faces, np.ndarray, np.ndarray | None, str, dict]:
     """The faces that have a result; their points, scores or None, where they come from, how well found."""
     empty, total, finding = faceless(ann) if args.match else (), len(faces), {}
+    seen = as_seen(trained, faces)
     if other := other_annotation(args.results, faces, args.category):
         if not args.match and len({*other.files}) < len(other):
             raise UserError(f"{args.results}: some of its pictures have several faces; add --match")
@@ -468,7 +476,7 @@ def by_results(args: argparse.Namespace, trained: Trained | None, faces: Faces, 
         other = replace(other, image_ids=[ids.get(file, file) for file in other.files])
     found, others = read_results(args.results, faces, args.match, empty, other)
     index = sorted(found)
-    faces, triples = faces.take(index), np.stack([found[i] for i in index])
+    faces, triples = seen.take(index), np.stack([found[i] for i in index])
     points, scores, source = triples[..., :2], triples[..., 2], f"results of {args.results}"
     if other:
         labelled = np.isfinite(scores)
@@ -581,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.results:
                 faces, points, scores, source, finding = by_results(args, trained, faces, ann, processes)
             else:
+                faces = as_seen(trained, faces)
                 points, scores, source = by_checkpoint(args, trained, faces, ann, processes)
         if not processes.first:
             return

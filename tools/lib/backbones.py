@@ -113,8 +113,10 @@ def take_weights(model: nn.Module, path: Path, backbone: str, names: list, say: 
     state = weights_in(stored)
     if not state:
         raise UserError(f"--weights {path}: holds no weights; name a .pth or .safetensors file of a model")
-    # Ours have laterals or, with an edited head, `mean`; else it is a backbone, bare or beside a head.
-    if not (ours and "mean" in state or "laterals.0.0.weight" in state):
+    # Ours have laterals or, with an edited head, `mean` and `std` beside `backbone`; else it is a backbone,
+    # bare or beside a head.
+    whole = {"mean", "std"} <= state.keys() and any(k.startswith("backbone.") for k in state)
+    if not (whole or "laterals.0.0.weight" in state):
         inside = ("backbone.", "image_encoder.")  # of MMPose and many others; of SAM and MobileSAM
         inner = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(inside)}
         fits = matched(model.backbone.state_dict(), inner or state, f"--weights {path}", say)
