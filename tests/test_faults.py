@@ -113,6 +113,23 @@ def test_a_killed_worker_is_reported_as_that(start, flags, tmp_path):
     assert len(workers) == len(os.sched_getaffinity(0)) and "data worker" in line and "--resume" in line
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+def test_no_worker_outlives_a_killed_run(start, flags, tmp_path):
+    """Whatever Python starts processes by: since 3.14 a fork server, which its workers would keep alive, and it them."""
+    (tmp_path / "own.py").write_text("import multiprocessing, sys\nimport train_simple\nif __name__ == '__main__':\n"
+                                     "    multiprocessing.set_start_method('forkserver', force=True)\n    train_simple.main(sys.argv[1:])\n")
+    process = start(tmp_path / "own.py", *flags, *LIGHT, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
+    wait_for(process, "epoch   1")
+    workers = workers_of(process.pid)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert workers
+
+
 class Unsendable:
     def batch(self, items):
         return [threading.Lock()]

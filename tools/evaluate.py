@@ -67,8 +67,9 @@ DEFINITIONS = {
     "nme_box": "the same / the diagonal of the face's box",
     "beware": "all errors are in the picture's pixels; some public figures are measured in a crop that was "
               "stretched to a square, where the same predictions have another error (8.57 there was 8.04)",
-    "found": "with --match, the share of the faces that have a result whose landmarks' bounding box overlaps "
-             "that of the true ones with an IoU of 0.5 or more; others: the results that belong to no face; "
+    "found": "with --match, the number of faces that have a result whose landmarks' bounding box overlaps "
+             "that of the true ones with an IoU of 0.5 or more (where theirs has no size, the face's own box "
+             "around them counts); share: the same / all faces; others: the results that belong to no face; "
              "error_ratio: the mean nme of the faces found / that of the same faces in their labelled boxes, "
              "by the checkpoint. With nme_iod it is another number",
     "faces": "of a group, those with a labelled landmark in it; faces_by_main: those behind MAIN",
@@ -83,8 +84,8 @@ DEFINITIONS = {
            "0.10, divided by 0.10",
     "ear": "kinds by the true landmarks, each ear for itself: the tip of an erect ear stands up, no part of "
            "a hanging ear rises far above its base, a folded ear rises and bends or stands out to "
-           "the side; as in every group, errors are means over faces: a face with two such ears counts once, "
-           "with one of them as much, so the kinds do not average to the region's error",
+           "the side; as in every group, errors are means over faces: a face counts once, whether one of its "
+           "ears is of the kind or both, so the kinds do not average to the region's error",
     "pose": "turned: along the line through the eyes, the nose is at least a quarter of their distance away "
             "from their middle",
     "reliability": "landmarks by their score: the mean score, and the share that is within RADIUS of the "

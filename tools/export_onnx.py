@@ -193,7 +193,8 @@ tags: [animal, face, landmarks, keypoint-detection, timm]
     python train_simple.py --backbone {backbone} --input-size {size} --padding {padding} \\
         --crop {crop} --weights model.safetensors
 
-or load them as they are, for RGB crops (B, 3, {size}, {size}) in 0..1, less config.json's mean, over its std:
+or load them as they are, for RGB crops (B, 3, {size}, {size}) scaled to 0..1, minus config.json's mean,
+divided by its std:
 
     from safetensors.torch import load_file
     from dataset import decode_heatmaps

@@ -1,5 +1,6 @@
 """Which faces make which batch, and the processes that cut their crops."""
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -52,9 +53,12 @@ def batches_of(dataset: torch.utils.data.Dataset, sampler: Iterable[list], worke
     For CUDA, batches lie in pinned memory, so that no step waits for the copy. The loader draws its workers'
     seeds from a generator of its own, because the global one is used by a backbone's dropout.
     """
-    loader = torch.utils.data.DataLoader(Whole(dataset), batch_size=None, sampler=sampler,
-                                         num_workers=min(workers, cores()), worker_init_fn=quiet_worker,
-                                         pin_memory=device.type == "cuda", generator=torch.Generator())
+    count = min(workers, cores())
+    # By Python 3.14's default, a fork server, the workers of a killed run would live on for ever.
+    fork = "fork" if count and sys.platform == "linux" else None
+    loader = torch.utils.data.DataLoader(
+        Whole(dataset), batch_size=None, sampler=sampler, num_workers=count, worker_init_fn=quiet_worker,
+        multiprocessing_context=fork, pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:  # a killed worker's last batch, named but never sent
