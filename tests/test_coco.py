@@ -1220,6 +1220,17 @@ def test_categories_whose_landmarks_only_differ_in_order_say_so(read):
     refused(read, data, "the same landmarks in another order: cat (5), face (5)", "choose one with --category 'cat'")
 
 
+def test_regions_and_the_eyes_may_be_names(read):
+    """As flip_pairs may."""
+    data, named = plain(names=SIDES), plain(names=SIDES)
+    categories({"interocular": [1, 0], "regions": {"eye": [0, 1], "rest": []}})(data)
+    categories({"interocular": [SIDES[1], SIDES[0]], "regions": {"eye": SIDES[:2], "rest": []}})(named)
+    ours, theirs = read(data), read(named)
+    assert ours.interocular == theirs.interocular == [1, 0] and ours.regions == theirs.regions == {"eye": [0, 1], "rest": []}
+    categories({"interocular": [SIDES[1], "nobody"]})(named)
+    refused(read, named, "interocular must hold 2 different landmark numbers")
+
+
 def test_pairs_from_other_fields_are_those_of_the_category(read):
     data = plain()
     categories({"flip_idx": [1, 0, 2, 4, 3]})(data)
@@ -1370,6 +1381,27 @@ def test_tasks_of_no_subset_are_not_left_out(tmp_path):
             find_annotations(tmp_path)
         more.unlink()
     assert find_annotations(tmp_path)[1].name == "person_keypoints_Validation.json"
+
+
+@pytest.mark.parametrize("folder", ["Annotations", "labels", "ann"])
+def test_a_folder_of_annotations_of_another_name(tmp_path, folder):
+    for name in ("train.json", "val.json"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in find_annotations(tmp_path)] == [f"{folder}/train.json", f"{folder}/val.json"]
+
+
+def test_files_of_several_tasks_or_splits_are_named(tmp_path):
+    for name in ("a/annotations/person_keypoints_default.json", "b/annotations/person_keypoints_default.json"):
+        (tmp_path / "tasks" / name).parent.mkdir(parents=True)
+        (tmp_path / "tasks" / name).touch()
+    with pytest.raises(UserError, match=r"none, but deeper in it \(a/annotations/person_keypoints_default.json, b/.*json\)"):
+        find_annotations(tmp_path / "tasks")
+    for i, split in ((i, split) for i in (1, 2) for split in ("train", "val")):  # AP-10K
+        (tmp_path / "ap10k/annotations").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"ap10k/annotations/ap10k-{split}-split{i}.json").touch()
+    with pytest.raises(UserError, match="4 .ap10k-train-split1.json.*copy one as train.json"):
+        find_annotations(tmp_path / "ap10k")
 
 
 @pytest.mark.parametrize("begin", [b"PK\3\4", b"\x1f\x8b"])

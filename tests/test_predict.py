@@ -1381,6 +1381,18 @@ def test_folders_in_a_folder(tmp_path, capsys):
         tool.expand(f"{tmp_path}/in/notes*", tmp_path / "in")
 
 
+def test_brackets_of_a_real_folder_are_no_pattern(tmp_path):
+    for name in ("dogs [24]/a [1]/x.jpg", "dogs [24]/b/y.jpg", "dogs 2/b/z.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+
+    def names(pattern):
+        return [source.place.name for source in tool.expand(f"{tmp_path}/{pattern}", tmp_path / "out")]
+    assert names("dogs [24]/b/*.jpg") == ["y.jpg"] and names("dogs [24]/**/*.jpg") == ["x.jpg", "y.jpg"]
+    assert names("dogs [24]/a [1]/*") == ["x.jpg"] and names("dogs [24]/*/") == ["x.jpg", "y.jpg"]
+    assert names("dogs [12]/b/*.jpg") == ["z.jpg"] and names("dogs [[]24]/b/*") == ["y.jpg"]
+
+
 def test_a_glob_leaves_out_what_was_made_before(tmp_path, capsys):
     for name in ("a.png", "found/a.png", "found/sub/c.png", "sub/c.png", "sub/aligned/c_0.png", "out/a.png"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)

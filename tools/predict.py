@@ -213,8 +213,13 @@ def made_before(folder: Path) -> str | None:
 def matches_of(text: str, out: Path) -> list[Path]:
     """The paths that a glob matches, without the output folders of these tools; prints which those are."""
     matches, left, output = [], set(), os.path.realpath(out)
-    fixed = next((i for i, part in enumerate(Path(text).parts) if glob.has_magic(part)), 0)
-    for path in map(Path, sorted(glob.glob(text, recursive=True))):
+    parts, pattern = Path(text).parts, text
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), 0)
+    if real := next((i for i in range(len(parts), fixed, -1) if os.path.isdir(Path(*parts[:i]))), 0):
+        # The brackets of an existing folder, as in "dogs [2024]", are its name.
+        fixed, pattern = real, os.path.join(glob.escape(str(Path(*parts[:real]))), *parts[real:])
+        pattern += os.sep if text.endswith(("/", os.sep)) else ""
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
         folders = [Path(*path.parts[:n]) for n in range(fixed + 1, len(path.parts) + 1)]
         made = next((f for f in folders if made_before(f) and os.path.realpath(f) != output), None)
         if made and made not in left:

@@ -345,11 +345,21 @@ def read_scheme(chosen: dict, k: int, path: Path, notes: Notes) -> dict:
             pairs = [[i, j] for i, j in enumerate(flip) if i < j]
         # The numbers added to equal names say nothing about partners.
         category["flip_pairs"] = read_flip_pairs(pairs, names if pairs else plain, notes)
+        regions = category["regions"]
+        category["interocular"] = numbers_of(category["interocular"], names)
+        if isinstance(regions, dict):
+            category["regions"] = {key: numbers_of(value, names) for key, value in regions.items()}
     category["keypoints"] = names
     if fitting_lines(category["skeleton"], k) is None:
         notes.said.append(f"the skeleton does not fit {k} landmarks and is left out: no lines are drawn, and "
                           "evaluate.py has no outlines")
     return checked_scheme(category, path)
+
+
+def numbers_of(value: object, names: list) -> object:
+    """A list of landmarks' names as their numbers; anything else as it is, for checked_scheme."""
+    known = isinstance(value, list) and all(isinstance(n, str) and n in names for n in value)
+    return [names.index(n) for n in value] if known else value
 
 
 # left and right in a name; l and r as words of their own, or nearly: L_Eye, eye.r, LEye; earL, FL_paw, lf_paw
@@ -1075,6 +1085,7 @@ def read_boxes(entries: tuple, ids: tuple, points: np.ndarray, visible: np.ndarr
 # ---------------------------------------------------------------- the files of an export
 
 SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test",)
+BESIDE = "annotations", "annotation", "labels", "ann"  # folders of annotation files, in any case
 
 
 def unpacked(folder: Path) -> Path:
@@ -1147,7 +1158,19 @@ def find_annotations(ann_root: Path | str) -> tuple[Path, Path | None]:
         return found[0] if len(found) == 1 else None
     if not files and (train := only(for_train)):
         return train, only(for_val)
-    found = f"{len(files)} ({', '.join(printable(p.name) for p in files[:4])})" if files else "none"
-    raise UserError(f"--ann-root {given}: sought train.json, train/_annotations.coco.json, a name with "
-                    "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
-                    f"are {found}; name one file, or convert the data (data/README.md)")
+    inner = [p for p in sorted(ann_root.iterdir()) if p.name.lower() in BESIDE and in_folder(p)]
+    if not files and len(inner) == 1:
+        return find_annotations(inner[0])
+    raise not_found(given, ann_root, files)
+
+
+def not_found(given: Path, ann_root: Path, files: list[Path]) -> UserError:
+    """The error for a folder whose files for train and val are not clear; it names some of its JSON files."""
+    deeper = [] if files else [*islice(ann_root.glob("*/**/[!.]*.json"), 4)]
+    names = [p.name for p in files[:4]] or sorted(p.relative_to(ann_root).as_posix() for p in deeper)
+    named = ", ".join(map(printable, names))
+    found = f"{len(files)} ({named})" if files else f"none, but deeper in it ({named})" if deeper else "none"
+    return UserError(f"--ann-root {given}: sought train.json, train/_annotations.coco.json, a name with "
+                     "train, or a single JSON file, in it or in its folder annotations; of JSON files there "
+                     f"are {found}; name one file, copy one as train.json and one as val.json to a folder of "
+                     "their own, or convert the data (data/README.md)")
