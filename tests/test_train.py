@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import typing
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial, partialmethod
@@ -753,6 +753,16 @@ def test_signals_end_a_run_with_a_word(start, flags, tmp_path, number, code, gro
     for pid in [*workers_of(process.pid), process.pid] if group else [process.pid]:  # `timeout` and a terminal reach all of them
         os.kill(pid, number)
     assert "stopped" in (line := ended(process, code)) and "--resume" in line
+
+
+def test_pressing_ctrl_c_again_and_again_gives_one_line(start, flags, tmp_path):
+    process = start("train_simple.py", *flags, *LIGHT, "--work-dir", tmp_path / "w", "--num-workers", 2, "--epochs", 500)
+    wait_for(process, "epoch   1")
+    while process.is_alive():
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    assert "stopped" in (line := ended(process, 130)) and "--resume" in line
 
 
 def test_one_run_in_a_folder_and_a_killed_one_leaves_no_lock_behind(start, flags, tmp_path, refused):

@@ -1,4 +1,5 @@
 """What a run needs of the machine: device, precision, processes, CUDA graphs, signals, averaged weights."""
+import builtins
 import contextlib
 import ctypes
 import errno
@@ -326,6 +327,7 @@ NO_WORKER = ("a data worker was killed, or could not start or pass on its batch 
 
 
 def stop(signum: int, _):
+    signal.signal(signum, signal.SIG_IGN)  # an impatient second one would only break off the ending
     raise KeyboardInterrupt(signum)
 
 
@@ -351,6 +353,8 @@ def explained_ends(last: Path) -> Iterator[None]:
             raise
     where = f", from {last}" if last.exists() else ""
     print(f"error: {reason}. Continue with --resume{where}", file=sys.stderr)
+    if reason == "stopped" and hasattr(builtins, "__IPYTHON__"):  # a notebook goes on, a script ends now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(code)
 
 
