@@ -491,6 +491,8 @@ def test_sizes_that_the_file_lacks_come_from_the_pictures(read, tmp_path):
     assert faces.notes == ["read otherwise: 5 sizes from the pictures themselves (pic_0.jpg)"]
     data["images"] = {str(image["id"]): image["file_name"] for image in data["images"]}  # Animal Pose's
     assert read(data).files == faces.files
+    data["images"] = {key: {"id": int(key), "file_name": name} for key, name in data["images"].items()}
+    assert read(data).files == faces.files
     (tmp_path / "pic_1.jpg").write_bytes(b"no picture")
     refused(read, data, "pic_1.jpg", "cannot be read as a picture")
     (tmp_path / "pic_1.jpg").unlink()

@@ -176,12 +176,16 @@ def those_inside(inside: np.ndarray, path: Path, notes: Notes, ids: list, *colum
 # ---------------------------------------------------------------- the file and its categories
 
 def read_file(path: Path):
-    """The content of a JSON file; images as {id: name} (Animal Pose) become a list. Raises UserError."""
+    """The content of a JSON file; images as {id: name} (Animal Pose) or {id: {...}} become a list.
+
+    Raises UserError.
+    """
     if path.suffix.lower() in TABLES:
         raise UserError(f"{path}: is no JSON; data/README.md shows the form that is needed, and ways to it")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("images"), dict):
-        data["images"] = [{"id": key, "file_name": name} for key, name in data["images"].items()]
+        data["images"] = [{"id": key, **(name if isinstance(name, dict) else {"file_name": name})}
+                          for key, name in data["images"].items()]
     return data
 
 

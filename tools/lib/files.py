@@ -22,7 +22,7 @@ import numpy as np
 from tools.lib.cli import Progress, UserError, is_text, place_in_job
 
 LFS = b"version https://git-lfs"  # how a pointer to a file begins that was not fetched
-TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml"  # suffixes of files that are hardly JSON
+TABLES = ".csv", ".txt", ".yaml", ".yml", ".ndjson", ".xml", ".pts"  # suffixes of files that are hardly JSON
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this repository
 # Files by which the output folders of predict.py and align_faces.py are recognised.
