@@ -13,7 +13,7 @@ import torch
 
 from tools.lib.cli import UserError, as_plain, changed_settings, from_stored, problems_of, single_line
 from tools.lib.coco import checked_scheme, shared_pictures
-from tools.lib.files import LFS, atomic_write, load_json
+from tools.lib.files import LFS, atomic_write, check_fetched, load_json
 from tools.lib.pictures import MEAN, STD
 from tools.lib.runtime import choose_amp, is_out_of_memory, versions
 
@@ -130,8 +130,7 @@ def load_file_safely(path: Path | str):
     except Exception as e:  # reading damaged or hostile bytes can raise almost anything
         with open(path, "rb") as file:
             begin = file.read(len(LFS))
-        if begin == LFS:
-            raise UserError(f"{path}: a pointer of Git LFS; run git lfs pull") from None
+        check_fetched(path, begin)
         # A zip or a pickle, not a web page, a photo, an ONNX file.
         hostile = "weights_only" in str(e).lower() and begin.startswith((b"PK", b"\x80"))
         reason = "it holds more than tensors and plain values" if hostile else "damaged, or no checkpoint"

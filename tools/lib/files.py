@@ -139,6 +139,12 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         yield
 
 
+def check_fetched(path: Path | str, content: bytes):
+    """Raises UserError if a file, which begins with `content`, is only a pointer of Git LFS."""
+    if content.startswith(LFS):
+        raise UserError(f"{path}: a pointer of Git LFS; run git lfs pull")
+
+
 def load_json(path: Path | str):
     """Parse a JSON file. Raises UserError where it is missing or no JSON."""
     try:
@@ -148,8 +154,7 @@ def load_json(path: Path | str):
                             "has ways to COCO")
         if content.startswith((b"PK\3\4", b"\x1f\x8b")):
             raise UserError(f"{path}: a packed file; unpack it, and name the folder or the JSON file in it")
-        if content.startswith(LFS):
-            raise UserError(f"{path}: a pointer of Git LFS; run git lfs pull")
+        check_fetched(path, content)
         return json.loads(content)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -29,7 +29,6 @@ from tools.lib.files import ROOT, quota
 
 # ---------------------------------------------------------------- device and precision
 
-NO_ENGINE = "unable to find an engine"  # cuDNN
 WAYS_OUT = "Install a build of PyTorch that can (see 'Troubles' in README.md), or take --device cpu"
 
 
@@ -322,6 +321,7 @@ def graphed(model: nn.Module, sizes: list[int], faces: int, device: torch.device
 
 # ---------------------------------------------------------------- how a run ends
 
+NO_ENGINE = "unable to find an engine"  # cuDNN
 NO_WORKER = ("a data worker was killed, or could not start or pass on its batch (if memory or open files ran "
              "out, lower --num-workers; in a container, raise --shm-size)")
 
